@@ -1,0 +1,33 @@
+# VENV=DIR reuses a virtual environment (a fresh one takes some 6 GB); PYTHON is only used to make it.
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+DEMO = --dataset demo --img-size 96
+FUSIONS = none film attention cross-attention bimodal
+
+.PHONY: test demo clean
+
+test: $(VENV)/dev
+	$(RUN) -m pytest
+
+demo: $(VENV)/run
+	$(RUN) demo.py
+	$(RUN) extract_features.py $(DEMO) --weights random --views 2 --overwrite
+	for fusion in $(FUSIONS); do \
+	  $(RUN) train.py $(DEMO) --fusion $$fusion --text-encoder data/demo/encoder \
+	    --epochs 15 --lr 1e-3 --fusion-lr 1e-3 --overwrite || exit 1; \
+	done
+	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-roberta-resnet50-%-s1337)
+
+$(VENV)/run: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ data/demo features/demo-* runs/demo-*

@@ -1,0 +1,509 @@
+"""Data set files -> examples -> batches, and `FeatureCache`, the read side of the feature file.
+
+Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases unpack
+to. Needs torch, numpy and h5py only, and nothing else of this project: copy the file and use it.
+"""
+
+import ast
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+NONE = "None"  # the relation that means "no relation"
+RELATIONS = (
+    NONE, "/loc/loc/contain", "/misc/loc/held_on", "/misc/misc/part_of", "/org/loc/locate_at",
+    "/org/org/alternate_names", "/org/org/subsidiary", "/per/loc/place_of_birth", "/per/loc/place_of_residence",
+    "/per/misc/awarded", "/per/misc/nationality", "/per/misc/present_in", "/per/misc/race", "/per/misc/religion",
+    "/per/org/member_of", "/per/per/alternate_names", "/per/per/alumi", "/per/per/charges", "/per/per/couple",
+    "/per/per/neighbor", "/per/per/parent", "/per/per/peer", "/per/per/siblings",
+)  # fmt: skip
+
+
+def bio_labels(types):
+    """`O`, then `B-` and `I-` of every entity type."""
+    return ("O", *(f"{prefix}-{kind}" for kind in types for prefix in "BI"))
+
+
+# Per data set: its task and every label a release of it may hold. The original Twitter-2015 says OTHER, the
+# relabelled one MISC; which of them a run predicts is read from its training file.
+DATASETS = {
+    "twitter2015": ("ner", bio_labels(("LOC", "MISC", "ORG", "OTHER", "PER"))),
+    "twitter2017": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
+    "mnre": ("relation", RELATIONS),
+    "demo": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
+}
+
+# Where the public releases put things, {d} = data set, {s} = split. One release really has "mnre_val .txt".
+TEXT_PLACES = [
+    f"{folder}/{name}"
+    for folder in ("{d}", "{d}/{d}_txt", "{d}_txt", "{d}/txt")
+    for name in ("{s}.txt", "{d}_{s}.txt", "{d}_{s} .txt", "ours_{s}.txt")
+]
+IMAGE_PLACES = (
+    "{d}/images", "{d}_images", "{d}/{d}_images", "{d}/{d}_image", "{d}_image", "{d}/img_org", "{d}_img_org", "img_org",
+)  # fmt: skip
+SPLITS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # ours -> the names files use
+
+# SHA-256 (first 16 digits) of the files as released: scores on two variants of one data set are not comparable.
+VARIANTS = {
+    "a6246e37aa1c8acd": "Twitter-2015 train, UMT release",
+    "9dcc7f9df7331de3": "Twitter-2015 valid, UMT release",
+    "edb2665b89bfe58b": "Twitter-2015 test, UMT release",
+    "66c1336f27fe8545": "Twitter-2015 train, relabelled release",
+    "51e003ec71c202d7": "Twitter-2015 valid, relabelled release",
+    "a4ef7f191a456021": "Twitter-2015 test, relabelled release",
+    "801e149e8635b19d": "Twitter-2017 train, UMT release",
+    "41b5db90cb32059c": "Twitter-2017 valid, UMT release",
+    "a7d9e172ae85bd3e": "Twitter-2017 test, UMT release",
+    "1cc34438a00e2a2d": "MNRE train, v2",
+    "c76865179b567816": "MNRE valid, v2",
+    "f53c2f9b7739bea7": "MNRE test, v2",
+}
+
+# Pieces that mark the head and the tail entity of a relation (typed-less entity markers, Baldini Soares et al. 2019).
+MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
+IGNORE = -100  # label of what the loss leaves out: padding and words that have no sub-token
+
+
+# ---------------------------------------------------------------------------------------------- files -> examples
+
+
+@dataclass(frozen=True)
+class NerExample:
+    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo."""
+
+    id: str
+    image_id: str
+    words: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RelationExample:
+    """A post with two marked entities, as word spans [start, end), and the relation from head to tail."""
+
+    id: str
+    image_id: str
+    words: tuple[str, ...]
+    head: tuple[int, int]
+    tail: tuple[int, int]
+    label: str
+
+
+def read_lines(path):
+    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names the first line that is not UTF-8."""
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    # Only \n ends a line: str.splitlines would also break posts at U+0085, U+2028 and the like.
+    return [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+
+
+def check_image_id(image_id, where):
+    """The id if it can name a file inside the image folder; anything else (a path, a NUL) is refused."""
+    if not image_id or image_id in (".", "..") or re.search(r"[/\\\x00-\x1f]", image_id):
+        raise ValueError(f"{where}: image id {image_id!r} is not a plain file name; correct it")
+    return image_id
+
+
+def check_label(label, allowed, where):
+    """The label if it is one of `allowed`; else a ValueError that shows what is."""
+    if label not in allowed:
+        raise ValueError(f"{where}: unknown label {label!r}; expected one of: {' '.join(allowed)}")
+    return label
+
+
+def read_ner(path, allowed):
+    """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines, then a blank line or the end.
+
+    `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye. A post
+    whose id has occurred before gets its line number into its `id`. Raises ValueError with file and line.
+    """
+    examples, ids = [], set()
+    image_id, opened, words, labels = None, 0, [], []
+    lines = read_lines(path)
+    for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
+        where = f"{path}:{number}"
+        starts_post = line.startswith("IMGID:") and "\t" not in line
+        if (starts_post or not line.strip(" ")) and image_id is not None:
+            if not words:
+                raise ValueError(f"{path}:{opened}: post {image_id} has no words; remove it or give it its words")
+            post_id = image_id if image_id not in ids else f"{image_id}@{opened}"
+            ids.add(post_id)
+            examples.append(NerExample(post_id, image_id, tuple(words), tuple(labels)))
+            image_id, words, labels = None, [], []
+        if starts_post:
+            image_id, opened = check_image_id(line[len("IMGID:") :], where), number
+        elif line.strip(" "):
+            fields = line.split("\t")
+            if len(fields) != 2:
+                raise ValueError(f"{where}: expected word<TAB>label, found {line[:80]!r}")
+            if image_id is None:
+                raise ValueError(f"{where}: a word with no IMGID:<id> line before it; each post starts with one")
+            words.append(fields[0])
+            labels.append(check_label(fields[1], allowed, where))
+    return examples
+
+
+def read_mnre(path, allowed):
+    """Rows of an MNRE file: one Python dict literal a line (parsed as data, never run).
+
+    A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Raises ValueError with file and line.
+    """
+    examples = []
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = ast.literal_eval(line.strip())
+            words, image_id = row["token"], row["img_id"]
+            spans = {end: (row[end]["pos"][0], row[end]["pos"][1]) for end in "ht"}
+            relation = row["relation"]
+        except (ValueError, SyntaxError, TypeError, KeyError, IndexError, MemoryError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'not readable'}"
+            raise ValueError(
+                f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
+            ) from None
+        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+            raise ValueError(f"{where}: 'token' must be a list of words")
+        for end, span in spans.items():
+            if not (all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(words)):
+                raise ValueError(f"{where}: '{end}' pos {list(span)} is not a span [start, end) of {len(words)} words")
+        if not (isinstance(image_id, str) and isinstance(relation, str)):
+            raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
+        check_image_id(image_id, where)
+        check_label(relation, allowed, where)
+        examples.append(
+            RelationExample(f"{image_id}@{number}", image_id, tuple(words), spans["h"], spans["t"], relation)
+        )
+    return examples
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as read: `files` and `examples` by split (train, valid and, where there is one, test)."""
+
+    name: str
+    task: str  # "ner" or "relation"
+    files: dict
+    examples: dict
+    labels: tuple[str, ...]  # what a model may answer, the "nothing here" label first
+
+    def image_ids(self):
+        """Every photo the posts name, once, in order of first use."""
+        return list(dict.fromkeys(example.image_id for split in self.examples.values() for example in split))
+
+    def fingerprints(self):
+        """{split: {"file", "sha256", "variant"}}: which release of the data set this is."""
+        prints = {}
+        for split, path in self.files.items():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            variant = VARIANTS.get(digest[:16], "not a file of a known release")
+            prints[split] = {"file": str(path), "sha256": digest, "variant": variant}
+        return prints
+
+
+def first_existing(places, name, data_dir, split_names=("",)):
+    """The first of `places` that exists under `data_dir`, or None."""
+    tried = [Path(data_dir) / place.format(d=name, s=split) for place in places for split in split_names]
+    return next((path for path in tried if path.exists()), None)
+
+
+def load_dataset(name, data_dir="data"):
+    """Read all splits of a data set. Train and valid must be there; FileNotFoundError says where they were sought."""
+    task, known = DATASETS[name]
+    files = {split: first_existing(TEXT_PLACES, name, data_dir, names) for split, names in SPLITS.items()}
+    for split in ("train", "valid"):
+        if files[split] is None:
+            plain = Path(data_dir) / name / f"{split}.txt"
+            raise FileNotFoundError(
+                f"no {split} file of {name} under {data_dir}/: put it at {plain} (README, 'Data', lists the other"
+                " layouts read) or point --data-dir at its parent folder"
+            )
+    files = {split: path for split, path in files.items() if path is not None}
+    read = read_ner if task == "ner" else read_mnre
+    examples = {"train": read(files["train"], known)}
+    if task == "ner":
+        present = {label[2:] for example in examples["train"] for label in example.labels if label != "O"}
+        labels = tuple(label for label in known if label == "O" or label[2:] in present)
+    else:
+        present = {example.label for example in examples["train"]}
+        labels = tuple(label for label in known if label == NONE or label in present)
+    for split in files:
+        if split != "train":
+            examples[split] = read(files[split], labels)
+        if not examples[split]:
+            raise ValueError(f"{files[split]}: no posts in it; the {split} split cannot be empty")
+    return Dataset(name, task, files, examples, labels)
+
+
+def image_folders(name, data_dir="data", images=None):
+    """Folders that hold the photos: `images` if given, else the first place a release uses, with its split folders."""
+    root = Path(images) if images else first_existing(IMAGE_PLACES, name, data_dir)
+    if root is None or not root.is_dir():
+        plain = Path(data_dir) / name / "images"
+        raise FileNotFoundError(f"no image folder {root or plain}: put the photos there or name theirs with --images")
+    return [root, *(root / split for names in SPLITS.values() for split in names if (root / split).is_dir())]
+
+
+def find_photos(image_ids, folders):
+    """{image id: path, or None where there is no photo}.
+
+    Looks ids up among the names in the folders, so that no id can lead anywhere else. `<id>` itself or `<id>.jpg` and
+    the other usual endings, upper or lower case.
+    """
+    names = {}
+    for folder in folders:
+        for entry in sorted(os.listdir(folder)):
+            names.setdefault(entry.lower(), Path(folder) / entry)
+    endings = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+    return {
+        image_id: next((names[key] for end in endings if (key := image_id.lower() + end) in names), None)
+        for image_id in image_ids
+    }
+
+
+# ------------------------------------------------------------------------------------------------ examples -> batches
+
+
+def split_pieces(tokenizer, sentences):
+    """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
+
+    Works word by word where the tokenizer cannot map pieces to words (slow ones, such as BERTweet's).
+    """
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, truncation=False)
+        return [(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(sentences))]
+    rows = []
+    for words in sentences:
+        pieces = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word)) for word in words]
+        rows.append(([i for ids in pieces for i in ids], [w for w, ids in enumerate(pieces) for _ in ids]))
+    return rows
+
+
+def special_ends(tokenizer):
+    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP])."""
+    bare, full = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:start], full[start + len(bare) :]
+
+
+def mark_entities(example):
+    """(words with the four `MARKERS` around head and tail, index of [E1], index of [E2]). Spans may overlap."""
+    opening = {example.head[0]: [MARKERS[0]]}
+    closing = {example.head[1]: [MARKERS[1]]}
+    opening.setdefault(example.tail[0], []).append(MARKERS[2])
+    closing.setdefault(example.tail[1], []).insert(0, MARKERS[3])
+    words = []
+    for position in range(len(example.words) + 1):
+        words += closing.get(position, []) + opening.get(position, []) + list(example.words[position : position + 1])
+    return words, words.index(MARKERS[0]), words.index(MARKERS[2])
+
+
+def window(length, first, last, limit):
+    """Which of `length` pieces to keep, at most `limit`, so that pieces `first` <= `last` are both kept.
+
+    One run around both where that fits; else half of the room from `first` on and half from `last` on.
+    """
+    if length <= limit:
+        return list(range(length))
+    if last - first < limit:
+        start = min(max(0, (first + last + 1 - limit) // 2), length - limit)
+        return list(range(start, start + limit))
+    tail = min(limit // 2, length - last)
+    return [*range(first, first + limit - tail), *range(last, last + tail)]
+
+
+def encode(tokenizer, examples, labels, max_len):
+    """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
+
+    `input_ids` [T], T <= max_len; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a
+    word that has none or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
+    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps a window
+    with both start markers. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
+    """
+    prefix, suffix = special_ends(tokenizer)
+    room = max_len - len(prefix) - len(suffix)
+    if room < 4:
+        raise ValueError(f"--max-len {max_len} leaves {room} sub-tokens for the text; use 16 or more")
+    label_id = {label: i for i, label in enumerate(labels)}
+    relations = isinstance(examples[0], RelationExample)
+    marked = [mark_entities(example) if relations else (list(example.words), 0, 0) for example in examples]
+    rows, counts = [], {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
+    for example, (words, head, tail), (ids, word_of) in zip(
+        examples, marked, split_pieces(tokenizer, [m[0] for m in marked]), strict=True
+    ):
+        first_piece = {}
+        for piece, word in enumerate(word_of):
+            first_piece.setdefault(word, piece)
+        if relations:
+            ends = sorted((first_piece[head], first_piece[tail]))
+            kept = window(len(ids), *ends, room)
+        else:
+            kept = range(min(len(ids), room))
+        place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
+        starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
+        lost = sum(word in first_piece and starts[word] < 0 for word in range(len(words)))
+        counts["cut_words"] += lost
+        counts["cut_posts"] += lost > 0
+        counts["words_without_piece"] += len(words) - len(first_piece)
+        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
+        if relations:
+            row |= {"head_index": starts[head], "tail_index": starts[tail], "labels": label_id[example.label]}
+        else:
+            row["word_starts"] = starts
+            row["labels"] = [label_id[y] if s >= 0 else IGNORE for y, s in zip(example.labels, starts, strict=True)]
+        rows.append(row)
+    return rows, counts
+
+
+def length_batches(lengths, batch_size, rng=None):
+    """Lists of indices, at most `batch_size` each, of posts of similar length; each post once.
+
+    With a numpy Generator the order is random: posts are shuffled, sorted by length within pools of 50 batches, and
+    the batches shuffled. Without, longest first, so that running out of memory shows at once.
+    """
+    lengths = np.asarray(lengths)
+    if rng is None:
+        order = np.argsort(-lengths, kind="stable")
+        return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    order, batches = rng.permutation(len(lengths)), []
+    for pool in np.array_split(order, range(50 * batch_size, len(order), 50 * batch_size)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def collate(rows, pad_id, cache=None, photos=None, views=None):
+    """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
+
+    input_ids, attention_mask [B, T]; word_starts, labels [B, W] or head_index, tail_index, labels [B]. With a cache
+    also regions [B, R, D] as stored and region_mask [B, R] (True = a real region): `photos` is the image id of each
+    row or None for no photo, `views` the view to read (default 0).
+    """
+
+    def pad(key, value):
+        width = max(len(row[key]) for row in rows)
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch = {"input_ids": pad("input_ids", pad_id)}
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    if "word_starts" in rows[0]:
+        batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
+    else:
+        batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("head_index", "tail_index", "labels")}
+    if cache is not None:
+        batch["regions"], batch["region_mask"] = cache.read(photos, views)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------- feature file
+
+FORMAT = 1  # version of the feature file's layout
+OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
+COLUMNS = ("regions", "num_regions", "image_id", "status", "reason", "crc32")
+
+
+def read_attrs(file):
+    """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length UTF-8 bytes."""
+    values = {key: value.tolist() for key, value in file.attrs.items()}
+    return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+
+
+class FeatureCache:
+    """Read side of a feature file made by extract_features.py.
+
+    The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied before
+    it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike.
+
+    Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N].
+    Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.exists():
+            hint = " (an unfinished one is there: run the same command again to resume it)"
+            unfinished = self.path.with_name(self.path.name + ".partial").exists()
+            raise FileNotFoundError(
+                f"no feature file {path}{hint if unfinished else ''}; make it with extract_features.py,"
+                " name another with --features, or train without photos: --fusion none"
+            )
+        try:
+            with h5py.File(self.path, "r") as file:
+                self.attrs = read_attrs(file)
+                if self.attrs.get("format") != FORMAT or any(name not in file for name in COLUMNS):
+                    found = self.attrs.get("format", "none")
+                    raise ValueError(f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py")
+                self.status, self.num_regions = file["status"][:], file["num_regions"][:]
+                ids = [name.decode() for name in file["image_id"][:]]
+                self.reasons = [reason.decode() for reason in file["reason"][:]]
+                regions = file["regions"]
+                self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
+        except OSError as error:
+            raise ValueError(f"{path}: not a readable HDF5 file ({error}); make it anew") from None
+        if (self.status == 0).any():
+            raise ValueError(f"{path}: {(self.status == 0).sum()} photos not done; run extract_features.py again")
+        # Mapping past the end of a file is a bus error at first touch, not an exception: compare the lengths first.
+        if offset is None or self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
+            raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
+        self.rows = {image_id: row for row, image_id in enumerate(ids)}
+        self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
+
+    @property
+    def views(self):
+        return self.shape[1]
+
+    @property
+    def region_dim(self):
+        return self.shape[3]
+
+    def has_photo(self, image_id):
+        """Whether the photo was there and readable."""
+        return self.status[self.rows[image_id]] == OK
+
+    def require(self, image_ids, dataset):
+        """ValueError unless every id has a row: then the file was made for another data set or a part of this one."""
+        absent = [image_id for image_id in image_ids if image_id not in self.rows]
+        if absent:
+            raise ValueError(
+                f"{self.path}: made for {self.attrs.get('dataset')}, it has no row for {len(absent)} of {dataset}'s"
+                f" {len(image_ids)} photos (first: {absent[0]}); run extract_features.py --dataset {dataset}"
+            )
+
+    def read(self, photos, views=None):
+        """regions [B, R, D] in the file's type and region_mask [B, R] (True = real) of image ids; None is no photo."""
+        count, (_, _, regions, dim) = len(photos), self.shape
+        values = np.zeros((count, regions, dim), self.regions.dtype)
+        mask = np.zeros((count, regions), bool)
+        for i, photo in enumerate(photos):
+            if photo is not None and self.has_photo(photo):
+                row = self.rows[photo]
+                values[i] = self.regions[row, views[i] if views is not None else 0]
+                mask[i, : self.num_regions[row]] = True
+        return torch.from_numpy(values), torch.from_numpy(mask)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def command_line(main):
+    """Run a script's `main`; a user's mistake becomes one line on standard error and exit status 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")

@@ -1,0 +1,372 @@
+"""Run a frozen vision backbone over every photo of a data set, once, and keep the region features in one HDF5 file.
+
+    python extract_features.py --dataset twitter2017
+
+The file is allocated up front, and rows are written with `os.pwrite` at their offsets: regions first, `status` last.
+HDF5's own metadata is never touched again, so a run that is killed leaves a file that opens and says which rows are
+done; the same command resumes it. Photos are worked on in batches fixed by their index, and a batch with a row
+missing is computed whole, so that an interrupted run gives the same bytes as an uninterrupted one.
+
+Why contiguous and not a chunk an image: README, "The feature file".
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from tqdm import tqdm
+
+from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, command_line
+from data import find_photos, image_folders, load_dataset, read_attrs  # fmt: skip
+
+REASON_WIDTH = 200  # bytes kept of why a photo could not be read
+
+
+# ---------------------------------------------------------------------------------------------------- backbones
+
+
+def state_hash(module):
+    """SHA-256 over a module's parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_resnet50(weights, seed):
+    """ResNet50 (He et al. 2016) up to its last convolutional map. Returns (module, name of the weights).
+
+    `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a .pth or .safetensors state dict.
+    """
+    names = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}
+    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every residual branch
+    # at zero the blocks start as identities, and pictures stay apart.
+    torch.manual_seed(seed)
+    model = torchvision.models.resnet50(zero_init_residual=True)
+    if weights in names:
+        name = names[weights]
+        try:
+            state = torchvision.models.ResNet50_Weights[name].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download {name} ({error}); give a local file with --weights PATH") from None
+    elif weights != "random":
+        try:
+            safe = weights.endswith(".safetensors")
+            state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"--weights {weights}: no such file; give imagenet, imagenet-v2, random or a path") from None
+        except Exception as error:  # a broken file raises whatever the reader stumbles over
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+            raise ValueError(f"--weights {weights}: not a state dict that loads as data alone ({reason})") from None
+    if weights != "random":
+        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+        if missing := [key for key in missing if not key.startswith("fc.")]:
+            raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
+    body = nn.Sequential(*list(model.children())[:-2])  # without the average pool and the classifier
+    named = names.get(weights) or f"{'random' if weights == 'random' else 'file'}-{state_hash(body)[:12]}"
+    return body, named
+
+
+@dataclass(frozen=True)
+class Backbone:
+    load: object  # (weights, seed) -> (module mapping [B, 3, S, S] to [B, D, S/stride, S/stride], weights' name)
+    dim: int
+    stride: int
+    mean: tuple
+    std: tuple
+
+
+BACKBONES = {"resnet50": Backbone(load_resnet50, 2048, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+
+
+# ------------------------------------------------------------------------------------------------------- photos
+
+
+class Photos:
+    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, S, S] uint8 or None, status, reason)."""
+
+    def __init__(self, image_ids, paths, img_size, views, seed):
+        self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
+        self.plain = transforms.Resize((img_size, img_size))
+        self.augmented = transforms.Compose([
+            transforms.RandomResizedCrop((img_size, img_size), scale=(0.6, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+        ])  # fmt: skip
+
+    def view(self, photo, image_id, view):
+        """View 0 is the plain resize; the others depend on (seed, image id, view) and on nothing else."""
+        if view == 0:
+            return self.plain(photo)
+        digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            return self.augmented(photo)
+
+    def read(self, row):
+        image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
+        if path is None:
+            return None, MISSING, "no such file"
+        try:
+            with Image.open(path) as file:
+                photo = ImageOps.exif_transpose(file).convert("RGB")
+        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
+            return None, UNREADABLE, f"{type(error).__name__}: {error}"
+        views = [np.asarray(self.view(photo, image_id, v)) for v in range(self.views)]
+        return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), OK, ""
+
+    def __getitem__(self, rows):
+        return [self.read(row) for row in rows]
+
+    def __len__(self):
+        return len(self.image_ids)
+
+
+# -------------------------------------------------------------------------------------------- the file, write side
+
+
+def create_file(path, image_ids, shape, attrs):
+    """Make an empty feature file at `path`: all space laid out, every row's status 0.
+
+    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
+    opened. Without object time stamps, two runs give identical bytes.
+    """
+    rows, views = shape[:2]
+    names = np.array([image_id.encode() for image_id in image_ids])
+    columns = {
+        "regions": (shape, "float16"), "num_regions": ((rows,), "uint16"), "image_id": ((rows,), names.dtype),
+        "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "uint32"),
+    }  # fmt: skip
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, (size, dtype) in columns.items():
+                layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the data a fixed offset in the file
+                layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                layout.set_obj_track_times(False)
+                kind, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
+                h5py.h5d.create(file.id, name.encode(), kind, space, layout)
+                if name != "regions":
+                    file[name][:] = names if name == "image_id" else np.zeros(size, dtype)
+            for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
+                file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class FeatureWriter:
+    """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others, or if
+    another process is filling it."""
+
+    def __init__(self, path, settings):
+        self.fd = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.fd)
+            raise ValueError(f"{path}: another process is extracting into it; wait for it or stop it") from None
+        self.attrs = refuse_other_settings(path, settings)
+        with h5py.File(path, "r", locking=False) as file:  # the lock is ours
+            self.status = file["status"][:]
+            self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
+
+    def put(self, name, row, value):
+        offset, dtype, shape = self.columns[name]
+        row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=int))
+        raw, at = np.asarray(value, dtype).tobytes(), offset + row * row_bytes
+        assert len(raw) == row_bytes, (name, len(raw), row_bytes)
+        while raw:  # a write may be cut short, by a full disk for one; the next then raises
+            written = os.pwrite(self.fd, raw, at)
+            raw, at = raw[written:], at + written
+
+    def write(self, row, regions, status, reason):
+        """One photo: regions [V, R, D] float16 or None, then the rest, and its status last of all."""
+        if regions is not None:
+            self.put("regions", row, regions)
+            self.put("num_regions", row, regions.shape[1])
+            self.put("crc32", row, [zlib.crc32(view.tobytes()) for view in regions])
+        self.put("reason", row, reason.encode()[:REASON_WIDTH].decode(errors="ignore").encode())
+        self.put("status", row, status)
+        self.status[row] = status
+
+    def finish(self, path):
+        """Everything to disk, then the finished name."""
+        os.fsync(self.fd)
+        os.replace(path.with_name(path.name + ".partial"), path)
+        os.close(self.fd)
+
+
+def refuse_other_settings(path, settings):
+    """ValueError that names every setting in which the file at `path` differs from those asked for."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            made = read_attrs(file)
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable HDF5 file ({error}); --overwrite makes it anew") from None
+    differing = [
+        f"{key} (file: {made.get(key, 'none')}, asked: {value})"
+        for key, value in settings.items()
+        if made.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, --cache-dir keeps both"
+        )
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+@torch.inference_mode()
+def extract(model, backbone, writer, loader, batches, device, progress):
+    """Fill the rows of `batches`: pixels -> [V, R, D] float16 each."""
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (backbone.mean, backbone.std))
+    for rows, photos in zip(batches, loader, strict=True):
+        pixels = [views for views, _, _ in photos if views is not None]
+        if pixels:
+            pixels = torch.cat(pixels).to(device).float().div_(255).sub_(mean).div_(std)
+            maps = model(pixels.contiguous(memory_format=torch.channels_last))
+            regions = maps.flatten(2).transpose(1, 2).half().cpu().numpy()  # [B * V, R, D], R row-major
+            if not np.isfinite(regions).all():
+                raise ValueError(f"features of batch {rows[0]}-{rows[-1]} do not fit float16; check --weights")
+            regions = iter(regions.reshape(-1, *writer.columns["regions"][2][1:]))
+        for row, (views, status, reason) in zip(rows, photos, strict=True):
+            writer.write(row, next(regions) if views is not None else None, status, reason)
+        progress.update(len(rows))
+
+
+def report(path):
+    """Say what became of the photos; the file holds the full list (`status`, `reason`)."""
+    cache = FeatureCache(path)
+    counts = {name: int((cache.status == code).sum()) for name, code in
+              (("ok", OK), ("missing", MISSING), ("unreadable", UNREADABLE))}  # fmt: skip
+    print(f"{path}: {len(cache.status)} photos, " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    for name, code in (("missing", MISSING), ("unreadable", UNREADABLE)):
+        rows = np.flatnonzero(cache.status == code)
+        ids = list(cache.rows)
+        for row in rows[:20]:
+            print(f"  {name}: {ids[row]} ({cache.reasons[row]})")
+        if len(rows) > 20:
+            print(f"  {name}: and {len(rows) - 20} more")
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="twitter2017")
+    add("--data-dir", default="data", help="folder that holds the data sets")
+    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
+    add("--cache-dir", default="features", help="where feature files go")
+    add("--backbone", choices=BACKBONES, default="resnet50")
+    add("--weights", default="imagenet", help="imagenet, imagenet-v2, random or a .pth / .safetensors file")
+    add("--img-size", type=int, default=224, help="photos are resized to this, squared")
+    add("--views", type=int, default=4, help="view 0 is plain, the others augmented; 1 = no augmentation in training")
+    add("--seed", type=int, default=1337, help="of the augmented views and of random weights")
+    add("--batch-size", type=int, default=32, help="images per forward pass, views counted")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that decode photos; 0 = in line")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--limit", type=int, help="only the first so many photos, to try things out (the file's name says so)")
+    add("--overwrite", action="store_true", help="make the file anew if there is one")
+    args = parser.parse_args(argv)
+    stride = BACKBONES[args.backbone].stride
+    if args.img_size < stride:
+        parser.error(f"--img-size {args.img_size}: {args.backbone} needs at least {stride}")
+    for name in ("views", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    backbone = BACKBONES[args.backbone]
+    image_ids = load_dataset(args.dataset, args.data_dir).image_ids()[: args.limit]
+    folders = image_folders(args.dataset, args.data_dir, args.images)
+    paths = find_photos(image_ids, folders)
+    found = sum(path is not None for path in paths.values())
+    if not found:
+        raise FileNotFoundError(f"none of the {len(image_ids)} photos is in {folders[0]}; name their folder with --images")
+    model, weights = backbone.load(args.weights, args.seed)
+    side = -(-args.img_size // backbone.stride)
+    shape = (len(image_ids), args.views, side * side, backbone.dim)
+    settings = {
+        "format": FORMAT, "dataset": args.dataset, "backbone": args.backbone, "weights": weights,
+        "weights_sha256": state_hash(model), "img_size": args.img_size, "mean": list(backbone.mean), "std": list(backbone.std),
+        "views": args.views, "seed": args.seed, "grid": [side, side], "grid_order": "row-major",
+        "images_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
+    }  # fmt: skip
+    versions = {f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, h5py, np, PIL)}
+
+    part = f"-first{args.limit}" if args.limit else ""
+    path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{args.img_size}{part}.h5"
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    if path.exists():
+        refuse_other_settings(path, settings)
+        print(f"{path} is finished; left alone (--overwrite makes it anew)")
+        report(path)
+        cache = FeatureCache(path)
+        if back := [i for i in image_ids if paths[i] is not None and cache.status[cache.rows[i]] == MISSING]:
+            print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")
+        return path
+
+    size = int(np.prod(shape)) * 2
+    held = partial.stat().st_blocks * 512 if partial.exists() else 0
+    free = shutil.disk_usage(path.parent).free
+    print(f"{args.dataset}: {len(image_ids)} photos, {found} found, x {args.views} views; {path} takes {size:,} bytes")
+    if size - held > free:
+        raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
+    if not partial.exists():
+        create_file(partial, image_ids, shape, settings | versions | {"batch_size": args.batch_size})
+    writer = FeatureWriter(partial, settings)
+    batch_size = writer.attrs["batch_size"]
+    if batch_size != args.batch_size:
+        print(f"resuming with the batch size the file was begun with, {batch_size}")
+
+    rows_per_batch = max(1, batch_size // args.views)
+    batches = [list(range(i, min(i + rows_per_batch, len(image_ids)))) for i in range(0, len(image_ids), rows_per_batch)]
+    todo = [rows for rows in batches if (writer.status[rows] == 0).any()]
+    done = len(image_ids) - sum(map(len, todo))
+    if done:
+        print(f"resuming: {done} photos are done")
+    loader = DataLoader(
+        Photos(image_ids, paths, args.img_size, args.views, args.seed),
+        batch_size=None, sampler=todo, collate_fn=list, num_workers=min(args.workers, len(todo)),
+    )  # fmt: skip
+    model = model.eval().to(args.device, memory_format=torch.channels_last)
+    started = time.perf_counter()
+    with tqdm(total=len(image_ids), initial=done, unit="photo", file=sys.stdout, disable=None) as progress:
+        extract(model, backbone, writer, loader, todo, args.device, progress)
+    writer.finish(path)
+    seconds, worked = time.perf_counter() - started, len(image_ids) - done
+    print(f"{worked} photos in {seconds:.1f} s: {worked * args.views / seconds:.1f} images/s, views counted ({args.device})")
+    report(path)
+    return path
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,190 @@
+"""Layers that fuse image regions into token states. Needs torch only: copy this one file and use it.
+
+    fusion = FUSIONS["film"](text_dim=768, region_dim=2048)
+    states = fusion(states, text_mask, regions, region_mask)
+
+All layers share one call, `fusion(text, text_mask, regions, region_mask, return_weights=False)`:
+
+    text         [B, T, D]   token states
+    text_mask    [B, T]      True = a real token, False = padding
+    regions      [B, R, Dv]  region features of any floating type and scale, in any order
+    region_mask  [B, R]      True = a real region; a row of False is a post without photo
+    returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R], averaged
+                             over heads and zero for a post without photo (None from layers that have no such weights);
+                             read them in eval mode, dropout may act on them in training
+
+Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order of
+regions changes nothing; a post without photo, like a padding token, leaves as it came in; multiplying all regions by
+a constant changes nothing (backbones differ a thousandfold in scale).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def unit_length(regions):
+    """Centre each vector over its channels and scale it to length 1. [..., Dv] -> [..., Dv] float32; zeros stay zeros.
+
+    Length 1, not variance 1: an Adam step of rate r then moves a projection's output by at most r * sqrt(Dv), so the
+    layers train at rates of 1e-3 whatever the width of the backbone.
+    """
+    return F.layer_norm(regions.float(), regions.shape[-1:], eps=1e-12) / regions.shape[-1] ** 0.5
+
+
+def clean(values, mask):
+    """`values` [B, N, C] with zeros where `mask` [B, N] is False, so that nothing there can leak, NaN included."""
+    return values.masked_fill(~mask[..., None], 0)
+
+
+def masked_softmax(scores, mask):
+    """Softmax over the last dimension among the True of `mask`; all zeros, with finite gradients, where none is."""
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~mask, 0)
+
+
+def where_photo(fused, text, text_mask, region_mask):
+    """`fused` for real tokens of posts with a photo, `text` elsewhere. [B, T, D]"""
+    photo = region_mask.any(1)[:, None] & text_mask  # [B, T]
+    return torch.where(photo[..., None], fused.to(text.dtype), text)
+
+
+class NoFusion(nn.Module):
+    """Text only: returns the token states as they are. Takes None for the regions and their mask."""
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        return (text, None) if return_weights else text
+
+
+class Film(nn.Module):
+    """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta, channel by channel.
+
+    A linear generator makes gamma = 1 + delta and beta from the mean of the real regions. It starts at zero, so that
+    the layer starts as text only.
+    """
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.generator = nn.Linear(region_dim, 2 * text_dim)
+        nn.init.zeros_(self.generator.weight)
+        nn.init.zeros_(self.generator.bias)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        pooled = unit_length(clean(regions, region_mask).float().sum(1))  # [B, Dv]; at unit length sum and mean are one
+        delta, beta = self.generator(self.dropout(pooled))[:, None].chunk(2, -1)  # [B, 1, D] each
+        fused = where_photo((1 + delta) * clean(text, text_mask) + beta, text, text_mask, region_mask)
+        return (fused, None) if return_weights else fused
+
+
+class Attention(nn.Module):
+    """Additive attention (Bahdanau et al., ICLR 2015) of each token over the regions, joined by a gated residual.
+
+    Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r). The sum inside the tanh is what lets tokens differ: were
+    h and v scored by one linear map of their concatenation, the token's part would cancel in the softmax.
+    Context c_t = sum_r weight_tr W_c v_r; output h_t + sigmoid(W_g [h_t; c_t]) * c_t. One head, `heads` is not used.
+    """
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        hidden = max(32, text_dim // 4)
+        self.token = nn.Linear(text_dim, hidden)
+        self.region = nn.Linear(region_dim, hidden, bias=False)
+        self.score = nn.Linear(hidden, 1, bias=False)
+        self.context = nn.Linear(region_dim, text_dim)
+        self.gate = nn.Linear(2 * text_dim, text_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+        scores = self.score(torch.tanh(self.token(words)[:, :, None] + self.region(image)[:, None]))  # [B, T, R, 1]
+        weights = masked_softmax(scores.squeeze(-1), region_mask[:, None])  # [B, T, R]
+        # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting them after.
+        context = self.dropout(self.context(weights.to(image.dtype) @ image))  # [B, T, D]
+        gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
+        fused = where_photo(words + gate * context, text, text_mask, region_mask)
+        return (fused, weights) if return_weights else fused
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries, regions are keys and values.
+
+    x = h + attention(h, v); output x + FFN(LayerNorm(x)). The residual path is free of norms, so that a post with
+    photo and one without reach the head on the same scale.
+    """
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            text_dim, heads, dropout, kdim=region_dim, vdim=region_dim, batch_first=True
+        )
+        self.norm = nn.LayerNorm(text_dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(text_dim, 2 * text_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * text_dim, text_dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+        photo = region_mask.any(1)[:, None]  # a row with nothing to attend to would be NaN; its result is not used
+        context, weights = self.attention(
+            words, image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
+        )
+        x = words + self.dropout(context)
+        fused = where_photo(x + self.dropout(self.feed_forward(self.norm(x))), text, text_mask, region_mask)
+        return (fused, weights * photo[..., None]) if return_weights else fused
+
+
+class Bimodal(nn.Module):
+    """Attention in both directions, joined by a gated multimodal unit.
+
+    "Bimodal" has no single meaning in the literature. This is: one multi-head affinity between tokens and regions, read
+    both ways as in dynamic coattention (Xiong et al., ICLR 2017, section 2.2). Regions attend over tokens, which tells
+    each region what the post says of it; tokens attend over regions so enriched. A gated multimodal unit (Arevalo et
+    al. 2017, section 3.1) weighs that context x_v against the token x_t: z = sigmoid(W_z [x_v; x_t]), unit =
+    z tanh(W_v x_v) + (1 - z) tanh(W_t x_t). Added to the token, so that pretrained states survive.
+    """
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        if text_dim % heads:
+            raise ValueError(f"text_dim {text_dim} is not divisible by heads {heads}")
+        self.heads = heads
+        self.query = nn.Linear(text_dim, text_dim)
+        self.key = nn.Linear(region_dim, text_dim, bias=False)
+        self.token_value = nn.Linear(text_dim, text_dim)
+        self.region_value = nn.Linear(region_dim, text_dim)
+        self.image_unit = nn.Linear(text_dim, text_dim)
+        self.token_unit = nn.Linear(text_dim, text_dim)
+        self.gate = nn.Linear(2 * text_dim, text_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+
+        def split(states):  # [B, N, D] -> [B, heads, N, D / heads]
+            return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        query, key = split(self.query(words)), split(self.key(image))
+        affinity = query @ key.mT / query.shape[-1] ** 0.5  # [B, heads, T, R]
+        to_regions = masked_softmax(affinity, region_mask[:, None, None])
+        to_tokens = masked_softmax(affinity.mT, text_mask[:, None, None])  # [B, heads, R, T]
+        said = self.dropout(to_tokens) @ split(self.token_value(words))  # [B, heads, R, D / heads]
+        context = self.dropout(to_regions) @ (split(self.region_value(image)) + said)
+        context = context.transpose(1, 2).flatten(-2)  # [B, T, D]
+        z = torch.sigmoid(self.gate(torch.cat((context, words.to(context.dtype)), -1)))
+        unit = z * torch.tanh(self.image_unit(context)) + (1 - z) * torch.tanh(self.token_unit(words))
+        fused = where_photo(words + self.dropout(unit), text, text_mask, region_mask)
+        return (fused, to_regions.mean(1)) if return_weights else fused
+
+
+FUSIONS = {
+    "film": Film,
+    "attention": Attention,
+    "cross-attention": CrossAttention,
+    "bimodal": Bimodal,
+    "none": NoFusion,
+}

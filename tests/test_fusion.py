@@ -1,0 +1,301 @@
+"""The promises of fusion.py, each layer as it starts and with noise on its parameters; formulas against plain loops."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusion import FUSIONS
+
+D, DV, HEADS = 24, 20, 4
+HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
+TRAINED = [name for name in FUSIONS if name != "none"]
+WEIGHTED = ["attention", "cross-attention", "bimodal"]
+GARBAGE = [1, 1e4, 1e30, math.inf, math.nan]  # 1e30 is finite in float32, its square is not
+
+# A fresh film is text only and a fresh bias often zero: noise on the parameters shows what the start would hide.
+CASES = [(name, noise) for name in FUSIONS for noise in (0, 0.3) if name in TRAINED or not noise]
+every_case = pytest.mark.parametrize("name, noise", CASES)
+
+
+def make(name, noise=0.3):
+    torch.manual_seed(0)
+    fusion = FUSIONS[name](D, DV, heads=HEADS).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return fusion
+
+
+def batch(seed=1):
+    """Four ragged posts, the last without photo. The first has a masked region between real ones."""
+    generator = torch.Generator().manual_seed(seed)
+    text, regions = torch.randn(4, 6, D, generator=generator), torch.randn(4, 5, DV, generator=generator)
+    text_mask = torch.arange(6) < torch.tensor([6, 3, 1, 4])[:, None]
+    region_mask = torch.arange(5) < torch.tensor([5, 1, 4, 0])[:, None]
+    region_mask[0, 1] = False
+    return text, text_mask, regions, region_mask
+
+
+def spoil(values, mask, scale):
+    """`values` with `scale` times random signs and sizes where `mask` is False."""
+    garbage = scale * torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
+    return torch.where(mask[..., None], values, garbage.to(values.dtype))
+
+
+def gradients(fusion, text, text_mask, regions, region_mask):
+    """Of a loss on the real tokens, for text, regions and each parameter; zeros for what the loss does not reach."""
+    text, regions = text.clone().requires_grad_(), regions.clone().requires_grad_()
+    loss = fusion(text, text_mask, regions, region_mask)[text_mask].square().sum()
+    return torch.autograd.grad(loss, [text, regions, *fusion.parameters()], materialize_grads=True)
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same(actual, expected):
+    """Bit for bit, where NaN is the same as NaN and None as None."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
+@pytest.mark.parametrize("scale", GARBAGE)
+def test_padding_changes_nothing_and_stays(name, noise, scale):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    spoilt = spoil(text, text_mask, scale)
+    expected, expected_weights = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    fused, weights = fusion(spoilt, text_mask, regions, region_mask, return_weights=True)
+    assert torch.equal(fused[text_mask], expected[text_mask])
+    same(fused[~text_mask], spoilt[~text_mask])
+    if name in WEIGHTED:
+        assert torch.equal(weights[text_mask], expected_weights[text_mask])
+    expected = gradients(fusion, text, text_mask, regions, region_mask)
+    same(gradients(fusion, spoilt, text_mask, regions, region_mask), expected)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", GARBAGE)
+def test_masked_regions_change_nothing(name, noise, dtype, scale):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    regions = regions.to(dtype)
+    spoilt = spoil(regions, region_mask, scale)
+    expected = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    same(fusion(text, text_mask, spoilt, region_mask, return_weights=True), expected)
+    # Zero times NaN is NaN: a forward pass that hides what is masked may still let it into the gradients.
+    expected = gradients(fusion, text, text_mask, regions, region_mask)
+    same(gradients(fusion, text, text_mask, spoilt, region_mask), expected)
+
+
+@every_case
+def test_order_of_regions_changes_nothing(name, noise):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    expected, expected_weights = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    fused, weights = fusion(text, text_mask, regions[:, order], region_mask[:, order], return_weights=True)
+    close(fused, expected)
+    if name in WEIGHTED:
+        close(weights, expected_weights[..., order])
+
+
+@every_case
+@pytest.mark.parametrize("training", [False, True])
+def test_no_photo_leaves_text_as_it_came(name, noise, training):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise).train(training), batch()
+    regions = spoil(regions, region_mask, math.nan)
+    assert torch.equal(fusion(text, text_mask, regions, region_mask)[3], text[3])
+    assert torch.equal(fusion(text[3:], text_mask[3:], regions[3:], region_mask[3:]), text[3:])
+    assert torch.equal(fusion(text, text_mask, regions, torch.zeros_like(region_mask)), text)
+
+
+@every_case
+def test_no_photo_gives_finite_gradients(name, noise):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise).train(), batch()
+    assert all(gradient.isfinite().all() for gradient in gradients(fusion, text, text_mask, regions, region_mask))
+    # Where no post has a photo, the loss is of the text alone.
+    of_text, *others = gradients(fusion, text, text_mask, regions, torch.zeros_like(region_mask))
+    assert torch.equal(of_text, 2 * text * text_mask[..., None])
+    assert not any(gradient.any() for gradient in others)  # NaN counts as any
+
+
+@every_case
+def test_batched_equals_one_by_one(name, noise):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    fused, weights = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    for i in range(len(text)):
+        t, r = text_mask[i], region_mask[i] if region_mask[i].any() else slice(0, 1)  # no photo: one masked region
+        alone, alone_weights = fusion(
+            text[i, t][None], text_mask[i, t][None], regions[i, r][None], region_mask[i, r][None], return_weights=True
+        )
+        close(fused[i, t], alone[0])
+        if name in WEIGHTED:
+            close(weights[i, t][:, r], alone_weights[0])
+
+
+@pytest.mark.parametrize("name, noise", [case for case in CASES if case[0] in TRAINED])
+def test_every_parameter_gets_a_gradient(name, noise):
+    _, _, *of_parameters = gradients(make(name, noise), *batch())
+    assert of_parameters and all(gradient.any() for gradient in of_parameters)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_photo_changes_every_token(name):
+    fusion, (text, text_mask, regions, region_mask) = make(name), batch()
+    one = fusion(text, text_mask, regions, region_mask)
+    two = fusion(text, text_mask, batch(seed=3)[2], region_mask)
+    changed = (one - two).abs().amax(-1) > 1e-2
+    assert torch.equal(changed, text_mask & region_mask.any(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights(name):
+    fusion, (text, text_mask, regions, region_mask) = make(name), batch()
+    _, weights = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    assert weights.shape == (4, 6, 5)
+    assert (weights >= 0).all() and not weights.masked_select(~region_mask[:, None]).any()
+    photo = region_mask.any(1, keepdim=True).float().expand(-1, 6)
+    close(weights.sum(-1)[text_mask], photo[text_mask])
+    assert torch.pdist(weights[0]).min() > 1e-3  # each token of the first post has weights of its own
+
+
+@every_case
+def test_asking_for_weights_changes_nothing(name, noise):
+    fusion, inputs = make(name, noise), batch()
+    fused, weights = fusion(*inputs, return_weights=True)
+    close(fusion(*inputs), fused, 1e-6)
+    assert (weights is None) == (name not in WEIGHTED)
+
+
+@every_case
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scale_of_regions_changes_nothing(name, noise, scale):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    expected = fusion(text, text_mask, regions, region_mask)
+    close(fusion(text, text_mask, scale * regions, region_mask), expected, 1e-4)
+
+
+def test_film_starts_as_text_and_none_stays_it():
+    text, text_mask, regions, region_mask = batch()
+    assert torch.equal(make("film", noise=0)(text, text_mask, regions, region_mask), text)
+    assert torch.equal(make("none")(text, text_mask, None, None), text)
+
+
+def unit(region):
+    centred = region - region.mean()
+    return centred / centred.square().sum().sqrt()
+
+
+def softmax(scores):
+    exponentials = torch.stack(scores).exp()
+    return exponentials / exponentials.sum()
+
+
+def mix(weights, values):
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+
+def film_reference(layer, tokens, regions):
+    delta, beta = layer.generator(unit(regions.mean(0))).chunk(2)
+    return [(1 + delta) * token + beta for token in tokens], None
+
+
+def attention_reference(layer, tokens, regions):
+    regions, fused, weights = [unit(region) for region in regions], [], []
+    for h in tokens:
+        weights.append(softmax([layer.score(torch.tanh(layer.token(h) + layer.region(v)))[0] for v in regions]))
+        c = mix(weights[-1], [layer.context(v) for v in regions])
+        fused.append(h + torch.sigmoid(layer.gate(torch.cat((h, c)))) * c)
+    return fused, weights
+
+
+def cross_attention_reference(layer, tokens, regions):
+    regions, fused, weights, inner = [unit(region) for region in regions], [], [], layer.attention
+    query_bias, key_bias, value_bias = inner.in_proj_bias.chunk(3)
+    keys = [inner.k_proj_weight @ v + key_bias for v in regions]
+    values = [inner.v_proj_weight @ v + value_bias for v in regions]
+    for h in tokens:
+        query = inner.q_proj_weight @ h + query_bias
+        heads = [softmax([query[s] @ key[s] / math.sqrt(D / HEADS) for key in keys]) for s in HEAD_SLICES]
+        context = torch.cat([mix(w, [value[s] for value in values]) for w, s in zip(heads, HEAD_SLICES, strict=True)])
+        x = h + inner.out_proj(context)
+        hidden = layer.feed_forward[0](layer.norm(x))
+        fused.append(x + layer.feed_forward[3](hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2))  # GELU
+        weights.append(sum(heads) / HEADS)
+    return fused, weights
+
+
+def bimodal_reference(layer, tokens, regions):
+    regions, contexts, weights = [unit(region) for region in regions], [[] for _ in tokens], [0] * len(tokens)
+    for s in HEAD_SLICES:
+        affinity = [[layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions] for h in tokens]
+        enriched = []
+        for r, v in enumerate(regions):
+            said = mix(softmax([row[r] for row in affinity]), [layer.token_value(h)[s] for h in tokens])
+            enriched.append(layer.region_value(v)[s] + said)
+        for t, row in enumerate(affinity):
+            contexts[t].append(mix(softmax(row), enriched))
+            weights[t] = weights[t] + softmax(row) / HEADS
+    fused = []
+    for h, context in zip(tokens, map(torch.cat, contexts), strict=True):
+        z = torch.sigmoid(layer.gate(torch.cat((context, h))))
+        fused.append(h + z * torch.tanh(layer.image_unit(context)) + (1 - z) * torch.tanh(layer.token_unit(h)))
+    return fused, weights
+
+
+REFERENCES = [film_reference, attention_reference, cross_attention_reference, bimodal_reference]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, reference", list(zip(TRAINED, REFERENCES, strict=True)))
+def test_formula(name, reference):
+    layer, (text, text_mask, regions, region_mask) = make(name), batch()
+    fused, weights = layer(text, text_mask, regions, region_mask, return_weights=True)
+    for i in range(3):  # the posts with a photo
+        t, r = text_mask[i], region_mask[i]
+        expected, expected_weights = reference(layer, text[i, t], regions[i, r])
+        close(fused[i, t], torch.stack(expected))
+        if name in WEIGHTED:
+            close(weights[i, t][:, r], torch.stack(expected_weights))
+
+
+@pytest.mark.parametrize("name, error", [("cross-attention", AssertionError), ("bimodal", ValueError)])
+def test_heads_must_divide_text_dim(name, error):
+    with pytest.raises(error, match="divisible"):
+        FUSIONS[name](D, DV, heads=5)
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(name, dtype):
+    fusion, (text, text_mask, regions, region_mask) = make(name), batch()
+    expected = fusion(text, text_mask, regions, region_mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = fusion(text.to(dtype), text_mask, regions, region_mask)
+    assert fused.dtype == dtype
+    assert (fused - expected).abs().max() < 3e-2 * expected.abs().max()
+
+
+def test_works_alone(tmp_path):
+    project = Path(__file__).parents[1]
+    shutil.copy(project / "fusion.py", tmp_path)
+    foreign = {path.stem for path in project.glob("*.py")} - {"fusion"} | {"transformers", "h5py"}
+    script = f"""
+import sys
+sys.path.insert(0, ".")  # -I keeps the working folder and PYTHONPATH out
+import torch
+import fusion
+text, regions = torch.randn(2, 3, 16), torch.randn(2, 4, 5)
+for layer in fusion.FUSIONS.values():
+    fused = layer(16, 5)(text, torch.ones(2, 3).bool(), regions, torch.ones(2, 4).bool())
+    assert fused.shape == text.shape and fused.isfinite().all()
+assert not {foreign!r} & set(sys.modules)
+print(fusion.__file__)
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / run.stdout.strip()).resolve() == (tmp_path / "fusion.py").resolve()
