@@ -99,9 +99,9 @@ class RelationExample:
 
 def read_lines(path):
     """[(line number, line)] of a UTF-8 file, without line ends; ValueError names the first line that is not UTF-8."""
-    raw = Path(path).read_bytes()
+    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -138,7 +138,9 @@ def read_ner(path, allowed):
         if (starts_post or not line.strip(" ")) and image_id is not None:
             if not words:
                 raise ValueError(f"{path}:{opened}: post {image_id} has no words; remove it or give it its words")
-            post_id = image_id if image_id not in ids else f"{image_id}@{opened}"
+            post_id = image_id
+            while post_id in ids:
+                post_id += f"@{opened}"
             ids.add(post_id)
             examples.append(NerExample(post_id, image_id, tuple(words), tuple(labels)))
             image_id, words, labels = None, [], []
@@ -167,19 +169,20 @@ def read_mnre(path, allowed):
         where = f"{path}:{number}"
         try:
             row = ast.literal_eval(line.strip())
-            words, image_id = row["token"], row["img_id"]
-            spans = {end: (row[end]["pos"][0], row[end]["pos"][1]) for end in "ht"}
-            relation = row["relation"]
+            words, image_id, relation = row["token"], row["img_id"], row["relation"]
+            spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
         except (ValueError, SyntaxError, TypeError, KeyError, IndexError, MemoryError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'not readable'}"
             raise ValueError(
                 f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
             ) from None
-        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+        # Half a surrogate pair is a str to Python, but no text: no tokenizer takes it.
+        if not (isinstance(words, list) and words and all(
+            isinstance(word, str) and not re.search("[\ud800-\udfff]", word) for word in words)):  # fmt: skip
             raise ValueError(f"{where}: 'token' must be a list of words")
         for end, span in spans.items():
             if not (all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(words)):
-                raise ValueError(f"{where}: '{end}' pos {list(span)} is not a span [start, end) of {len(words)} words")
+                raise ValueError(f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words")
         if not (isinstance(image_id, str) and isinstance(relation, str)):
             raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
         check_image_id(image_id, where)
@@ -260,18 +263,18 @@ def image_folders(name, data_dir="data", images=None):
 def find_photos(image_ids, folders):
     """{image id: path, or None where there is no photo}.
 
-    Looks ids up among the names in the folders, so that no id can lead anywhere else. `<id>` itself or `<id>.jpg` and
-    the other usual endings, upper or lower case.
+    Looks ids up among the names in the folders, so that no id can lead anywhere else: `<id>` itself or `<id>.jpg` and
+    the other usual endings, exactly so or else in another case.
     """
     names = {}
     for folder in folders:
         for entry in sorted(os.listdir(folder)):
-            names.setdefault(entry.lower(), Path(folder) / entry)
+            names.setdefault(entry, Path(folder) / entry)
+    for entry in list(names):
+        names.setdefault(entry.lower(), names[entry])
     endings = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-    return {
-        image_id: next((names[key] for end in endings if (key := image_id.lower() + end) in names), None)
-        for image_id in image_ids
-    }
+    candidates = {i: [stem + end for stem in (i, i.lower()) for end in endings] for i in image_ids}
+    return {i: next((names[key] for key in keys if key in names), None) for i, keys in candidates.items()}
 
 
 # ------------------------------------------------------------------------------------------------ examples -> batches
@@ -301,14 +304,17 @@ def special_ends(tokenizer):
 
 def mark_entities(example):
     """(words with the four `MARKERS` around head and tail, index of [E1], index of [E2]). Spans may overlap."""
-    opening = {example.head[0]: [MARKERS[0]]}
-    closing = {example.head[1]: [MARKERS[1]]}
-    opening.setdefault(example.tail[0], []).append(MARKERS[2])
-    closing.setdefault(example.tail[1], []).insert(0, MARKERS[3])
-    words = []
+    (head, head_end), (tail, tail_end) = example.head, example.tail
+    words, index = [], {}
     for position in range(len(example.words) + 1):
-        words += closing.get(position, []) + opening.get(position, []) + list(example.words[position : position + 1])
-    return words, words.index(MARKERS[0]), words.index(MARKERS[2])
+        for marker, place in zip(MARKERS, (None, head_end, None, tail_end), strict=True):
+            words += [marker] * (place == position)  # closing markers first, so that neighbours do not nest
+        for marker, place in ((MARKERS[0], head), (MARKERS[2], tail)):
+            if place == position:
+                index[marker] = len(words)
+                words.append(marker)
+        words += example.words[position : position + 1]
+    return words, index[MARKERS[0]], index[MARKERS[2]]
 
 
 def window(length, first, last, limit):
@@ -354,7 +360,10 @@ def encode(tokenizer, examples, labels, max_len):
             kept = range(min(len(ids), room))
         place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
         starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
-        lost = sum(word in first_piece and starts[word] < 0 for word in range(len(words)))
+        lost = sum(
+            word in first_piece and starts[word] < 0 and not (relations and words[word] in MARKERS)
+            for word in range(len(words))
+        )
         counts["cut_words"] += lost
         counts["cut_posts"] += lost > 0
         counts["words_without_piece"] += len(words) - len(first_piece)
@@ -418,7 +427,7 @@ COLUMNS = ("regions", "num_regions", "image_id", "status", "reason", "crc32")
 
 def read_attrs(file):
     """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length UTF-8 bytes."""
-    values = {key: value.tolist() for key, value in file.attrs.items()}
+    values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in file.attrs.items()}
     return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
 
 
@@ -444,7 +453,8 @@ class FeatureCache:
         try:
             with h5py.File(self.path, "r") as file:
                 self.attrs = read_attrs(file)
-                if self.attrs.get("format") != FORMAT or any(name not in file for name in COLUMNS):
+                columns = [file.get(name) for name in COLUMNS]
+                if self.attrs.get("format") != FORMAT or not all(isinstance(c, h5py.Dataset) for c in columns):
                     found = self.attrs.get("format", "none")
                     raise ValueError(f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py")
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
@@ -453,14 +463,20 @@ class FeatureCache:
                 regions = file["regions"]
                 self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
         except OSError as error:
-            raise ValueError(f"{path}: not a readable HDF5 file ({error}); make it anew") from None
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
         if (self.status == 0).any():
             raise ValueError(f"{path}: {(self.status == 0).sum()} photos not done; run extract_features.py again")
         # Mapping past the end of a file is a bus error at first touch, not an exception: compare the lengths first.
-        if offset is None or self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
+        if offset is None:
+            raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
+        if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
             raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
         self.rows = {image_id: row for row, image_id in enumerate(ids)}
         self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
+
+    def __reduce__(self):
+        return FeatureCache, (self.path,)  # a pickled map would carry all its bytes; a worker opens the file itself
 
     @property
     def views(self):

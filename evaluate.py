@@ -108,7 +108,7 @@ def score(records):
     metrics["posts_without_photo"] = sum(record.get("photo") is False for record in records)
     if ner:
         metrics["words_answered_without_model"] = sum(
-            p is None for record in records for p in record.get("probability") or []
+            p is None for record in records for p in record.get("probability", [])
         )
     metrics["warnings"] = one_label_warnings(flat, metrics["entity" if ner else "relation"])
     return metrics
@@ -134,18 +134,22 @@ def main_score(metrics):
 # -------------------------------------------------------------------------------------------------- predictions
 
 
-def write_json_lines(path, records):
-    """One JSON object a line, in place of what was there, whole or not at all."""
+def write_text(path, text):
+    """A UTF-8 file in place of what was there, whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
-    """Indented JSON, in place of what was there, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path, records):
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_predictions(path):
@@ -160,7 +164,8 @@ def read_predictions(path):
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     lines = list(enumerate(text.replace("\r\n", "\n").split("\n"), 1))
     first = next((line for _, line in lines if line.strip()), "")
-    records = json_records(path, lines) if first.startswith('{"') else conll_records(path, lines)
+    is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace too, but not so and without a tab
+    records = (json_records if is_json else conll_records)(path, lines)
     if not records:
         raise ValueError(f"{path}: no predictions in it")
     return records
@@ -174,6 +179,7 @@ def json_records(path, lines):
         try:
             record = json.loads(line)
             post_id, gold, predicted = record["id"], record["gold"], record["predicted"]
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be written
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not a JSON object with id, gold and predicted ({error})") from None
         ner, where = isinstance(gold, list), f"{path}:{number}: post {post_id!r}"
@@ -181,6 +187,9 @@ def json_records(path, lines):
             raise ValueError(f"{where}: named entities and relations in one file; split them")
         if not isinstance(predicted, type(gold)) or (ner and len(predicted) != len(gold)):
             raise ValueError(f"{where}: gold and predicted must be two label lists of one length, or two labels")
+        for key in ("words", "probability") if ner else ():
+            if key in record and not (isinstance(record[key], list) and len(record[key]) == len(gold)):
+                raise ValueError(f"{where}: {key} must be a list as long as gold")
         for label in [*gold, *predicted] if ner else [gold, predicted]:
             check_form(label, ner, where)
         if str(post_id) in ids:
@@ -193,13 +202,14 @@ def json_records(path, lines):
 def conll_records(path, lines):
     records, post_id, words = [], None, []
     for number, line in [*lines, (len(lines) + 1, "")]:
-        if line.startswith("IMGID:") or not line.strip(" \t"):
+        if re.fullmatch(r"IMGID:[^\t ]*", line) or not line.strip(" \t"):
             if words:
                 names = ("words", "gold", "predicted")
                 columns = dict(zip(names, map(list, zip(*words, strict=True)), strict=True))
                 records.append({"id": post_id or f"post {len(records) + 1}", **columns})
             post_id, words = line[len("IMGID:") :] or None, []
             continue
+        # Without tabs the last two columns count, as in the CoNLL evaluation script.
         fields = line.split("\t") if "\t" in line else line.rsplit(" ", 2)
         if len(fields) != 3:
             raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {line[:80]!r}")
@@ -253,7 +263,8 @@ def predict(model, rows, examples, labels, pad_id, batch_size, device, precision
 def shuffled_photos(image_ids, cache, seed):
     """{image id: another post's image id}: one random cycle through the photos, so none stays with its own post.
 
-    Works on photos, not posts: rows that share a photo share the wrong one. An id without a photo keeps having none.
+    Works on photos, not posts: rows that share a photo share the wrong one. An id without a photo keeps having none;
+    a lone photo has no other to change with.
     """
     with_photo = [image_id for image_id in dict.fromkeys(image_ids) if cache.has_photo(image_id)]
     order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
@@ -346,8 +357,8 @@ def format_scores(metrics, title):
 
 def gold_fingerprint(records):
     """Digits that two prediction files share exactly when they hold the same posts with the same gold labels."""
-    gold = json.dumps(sorted((r.get("words"), r["gold"]) for r in records), ensure_ascii=False)
-    return hashlib.sha256(gold.encode()).hexdigest()[:16]
+    posts = sorted(json.dumps([r.get(key) for key in ("words", "head", "tail", "gold")]) for r in records)
+    return hashlib.sha256("\n".join(posts).encode()).hexdigest()[:16]
 
 
 def parse_args(argv):

@@ -11,6 +11,7 @@ Why contiguous and not a chunk an image: README, "The feature file".
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -182,13 +183,19 @@ class FeatureWriter:
         self.fd = os.open(path, os.O_RDWR)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.attrs = refuse_other_settings(path, settings)
+            with h5py.File(path, "r", locking=False) as file:  # the lock is ours
+                self.status = file["status"][:]
+                self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
         except BlockingIOError:
-            os.close(self.fd)
+            self.close()
             raise ValueError(f"{path}: another process is extracting into it; wait for it or stop it") from None
-        self.attrs = refuse_other_settings(path, settings)
-        with h5py.File(path, "r", locking=False) as file:  # the lock is ours
-            self.status = file["status"][:]
-            self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
+        except ValueError:
+            self.close()
+            raise
+
+    def close(self):
+        os.close(self.fd)
 
     def put(self, name, row, value):
         offset, dtype, shape = self.columns[name]
@@ -213,7 +220,6 @@ class FeatureWriter:
         """Everything to disk, then the finished name."""
         os.fsync(self.fd)
         os.replace(path.with_name(path.name + ".partial"), path)
-        os.close(self.fd)
 
 
 def refuse_other_settings(path, settings):
@@ -312,11 +318,12 @@ def main(argv=None):
     shape = (len(image_ids), args.views, side * side, backbone.dim)
     settings = {
         "format": FORMAT, "dataset": args.dataset, "backbone": args.backbone, "weights": weights,
-        "weights_sha256": state_hash(model), "img_size": args.img_size, "mean": list(backbone.mean), "std": list(backbone.std),
+        "img_size": args.img_size, "mean": list(backbone.mean), "std": list(backbone.std),
         "views": args.views, "seed": args.seed, "grid": [side, side], "grid_order": "row-major",
         "images_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
     }  # fmt: skip
-    versions = {f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, h5py, np, PIL)}
+    recorded = {"weights_sha256": state_hash(model), "batch_size": args.batch_size}  # said in the file, not compared
+    recorded |= {f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, h5py, np, PIL)}
 
     part = f"-first{args.limit}" if args.limit else ""
     path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{args.img_size}{part}.h5"
@@ -341,28 +348,27 @@ def main(argv=None):
     if size - held > free:
         raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
     if not partial.exists():
-        create_file(partial, image_ids, shape, settings | versions | {"batch_size": args.batch_size})
-    writer = FeatureWriter(partial, settings)
-    batch_size = writer.attrs["batch_size"]
-    if batch_size != args.batch_size:
-        print(f"resuming with the batch size the file was begun with, {batch_size}")
-
-    rows_per_batch = max(1, batch_size // args.views)
-    batches = [list(range(i, min(i + rows_per_batch, len(image_ids)))) for i in range(0, len(image_ids), rows_per_batch)]
-    todo = [rows for rows in batches if (writer.status[rows] == 0).any()]
-    done = len(image_ids) - sum(map(len, todo))
-    if done:
-        print(f"resuming: {done} photos are done")
-    loader = DataLoader(
-        Photos(image_ids, paths, args.img_size, args.views, args.seed),
-        batch_size=None, sampler=todo, collate_fn=list, num_workers=min(args.workers, len(todo)),
-    )  # fmt: skip
-    model = model.eval().to(args.device, memory_format=torch.channels_last)
-    started = time.perf_counter()
-    with tqdm(total=len(image_ids), initial=done, unit="photo", file=sys.stdout, disable=None) as progress:
-        extract(model, backbone, writer, loader, todo, args.device, progress)
-    writer.finish(path)
-    seconds, worked = time.perf_counter() - started, len(image_ids) - done
+        create_file(partial, image_ids, shape, settings | recorded)
+    with contextlib.closing(FeatureWriter(partial, settings)) as writer:
+        batch_size = writer.attrs["batch_size"]
+        if batch_size != args.batch_size:
+            print(f"resuming with the batch size the file was begun with, {batch_size}")
+        per_batch = max(1, batch_size // args.views)
+        batches = [list(range(i, min(i + per_batch, len(image_ids)))) for i in range(0, len(image_ids), per_batch)]
+        todo = [rows for rows in batches if (writer.status[rows] == 0).any()]
+        worked = sum(map(len, todo))
+        if worked < len(image_ids):
+            print(f"resuming: {len(image_ids) - worked} photos are done")
+        loader = DataLoader(
+            Photos(image_ids, paths, args.img_size, args.views, args.seed),
+            batch_size=None, sampler=todo, collate_fn=list, num_workers=min(args.workers, len(todo)),
+        )  # fmt: skip
+        model = model.eval().to(args.device, memory_format=torch.channels_last)
+        started = time.perf_counter()
+        with tqdm(total=len(image_ids), initial=len(image_ids) - worked, unit="photo", disable=None) as progress:
+            extract(model, backbone, writer, loader, todo, args.device, progress)
+        writer.finish(path)
+    seconds = time.perf_counter() - started
     print(f"{worked} photos in {seconds:.1f} s: {worked * args.views / seconds:.1f} images/s, views counted ({args.device})")
     report(path)
     return path

@@ -1,0 +1,509 @@
+"""The promises of data.py: hand-written files and what is read of them, batches against a second way to make them."""
+
+import hashlib
+import itertools
+import math
+import multiprocessing
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import IGNORE, MARKERS, RELATIONS, FeatureCache, NerExample, RelationExample, encode, find_photos, read_mnre
+from model import load_tokenizer
+
+LABELS = data.bio_labels(("LOC", "MISC", "PER"))
+POST = "IMGID:1\na\tO\nb\tB-PER\n\n"
+PLAIN = f"{POST}IMGID:2\nc\tI-PER\n\n"
+POSTS = [NerExample("1", "1", ("a", "b"), ("O", "B-PER")), NerExample("2", "2", ("c",), ("I-PER",))]
+PATHS = ["../../etc/passwd", "/etc/passwd", "", ".", "..", "a\\b", "a\0b"]
+TOKENS, MEMBER = ["Messi", "joins", "Miami", "today"], "/per/org/member_of"
+ROW = {"token": TOKENS, "h": {"pos": [0, 1]}, "t": {"pos": [2, 3]}, "img_id": "1.jpg", "relation": MEMBER}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def row(**changes):
+    return f"{ROW | changes}\n"
+
+
+def read_ner(path, content):
+    return data.read_ner(write(path / "x", content), LABELS)
+
+
+def refused(path, line, reason):
+    """Expect a ValueError of one line that starts with file and line."""
+    return pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}:{line}: .*{reason}.*\Z")
+
+
+@pytest.mark.parametrize("content", [
+    PLAIN, PLAIN[:-1], PLAIN[:-2], PLAIN.replace("\n", "\r\n"), "\ufeff" + PLAIN, PLAIN.replace("\n\n", "\n"),
+    PLAIN.replace("\n\n", "\n\n\n"), PLAIN.replace("\n\n", "\n  \n"), "\n" + PLAIN,
+])  # fmt: skip
+def test_ner_file(tmp_path, content):
+    assert read_ner(tmp_path, content) == POSTS
+
+
+# What strip, split and splitlines take for a space or for the end of a line is a part of the word.
+@pytest.mark.parametrize("word", ["", "IMGID:1", *"\u00a0\u200b\ufe0f\ufeff ", *map("a{}b".format, " \u2028\x85\f\r")])
+def test_ner_odd_words_survive(tmp_path, word):
+    (post,) = read_ner(tmp_path, f"IMGID:1\na\tO\n{word}\tB-PER\nc\tI-PER\n\n")
+    assert (post.words, post.labels) == (("a", word, "c"), ("O", "B-PER", "I-PER"))
+
+
+@pytest.mark.parametrize("ids", [["1", "2", "1", "1"], ["a@7", "a", "a"]])  # the latter: a photo named as a later post
+def test_ner_repeated_ids(tmp_path, ids):
+    posts = read_ner(tmp_path, "".join(f"IMGID:{image_id}\nw\tO\n\n" for image_id in ids))
+    assert [post.image_id for post in posts] == ids
+    assert posts[0].id == ids[0] and len({post.id for post in posts}) == len(posts)
+
+
+@pytest.mark.parametrize("content, line, reason", [
+    ("IMGID:1\na O\n", 2, "word<TAB>"), ("IMGID:1\na\tO\tO\n", 2, "word<TAB>"), (POST + "2\n", 5, "word<TAB>"),
+    ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
+    ("a\tO\n", 1, "no IMGID"), (POST + "c\tO\n", 5, "no IMGID"),
+    (b"IMGID:1\na\tO\nb\xff\tO\n", 3, "not UTF-8"), (b"IMGID:1\na\tO\n\xc3", 3, "not UTF-8"),
+    (b"\xef\xbb\xbfIMGID:1\na\tO\n\xff\tO\n", 3, "not UTF-8"),  # the byte order mark must not shift the count
+    (POST + "IMGID:2\n\nIMGID:3\na\tO\n", 5, "post 2 has no words"), (POST + "IMGID:2", 5, "post 2 has no words"),
+    ("IMGID:2\nIMGID:3\na\tO\n", 1, "post 2 has no words"),
+    *((f"{POST}IMGID:{image_id}\na\tO\n", 5, "not a plain file name") for image_id in PATHS),
+])  # fmt: skip
+def test_ner_errors(tmp_path, content, line, reason):
+    with refused(tmp_path / "x", line, reason):
+        read_ner(tmp_path, content)
+
+
+@pytest.mark.parametrize("head, tail", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2), (1, 2)), ((3, 4), (0, 4))])
+def test_mnre_spans(tmp_path, head, tail):
+    path = write(tmp_path / "x", row(h={"name": "", "pos": list(head)}, t={"pos": list(tail)}))
+    assert read_mnre(path, RELATIONS) == [RelationExample("1.jpg@1", "1.jpg", tuple(TOKENS), head, tail, MEMBER)]
+
+
+@pytest.mark.parametrize("start, end", [("", "\n"), ("", "\r\n"), ("\ufeff", "\n")])
+def test_mnre_rows_that_share_a_photo(tmp_path, start, end):
+    path = write(tmp_path / "x", (start + row() + row(relation="None") + "\n" + row()[:-1]).replace("\n", end))
+    found = [(example.id, example.image_id, example.label) for example in read_mnre(path, RELATIONS)]
+    assert found == [("1.jpg@1", "1.jpg", MEMBER), ("1.jpg@2", "1.jpg", "None"), ("1.jpg@4", "1.jpg", MEMBER)]
+
+
+@pytest.mark.parametrize("place", ["{}", "{{'token': {}}}", "[{} for _ in (1,)]", "{{'token': f'{{{}}}'}}"])
+def test_mnre_code_is_never_run(tmp_path, place):
+    line, proof = place.format(f'__import__("os").system("touch {tmp_path}/proof")'), tmp_path / "proof"
+    path = write(tmp_path / "x", row() + line)
+    with refused(path, 2, "not a row"):
+        read_mnre(path, RELATIONS)
+    assert not proof.exists()
+    eval(line)  # what the reader must not do, to know that it would have shown
+    assert proof.exists()
+
+
+SPANS = [[0, 5], [5, 6], [1, 1], [2, 1], [-1, 1], ["0", "1"], [0.0, 1.0], [False, True], [0, True], [None, 1]]
+HUGE = row().replace("[2, 3]", f"[0x{'f' * 5000}, 3]")  # Python does not print it in decimal
+
+
+@pytest.mark.parametrize("line, reason", [
+    *((row(**{end: {"pos": pos}}), f"'{end}' pos") for end in "ht" for pos in SPANS), (HUGE, ""),
+    *((row(t=t), "not a row") for t in ({"pos": [1]}, {"pos": 3}, {"pos": None}, [0, 1], {})),
+    *((str({k: v for k, v in ROW.items() if k != key}), f"not a row .*{key}") for key in ROW),
+    *((row(token=words), "list of words") for words in ([], "Messi joins", [1, 2, 3, 4], None)),
+    (row(relation="/per/per/foe"), "unknown label '/per/per/foe'"), (row(relation=[]), "text"), (row(img_id=1), "text"),
+    *((row(img_id=image_id), "not a plain file name") for image_id in PATHS), (b"\xff", "not UTF-8"),
+    *((line, "not a row") for line in ("{", "x y", "null", "[]", "1", "'a'", "\0", "[" * 100_000, "-" * 100_000 + "1")),
+])  # fmt: skip
+def test_mnre_errors(tmp_path, line, reason):
+    path = write(tmp_path / "x", row().encode() + (line if isinstance(line, bytes) else line.encode()))
+    with refused(path, 2, reason):
+        read_mnre(path, RELATIONS)
+
+
+@pytest.mark.parametrize("name, train, valid", [
+    ("twitter2017", "twitter2017/train.txt", "twitter2017/valid.txt"),
+    ("twitter2015", "twitter2015_txt/train.txt", "twitter2015_txt/val.txt"),
+    ("mnre", "mnre_txt/mnre_train.txt", "mnre_txt/mnre_val.txt"),
+    ("mnre", "mnre/mnre_txt/mnre_train.txt", "mnre/mnre_txt/mnre_val .txt"),
+    ("mnre", "mnre/txt/ours_train.txt", "mnre/txt/ours_val.txt"),
+])  # fmt: skip
+def test_text_layouts(tmp_path, monkeypatch, name, train, valid):
+    one, two = (row(), row(img_id="2.jpg") + row()) if name == "mnre" else (POST, PLAIN)
+    files = {"train": write(tmp_path / train, one), "valid": write(tmp_path / valid, two)}
+    digests = [hashlib.sha256(content.encode()).hexdigest() for content in (one, two)]
+    monkeypatch.setitem(data.VARIANTS, digests[0][:16], "known")
+    dataset = data.load_dataset(name, tmp_path)
+    assert dataset.files == files  # and no test file
+    assert [len(dataset.examples[split]) for split in files] == [1, 2]
+    assert dataset.image_ids() == (["1.jpg", "2.jpg"] if name == "mnre" else ["1", "2"])
+    assert dataset.fingerprints() == {
+        "train": {"file": str(files["train"]), "sha256": digests[0], "variant": "known"},
+        "valid": {"file": str(files["valid"]), "sha256": digests[1], "variant": "not a file of a known release"},
+    }
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("twitter2017", "twitter2017/images"), ("twitter2017", "twitter2017_images"), ("mnre", "mnre_image"),
+    *(("mnre", f"{parent}img_org/{split}") for parent in ("", "mnre/") for split in ("train", "val", "test")),
+])  # fmt: skip
+def test_image_layouts(tmp_path, name, folder):
+    photo, other = write(tmp_path / folder / "1.jpg", ""), write(tmp_path / "elsewhere" / "1.jpg", "")
+    assert find_photos(["1"], data.image_folders(name, tmp_path)) == {"1": photo}
+    assert find_photos(["1"], data.image_folders(name, tmp_path, other.parent)) == {"1": other}
+    for images, sought in ((None, Path("no", name, "images")), ("none", "none")):
+        with pytest.raises(FileNotFoundError, match=f"no image folder {sought}: put the photos there .* --images"):
+            data.image_folders(name, "no", images)
+
+
+@pytest.mark.parametrize("name, train, labels, other", [
+    ("twitter2015", "IMGID:1\na\tB-PER\nb\tI-OTHER\n", "O B-OTHER I-OTHER B-PER I-PER", "IMGID:1\na\tB-MISC\n"),
+    ("twitter2015", "IMGID:1\na\tB-MISC\nb\tB-LOC\n", "O B-LOC I-LOC B-MISC I-MISC", "IMGID:1\na\tI-OTHER\n"),
+    ("mnre", row(relation="/per/per/peer") + row(), f"None {MEMBER} /per/per/peer", row() + row(relation="x")),
+])  # fmt: skip
+def test_labels_are_those_of_train(tmp_path, name, train, labels, other):
+    for split in ("train", "valid"):
+        write(tmp_path / name / f"{split}.txt", train)
+    assert data.load_dataset(name, tmp_path).labels == tuple(labels.split())
+    with refused(write(tmp_path / name / "test.txt", other), 2, "unknown label"):
+        data.load_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_empty_and_absent_splits(tmp_path, split):
+    paths = {name: write(tmp_path / "twitter2017" / f"{name}.txt", PLAIN) for name in ("train", "valid")}
+    with pytest.raises(ValueError, match=f"{re.escape(str(write(paths[split], chr(10))))}: no posts"):
+        data.load_dataset("twitter2017", tmp_path)
+    paths[split].unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {split} file .* at {re.escape(str(paths[split]))} "):
+        data.load_dataset("twitter2017", tmp_path)
+
+
+@pytest.mark.parametrize("image_id, expected", [
+    ("1", "a/1.jpg"), ("1.jpg", "a/1.jpg"), ("2", "a/2.PNG"), ("2.png", "a/2.PNG"), ("train_3", "b/TRAIN_3.JPEG"),
+    ("4", "a/4"), ("Y", "b/Y.jpg"), ("y", "b/y.jpg"),  # the last two are two photos
+    *((image_id, None) for image_id in ("5", "6", "outside", "../outside", "../outside.jpg", "../b/Y", ".", "..", "")),
+])  # fmt: skip
+def test_find_photos(tmp_path, image_id, expected):
+    for name in "a/1.jpg a/2.PNG a/4 a/5.txt b/1.jpg b/TRAIN_3.JPEG b/Y.jpg b/y.jpg outside.jpg".split():
+        write(tmp_path / name, "")
+    absolute, folders = str(tmp_path / "outside.jpg"), [tmp_path / "a", tmp_path / "b"]
+    expected = tmp_path / expected if expected else None
+    assert find_photos([image_id, absolute], folders) == {image_id: expected, absolute: None}
+
+
+class Slow:
+    """All that a slow tokenizer offers: no word_ids and no word lists."""
+
+    is_fast = False
+
+    def __init__(self, fast):
+        self.fast, self.tokenize, self.convert_tokens_to_ids = fast, fast.tokenize, fast.convert_tokens_to_ids
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
+def byte_level(words):
+    """A byte-level BPE tokenizer as RoBERTa's, with few merges."""
+    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer, special = level, ["<s>", "</s>"]
+    options = {"initial_alphabet": level.alphabet(), "special_tokens": special, "show_progress": False}
+    tokenizer.train_from_iterator([" ".join(words)], trainers.BpeTrainer(vocab_size=300, **options))
+    ends = list(zip(special, range(2), strict=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="<s>", sep_token="</s>")
+
+
+def spans(length):
+    return list(itertools.combinations(range(length + 1), 2))
+
+
+def relation(words, head, tail):
+    return RelationExample("", "", tuple(words), head, tail, MEMBER)
+
+
+RNG = random.Random(0)
+WORDS = ["Messi", "TODAYS", "@fan", "#messi", "don't", "😍", "x2", "\u00a0", "\u200b", "\ufe0f", "", "...", "good"]
+WORD_LISTS = [RNG.choices(WORDS, k=RNG.randint(1, 12)) for _ in range(60)]
+RANDOM_POSTS = [NerExample("", "", tuple(words), tuple(RNG.choices(LABELS, k=len(words)))) for words in WORD_LISTS]
+PAIRS = [relation(["Todays", "\u200b", "@fan", "good"], *pair) for pair in itertools.product(spans(4), repeat=2)]
+
+
+def test_encode_by_hand(encoder_dir):
+    post = NerExample("1", "1", ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O"))
+    tokenizer = load_tokenizer(encoder_dir, "ner")
+    (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
+    assert tokens == ["[CLS]", "messi", "today", "##s", "good", "[SEP]"]
+    assert encoded == {"word_starts": [1, -1, 2, 4, -1], "labels": [5, IGNORE, 6, 1, IGNORE]}
+    assert counts == {"cut_posts": 1, "cut_words": 1, "words_without_piece": 1}
+    with pytest.raises(ValueError, match="--max-len 5 "):
+        encode(tokenizer, [post], LABELS, 5)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "byte-level BPE"])
+@pytest.mark.parametrize("max_len", [6, 12, 100])
+def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
+    tokenizer = load_tokenizer(encoder_dir, "ner") if kind == "WordPiece" else byte_level(WORDS)
+    rows, counts = encode(tokenizer, RANDOM_POSTS, LABELS, max_len)
+    expected = {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
+    for post, encoded in zip(RANDOM_POSTS, rows, strict=True):
+        ids, starts, cut = [tokenizer.cls_token_id], [], 0
+        for word in post.words:
+            pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
+            starts.append(len(ids) if pieces and len(ids) < max_len - 1 else -1)
+            cut += bool(pieces) and starts[-1] < 0
+            expected["words_without_piece"] += not pieces
+            ids += pieces
+        expected["cut_words"] += cut
+        expected["cut_posts"] += cut > 0
+        labels = [LABELS.index(y) if s >= 0 else IGNORE for y, s in zip(post.labels, starts, strict=True)]
+        ids = ids[: max_len - 1] + [tokenizer.sep_token_id]
+        assert encoded == {"input_ids": ids, "word_starts": starts, "labels": labels}
+    assert counts == expected
+    assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]  # as the posts are meant
+
+
+@pytest.mark.parametrize("task, examples, labels", [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)])
+@pytest.mark.parametrize("max_len", [9, 100])
+def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len):
+    fast = load_tokenizer(encoder_dir, task)
+    assert encode(Slow(fast), examples, labels, max_len) == encode(fast, examples, labels, max_len)
+
+
+def test_mark_entities():
+    for head, tail in itertools.product(spans(5), repeat=2):
+        marked, head_at, tail_at = data.mark_entities(relation("abcde", head, tail))
+        assert "".join(word for word in marked if word not in MARKERS) == "abcde", (head, tail)
+        assert sorted(word for word in marked if word in MARKERS) == sorted(MARKERS), (head, tail)
+        for (start, end), at, first, last in ((head, head_at, "[E1]", "[/E1]"), (tail, tail_at, "[E2]", "[/E2]")):
+            inside = [word for word in marked[at : marked.index(last)] if word not in MARKERS]
+            assert marked[at] == first and "".join(inside) == "abcde"[start:end], (head, tail)
+
+
+def test_words_that_look_like_markers():
+    assert data.mark_entities(relation(["[E2]", "[E1]", "x", "y"], (2, 3), (3, 4)))[1:] == (2, 5)
+
+
+@pytest.mark.parametrize("max_len", [6, 9, 16, 200])
+def test_encode_relations(encoder_dir, max_len):
+    tokenizer, cases = load_tokenizer(encoder_dir, "relation"), random.Random(0).choices(spans(20), k=120)
+    examples = [relation(["Messi", "todays"] * 10, *pair) for pair in zip(cases[::2], cases[1::2], strict=True)]
+    examples.append(relation(["good"] * 60, (58, 60), (0, 1)))
+    rows, counts = encode(tokenizer, examples, ("None", MEMBER), max_len)
+    for example, encoded in zip(examples, rows, strict=True):
+        tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        assert len(tokens) <= max_len and (tokens[0], tokens[-1], encoded["labels"]) == ("[CLS]", "[SEP]", 1)
+        assert (tokens[encoded["head_index"]], tokens[encoded["tail_index"]]) == ("[E1]", "[E2]")
+        if max_len == 200:
+            assert encoded["input_ids"] == tokenizer(" ".join(data.mark_entities(example)[0]))["input_ids"]
+    assert (counts["cut_posts"], counts["cut_words"] > 0) == ((0, False) if max_len == 200 else (len(rows), True))
+
+
+def test_window():
+    for length, limit in itertools.product(range(1, 11), range(2, 12)):
+        for first, last in itertools.combinations_with_replacement(range(length), 2):
+            kept, case = data.window(length, first, last, limit), (length, first, last, limit)
+            assert kept == sorted(set(kept) & set(range(length))) and {first, last} <= set(kept), case
+            assert len(kept) == min(length, limit), case
+            assert last - first >= limit or kept[-1] - kept[0] == len(kept) - 1, case
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_every_post_is_in_one_batch(seed, size):
+    for n in (*range(26), *(50 * size * pools + d for pools in (1, 3) for d in (-1, 0, 1))):
+        lengths = np.random.default_rng(n).integers(3, 60, n)
+        batches = data.length_batches(lengths, size, None if seed is None else np.random.default_rng(seed))
+        assert sorted(itertools.chain(*batches)) == list(range(n))
+        assert len(batches) == math.ceil(n / size) and all(1 <= len(batch) <= size for batch in batches)
+        if seed is None:
+            assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
+
+
+def test_batches_are_random_and_pad_little():
+    lengths = np.random.default_rng(0).gamma(6, 4, 3000).astype(int) + 5  # of sub-tokens: 6 to 70, on average 28
+
+    def efficiency(batches):
+        return sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    generator = np.random.default_rng(1)
+    one, two = data.length_batches(lengths, 8, generator), data.length_batches(lengths, 8, generator)
+    assert one == data.length_batches(lengths, 8, np.random.default_rng(1))
+    assert set(map(frozenset, one)).isdisjoint(map(frozenset, two))
+    means = [np.mean(lengths[batch]) for batch in one]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # the sorted batches do not follow one another
+    assert min(efficiency(one), efficiency(two)) >= 0.90
+    assert efficiency(np.arange(3000).reshape(-1, 8)) < 0.75  # unsorted
+
+
+def test_collate():
+    words = [{"input_ids": [2, 7, 8, 3], "word_starts": [1, -1, 2], "labels": [0, IGNORE, 4]},
+             {"input_ids": [2, 9, 3], "word_starts": [1], "labels": [1]}]  # fmt: skip
+    pairs = [{"input_ids": [2, 3], "head_index": 1, "tail_index": 0, "labels": 5},
+             {"input_ids": [2, 0, 0, 3], "head_index": 2, "tail_index": 3, "labels": 0}]  # fmt: skip
+    batches = [data.collate(words, 99), data.collate(pairs, 99)]
+    assert [{key: value.tolist() for key, value in batch.items()} for batch in batches] == [
+        {"input_ids": [[2, 7, 8, 3], [2, 9, 3, 99]], "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
+         "word_starts": [[1, -1, 2], [1, -1, -1]], "labels": [[0, IGNORE, 4], [1, IGNORE, IGNORE]]},
+        {"input_ids": [[2, 3, 99, 99], [2, 0, 0, 3]], "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1]],
+         "head_index": [1, 2], "tail_index": [0, 3], "labels": [5, 0]},
+    ]  # fmt: skip
+    assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
+
+
+@pytest.fixture
+def features(cache_dir, tmp_path):
+    """A copy to damage, what h5py reads of it, and its image ids."""
+    path = Path(shutil.copy(cache_dir / "demo-resnet50-64.h5", tmp_path))
+    with h5py.File(path) as file:
+        return path, file["regions"][:], [image_id.decode() for image_id in file["image_id"][:]]
+
+
+def test_cache_reads_what_h5py_reads(features):
+    path, stored, ids = features
+    cache = FeatureCache(path)
+    assert (cache.shape, cache.views, cache.region_dim, list(cache.rows)) == (stored.shape, 2, 2048, ids)
+    for views in (None, [0, 1] * 20):
+        regions, mask = cache.read(ids[::-1], views)
+        assert np.array_equal(regions, stored[::-1][range(40), views or 0]) and regions.any(-1).all()
+        assert mask.all() and mask.shape == (40, 4) and regions.dtype == torch.float16
+    assert (cache.attrs["dataset"], cache.attrs["grid"], cache.attrs["format"]) == ("demo", [2, 2], 1)
+    values = [v for value in cache.attrs.values() for v in (value if type(value) is list else [value])]
+    assert {type(value) for value in values} == {str, int, float}
+
+
+@pytest.mark.parametrize("views", [None, [1, 0, 1, 1, 0, 1]])
+def test_collate_with_photos(features, views):
+    path, stored, ids = features
+    # Rows 1 and 2 say that there was no photo but hold regions, which must not come through.
+    with h5py.File(path, "r+") as file:
+        file["status"][1], file["status"][2], file["num_regions"][3] = data.MISSING, data.UNREADABLE, 3
+    cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
+    assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
+    rows = [{"input_ids": [2], "word_starts": [-1], "labels": [0]}] * 6
+    batch = data.collate(rows, 0, cache, [ids[i] if i is not None else None for i in chosen], views)
+    expected, mask = np.zeros((6, 4, 2048), "float16"), np.zeros((6, 4), bool)
+    for i, count in ((0, 4), (4, 3), (5, 4)):
+        expected[i], mask[i, :count] = stored[chosen[i], views[i] if views else 0], True
+    assert np.array_equal(batch["regions"], expected) and np.array_equal(batch["region_mask"], mask)
+    assert (batch["regions"].dtype, batch["region_mask"].dtype) == (torch.float16, torch.bool)
+
+
+def edit(change):
+    """Damage done through h5py."""
+
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            change(file)
+
+    return damage
+
+
+def chunk(file):
+    file.create_dataset("regions", data=file.pop("regions")[:], chunks=(1, 2, 4, 2048))
+
+
+def cut(keep):
+    return lambda path: path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("damage, error, reason", [
+    (lambda path: path.unlink(), FileNotFoundError, "no feature file .*; make it"),
+    (lambda path: path.rename(f"{path}.partial"), FileNotFoundError, "no feature file .* resume"),
+    (lambda path: path.write_text("PK"), ValueError, "not a readable HDF5 file"),
+    (lambda path: (path.unlink(), path.mkdir()), ValueError, "not a readable HDF5 file"),
+    *((cut(keep), ValueError, "not a readable HDF5 file|cut off") for keep in (-1, -2000, 700_000, 2000, 0)),
+    (edit(lambda file: file.attrs.modify("format", 2)), ValueError, "format 2, expected 1"),
+    (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 1"),
+    (edit(lambda file: file.pop("crc32")), ValueError, "make it anew"), (edit(chunk), ValueError, "make it anew"),
+    (edit(lambda file: file["status"].__setitem__(slice(2), 0)), ValueError, "2 photos not done"),
+    # Another program's file, with text as h5py stores it by itself.
+    (lambda path: h5py.File(path, "w").attrs.update(creator="keras"), ValueError, "format none"),
+])  # fmt: skip
+def test_cache_errors(features, damage, error, reason):
+    damage(features[0])
+    with pytest.raises(error, match=reason) as caught:
+        FeatureCache(features[0])
+    assert str(features[0]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_require(features):
+    path, _, ids = features
+    cache = FeatureCache(path)
+    assert cache.require(ids, "demo") is None
+    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: .* 2 of mnre's 42 photos \(first: y\).* mnre\Z"):
+        cache.require([*ids, "y", "x"], "mnre")
+
+
+def read_bytes(cache, photos, views):  # torch cannot send tensors out of a forked process that has used threads
+    return [tensor.numpy().tobytes() for tensor in cache.read(photos, views)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reading_in_a_child_process(features, method):
+    path, stored, ids = features
+    task = FeatureCache(path), [ids[7], ids[0], ids[39]], [1, 0, 1]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        regions, mask = pool.apply_async(read_bytes, task).get(timeout=120)
+    assert regions == stored[[7, 0, 39], [1, 0, 1]].tobytes() and mask == b"\1" * 12
+
+
+PIECES = [b"\n", b"\r\n", b"\t", b"", b"IMGID:", b"'", b"[", b"}", b"-1", b"1e999", b"\\ud800", b"\xef\xbb\xbf"]
+
+
+@pytest.mark.parametrize("read, allowed, valid", [
+    (data.read_ner, LABELS, PLAIN.encode() * 2), (read_mnre, RELATIONS, (row() + row(img_id="2.jpg")).encode()),
+])  # fmt: skip
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_fuzz(tmp_path_factory, read, allowed, valid, draw):
+    fuzzed = tmp_path_factory.getbasetemp() / "fuzz"
+    at, piece = st.integers(0, len(valid)), st.sampled_from(PIECES) | st.binary(max_size=3)
+    raw = valid
+    for start, size, new in draw.draw(st.lists(st.tuples(at, st.integers(0, 8), piece), max_size=5)):
+        raw = raw[:start] + new + raw[start + size :]
+    for raw in (raw, draw.draw(st.binary(max_size=80))):
+        fuzzed.write_bytes(raw)
+        try:
+            examples = read(fuzzed, allowed)
+        except ValueError as error:
+            assert re.match(re.escape(str(fuzzed)) + r":[1-9]\d*: ", str(error))
+            continue
+        assert len({example.id for example in examples}) == len(examples)
+        if read is data.read_ner:  # no word is lost
+            assert sum(len(example.words) for example in examples) == raw.count(b"\t")
+            assert {label for example in examples for label in example.labels} <= set(allowed)
+        else:
+            assert all(example.label in allowed and len(example.words) >= example.tail[1] for example in examples)
+
+
+def test_works_alone(tmp_path):
+    project = Path(__file__).parents[1]
+    shutil.copy(project / "data.py", tmp_path)
+    write(tmp_path / "posts.txt", PLAIN)
+    foreign = {path.stem for path in project.glob("*.py")} - {"data"} | {"transformers", "tokenizers", "torchvision"}
+    script = f"""
+import sys
+sys.path.insert(0, ".")  # -I keeps the working folder and PYTHONPATH out
+import data
+assert len(data.read_ner("posts.txt", {LABELS!r})) == 2
+assert not {foreign!r} & set(sys.modules)
+print(data.__file__)
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / run.stdout.strip()).resolve() == (tmp_path / "data.py").resolve()

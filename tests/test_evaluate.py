@@ -1,0 +1,299 @@
+"""The scores of evaluate.py against seqeval, scikit-learn and hand-computed values; its readers against bad files."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import seqeval.metrics
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import IOB2
+
+from evaluate import (
+    check_row, entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, main, one_label_warnings,
+    read_predictions, relation_scores, score, shuffled_photos, write_json_lines,
+)  # fmt: skip
+
+LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
+RATES = ("accuracy", "precision", "recall", "f1")
+TASKS = [("ner", "entity", "token"), ("relation", "relation", "row")]
+every_task = pytest.mark.parametrize("task", ["ner", "relation"])
+
+
+def make_labels(seed, posts, kept=0.7):
+    """Gold and predicted labels: any after any, half of them `O`; posts of 0 to 12 words, every fifth of one."""
+    rng, often = random.Random(seed), ["O"] * 5 + LABELS
+    gold = [rng.choices(often, k=rng.randint(0, 12) if i % 5 else 1) for i in range(posts)]
+    return gold, [[y if rng.random() < kept else rng.choice(LABELS) for y in labels] for labels in gold]
+
+
+def make_records(task, seed=0, posts=40):
+    rng, kinds = random.Random(seed), ("None", "None", "/per/per/peer", "/per/org/member_of")
+    pairs = zip(*make_labels(seed, posts), strict=True)
+    if task == "relation":
+        pairs = [(rng.choice(kinds), rng.choice(kinds)) for _ in range(posts)]
+    words = ("Messi", "\u00a0", "#", '{"', "½", "b c", "\u2028", "IMGID:7")
+    return [
+        {"id": str(i), "words": rng.choices(words, k=len(y) if task == "ner" else 9), "gold": y, "predicted": predicted}
+        for i, (y, predicted) in enumerate(pairs) if y  # a CoNLL file has no empty posts
+    ]  # fmt: skip
+
+
+def flat(tree, path=()):
+    """{path: number or text}: pytest.approx takes neither nested dicts nor lists in them."""
+    if isinstance(tree, dict):
+        return {key: value for name in tree for key, value in flat(tree[name], (*path, name)).items()}
+    return {path: str(tree) if isinstance(tree, list) else tree}
+
+
+def ratios(precision, recall, f1, gold, predicted, correct):
+    return dict(precision=precision, recall=recall, f1=f1, gold=gold, predicted=predicted, correct=correct)
+
+
+def check_report(scores, report):
+    """Micro scores and those of each type are those of a report by seqeval or scikit-learn."""
+    ours = {("micro avg", *key) if key[0] != "types" else key[1:]: value for key, value in flat(scores).items()}
+    assert {kind for kind, _ in ours} == report.keys() - {"macro avg", "weighted avg"}
+    names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "gold": "support"}
+    theirs = {(kind, name): report[kind][names[name]] for kind, name in ours if name in names}
+    assert {key: ours[key] for key in theirs} == pytest.approx(theirs)
+
+
+def test_entity_spans_are_those_of_seqeval():
+    for labels in itertools.chain(*make_labels(0, posts=2000)):
+        assert entity_spans(labels) == {(kind, start, last + 1) for kind, start, last in get_entities(labels)}, labels
+
+
+@pytest.mark.parametrize("batches, posts", [(6, 600), (200, 2)])  # of few posts: one that differs is not drowned
+@pytest.mark.parametrize("how", [{}, {"mode": "strict", "scheme": IOB2}], ids=["lenient", "strict"])
+def test_entity_scores_are_those_of_seqeval(how, batches, posts):
+    for seed in range(batches):
+        gold, predicted = ([["B-PER"], *side] for side in make_labels(seed, posts))  # no report without an entity
+        report = seqeval.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0, **how)
+        check_report(entity_scores(gold, predicted, strict=bool(how)), report)
+
+
+def test_label_scores_are_those_of_sklearn():
+    for seed in range(100):
+        gold, predicted = (sum(side, []) for side in make_labels(seed, posts=1 + seed % 20, kept=seed % 10 / 10))
+        report = sklearn.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0)
+        report = report["weighted avg"]
+        expected = {"precision": report["precision"], "f1": report["f1-score"]}
+        expected |= dict.fromkeys(("accuracy", "recall"), sklearn.metrics.accuracy_score(gold, predicted))
+        assert label_scores(gold, predicted) == pytest.approx(expected)
+
+
+def test_relation_scores_are_those_of_sklearn():
+    for seed in range(100):
+        records = [{"gold": y, "predicted": y} for y in ("None", "x")] + make_records("relation", seed, seed % 20)
+        gold, predicted = ([record[key] for record in records] for key in ("gold", "predicted"))
+        how = {"labels": sorted({*gold, *predicted} - {"None"}), "output_dict": True, "zero_division": 0}
+        check_report(relation_scores(gold, predicted), sklearn.metrics.classification_report(gold, predicted, **how))
+
+
+NER = [
+    {"id": 1, "gold": "B-PER I-PER O B-LOC".split(), "predicted": "B-PER I-PER O B-ORG".split(), "photo": True,
+     "probability": [0.9, 0.8, None, 0.7]},
+    {"id": 2, "gold": ["O", "B-ORG", "O"], "predicted": ["O", "I-ORG", "O"], "photo": False},  # right, unless strict
+    {"id": 3, "gold": ["O"], "predicted": ["O"], "photo": False, "probability": [None]},
+    {"id": 4, "gold": ["B-LOC", "I-LOC"], "predicted": ["B-LOC", "O"]},
+]  # fmt: skip
+LENIENT = {"LOC": ratios(0, 0, 0, 2, 1, 0), "ORG": ratios(1 / 2, 1, 2 / 3, 1, 2, 1), "PER": ratios(1, 1, 1, 1, 1, 1)}
+NER_SCORES = {
+    "task": "ner", "posts": 4, "words": 10, "posts_without_photo": 2, "words_answered_without_model": 2, "warnings": [],
+    "entity": ratios(1 / 2, 1 / 2, 1 / 2, 4, 4, 2) | {"types": LENIENT},
+    "entity_strict": ratios(1 / 3, 1 / 4, 2 / 7, 4, 3, 1) | {"types": LENIENT | {"ORG": ratios(0, 0, 0, 1, 1, 0)}},
+    # Precision: O 4/5, B-PER, I-PER, B-LOC 1. F1: O 8/9, B-PER, I-PER 1, B-LOC 2/3. O weighs 4 of 10, B-LOC 2.
+    "token": {"accuracy": 0.7, "precision": 0.72, "recall": 0.7, "f1": 31 / 45},
+    "baseline": {"label": "O", "accuracy": 0.4, "precision": 0.16, "recall": 0.4, "f1": 8 / 35, "main_f1": 0},
+}  # fmt: skip
+NER_TEXT = """: 4 posts, 10 words, 4 entities|accuracy precision recall F1 gold predicted
+entity level, whole spans (lenient) 0.5000 0.5000 0.5000 4 4|LOC 0.0000 0.0000 0.0000 2 1|ORG 0.5000 1.0000 0.6667 1 2
+PER 1.0000 1.0000 1.0000 1 1|entity level, strict IOB2 0.3333 0.2500 0.2857 4 3
+token level, weighted, O included 0.7000 0.7200 0.7000 0.6889
+always 'O' (its entity F1: 0.0000) 0.4000 0.1600 0.4000 0.2286
+posts without a photo: 2|words cut off or without a sub-token, answered O: 2"""
+PAIRS = ["a a", "a None", "b b", "None a", "a a"]
+ROWS = [{"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)]
+ROW_SCORES = {
+    "task": "relation", "posts": 5, "posts_without_photo": 0, "warnings": [],
+    "relation": ratios(3 / 4, 3 / 4, 3 / 4, 4, 4, 3)
+    | {"types": {"a": ratios(2 / 3, 2 / 3, 2 / 3, 3, 3, 2), "b": ratios(1, 1, 1, 1, 1, 1)}},
+    "row": dict.fromkeys(RATES, 0.6),  # all three: a 2/3, b 1, None 0
+    "baseline": {"label": "a", "accuracy": 0.6, "precision": 0.36, "recall": 0.6, "f1": 0.45, "main_f1": 2 / 3},
+}  # fmt: skip
+ROW_TEXT = """: 5 rows, 4 not None|accuracy precision recall F1 gold predicted
+relations, micro without None 0.7500 0.7500 0.7500 4 4|a 0.6667 0.6667 0.6667 3 3|b 1.0000 1.0000 1.0000 1 1
+all rows, weighted, None included 0.6000 0.6000 0.6000 0.6000
+always 'a' (its relation F1: 0.6667) 0.6000 0.3600 0.6000 0.4500"""
+
+
+@pytest.mark.parametrize("records, expected, text", [(NER, NER_SCORES, NER_TEXT), (ROWS, ROW_SCORES, ROW_TEXT)])
+def test_by_hand(records, expected, text, tmp_path, capsys):
+    path = tmp_path / "theirs.jsonl"
+    write_json_lines(path, records)
+    main(["--predictions", str(path)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    fingerprint = gold_fingerprint(records)
+    assert lines == (f"{path} (gold {fingerprint})" + text).replace("\n", "|").split("|")
+    assert flat(score(records)) == pytest.approx(flat(expected))
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.metrics.json"}
+    written = json.loads((tmp_path / f"{path.name}.metrics.json").read_text(encoding="utf-8"))
+    assert written == score(records) | {"gold_fingerprint": fingerprint}
+
+
+@every_task
+def test_perfect_predictions_in_any_order(task):
+    records = make_records(task)
+    assert flat(score(records[::-1])) == pytest.approx(flat(score(records)))
+    metrics = score([record | {"predicted": record["gold"]} for record in records])
+    numbers = {key: value for key, value in flat(metrics).items() if key[0] != "baseline" and key[-1] in RATES}
+    assert len(numbers) > 8 and set(numbers.values()) == {1.0} and metrics["warnings"] == []
+
+
+@pytest.mark.parametrize("task, main, level", TASKS)
+def test_one_answer_for_all_warns(task, main, level):
+    records, answer = make_records(task), "O" if task == "ner" else "None"
+    answers = [[answer] * len(record["gold"]) if task == "ner" else answer for record in records]
+    metrics = score([record | {"predicted": y} for record, y in zip(records, answers, strict=True)])
+    assert metrics[main]["f1"] == metrics[main]["predicted"] == 0 < metrics[main]["gold"]
+    assert metrics["baseline"] == metrics[level] | {"label": answer, "main_f1": 0}
+    (warning,) = metrics["warnings"]
+    assert f"100.0% of the answers are {answer!r}" in warning and f"gold has {metrics[main]['gold']}:" in warning
+    assert format_scores(metrics, "").endswith(f"\nWARNING: {warning}")
+
+
+@pytest.mark.parametrize("answers, gold, found, warns", [
+    ("O" * 99 + "x", 1, 1, True), ("O" * 98 + "xx", 2, 2, False), ("xx", 2, 2, True),  # (nearly) one label
+    ("Ox", 11, 1, True), ("Ox", 10, 1, False), ("Ox", 0, 0, False),  # hardly anything found
+])  # fmt: skip
+def test_when_to_warn(answers, gold, found, warns):
+    assert len(one_label_warnings(list(answers), {"gold": gold, "predicted": found})) == warns
+
+
+@pytest.mark.parametrize("bom, newline, end", [("", "\n", "\n"), ("\ufeff", "\r\n", "\r\n" * 3), ("\ufeff", "\n", "")])
+@pytest.mark.parametrize("separator, ids", [("\t", True), ("\t", False), (" ", True), (" ", False), ("json", True)])
+def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
+    path, records = tmp_path / "a", make_records("ner")
+    write_json_lines(path, records)
+    if separator != "json":
+        posts = [[f"IMGID:{record['id']}"] * ids for record in records]
+        for post, r in zip(posts, records, strict=True):
+            post += [separator.join(row) for row in zip(r["words"], r["gold"], r["predicted"], strict=True)]
+        path.write_text("\n\n".join(map("\n".join, posts)), encoding="utf-8")
+    path.write_bytes((bom + path.read_text(encoding="utf-8").strip("\n").replace("\n", newline) + end).encode())
+    read = read_predictions(path)
+    assert read == (records if ids else [r | {"id": f"post {i}"} for i, r in enumerate(records, 1)])
+    assert score(read) == score(records) and gold_fingerprint(read) == gold_fingerprint(records)
+    assert format_scores(score(read), "x") == format_scores(score(records), "x")
+
+
+POST, ROW = '{"id": 1, "gold": ["O"], "predicted": ["O"]}', '{"id": 2, "gold": "None", "predicted": "None"}'
+NO_LABELS = ['"X-PER"', '"B"', '"B-"', '"o"', '""', '"O "', '"B-PER\\n"', '"PER"', "null", "1", "[]", "{}"]
+BAD = [
+    *((f"{POST}\n\n{line}", 3, "not a JSON object") for line in ("{'id': 2}", POST[:-1], "[1]", '"id"', "[" * 9999)),
+    *((POST.replace(key, "other"), 1, f"'{key}'") for key in ("id", "gold", "predicted")),
+    *((POST.replace('["O"]', other, 1), 1, "of one length") for other in ('["O", "O"]', '"O"', "null", "[]")),
+    *((POST.replace('"O"', label, 1), 1, "is not O, B-TYPE or I-TYPE") for label in NO_LABELS),
+    (ROW.replace('"None"', "1"), 1, "label 1 is not text"), (ROW.replace('"None"', "[]", 1), 1, "of one length"),
+    *((POST[:-1] + f', "{key}": {value}}}', 1, f"{key} must be a list as long as gold") for key, value in
+      (("words", '["a", "b"]'), ("probability", "0.5"), ("words", "null"))),
+    (POST.replace('"O"', '"B-\\ud800"', 1), 1, "surrogates not allowed"), (POST.replace("{", " { ", 1)[:-1], 1, "not a JSON"),
+    (f"{POST}\n{POST}", 2, "post 1: this id stands twice"),
+    (POST + "\n" + POST.replace("1", '"1"'), 2, "post '1': this id stands twice"),
+    (f"{POST}\n{ROW}", 2, "split them"), (f"{ROW}\n{POST}", 2, "split them"),
+    ("IMGID:1\na\tO\tO\n\nb\tO\n", 4, "expected 'word gold predicted'"), ("a\tO\tO\tO", 1, "expected 'word"),
+    ("a O O\nb O", 2, "expected 'word"), ("a O O\nb", 2, "expected 'word"), ("a O O 0.9", 1, "label '0.9'"),
+    ("a O O\r\n\r\nb O B\r\n", 3, "label 'B'"), ("a\tX-PER\tO", 1, "label 'X-PER'"), ("a  O  O", 1, "label ''"),
+    *((text, None, "no predictions") for text in ("", "\ufeff\r\n \n", "IMGID:1\n\nIMGID:2\n")),
+    *((data, None, "not UTF-8") for data in (b"a O O\n\xff O O\n", "a O O".encode("utf-16"), POST.encode() + b"\xe4")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, line, said", BAD, ids=range(len(BAD)))
+def test_bad_predictions(text, line, said, tmp_path):
+    path = tmp_path / "theirs.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as caught:
+        main(["--predictions", str(path)])
+    assert caught.type is ValueError and said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert [file.name for file in tmp_path.iterdir()] == ["theirs.txt"]
+
+
+def test_nothing_to_score(tmp_path):
+    with pytest.raises(FileNotFoundError, match="theirs.txt"):
+        main(["--predictions", str(tmp_path / "theirs.txt")])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="no words"):
+        score([{"gold": [], "predicted": []}])
+
+
+JSON = st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=3), st.lists, max_leaves=4)
+SIDE = st.just(["O"]) | st.just(["B-x"]) | st.text() | st.lists(st.sampled_from(["O", "B", "I-x"]))
+OBJECTS = st.fixed_dictionaries({"id": JSON, "gold": SIDE, "predicted": SIDE}) | st.dictionaries(st.just("gold"), JSON)
+PIECES = ["a", "IMGID:", "\t", " ", "\n", "\r", "O", "\tO\tI-LOC\n", " O B-PER\n", "\u00a0", "\x85", "\x00", "\ufeff"]
+CONTENT = {
+    "bytes": st.binary(), "text": st.text().map(str.encode), "brace": st.text().map(lambda text: f'{{"{text}'.encode()),
+    "json": st.lists(OBJECTS, min_size=1).map(lambda objects: "\n".join(map(json.dumps, objects)).encode()),
+    "conll": st.lists(st.sampled_from(PIECES)).map(lambda pieces: "".join(pieces).encode()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+def test_any_content_is_read_or_refused(kind, tmp_path):
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(CONTENT[kind])
+    def check(data):
+        (tmp_path / "a").write_bytes(data)
+        try:
+            records = read_predictions(tmp_path / "a")
+        except ValueError as error:
+            assert type(error) is ValueError and str(error).startswith(f"{tmp_path / 'a'}:")
+        else:
+            assert records and all(isinstance(r["gold"], type(r["predicted"])) for r in records)
+
+    check()
+
+
+@every_task
+def test_gold_fingerprint(task):
+    records = make_records(task)
+    fingerprint = gold_fingerprint(records)
+    assert gold_fingerprint([r | {"predicted": None, "id": "x", "photo": False} for r in records[::-1]]) == fingerprint
+    for i, record in enumerate(records):
+        changed = record | {"gold": [*record["gold"][:-1], "I-new"] if task == "ner" else "/new"}
+        assert gold_fingerprint([*records[:i], changed, *records[i + 1 :]]) != fingerprint
+
+
+class Photos(set):
+    has_photo = set.__contains__  # all that shuffled_photos asks of a FeatureCache
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 10])
+def test_shuffled_photos(count):
+    photos = Photos(f"{i}.jpg" for i in range(count))
+    ids = [f"{i // 2}.jpg" for i in range(2 * count + 4)]  # each twice, the last two without photo
+    swaps = [shuffled_photos(ids, photos, seed) for seed in range(20)]
+    for seed, swap in enumerate(swaps):
+        assert swap.keys() == set(ids) and {swap[i] for i in swap if i not in photos} == {None}
+        assert {swap[i] for i in photos} == photos and all(swap[i] != i for i in photos)
+        np.random.seed(0)  # must not matter
+        assert shuffled_photos(ids, photos, seed) == swap
+    assert count < 10 or all(a != b for a, b in itertools.combinations(swaps, 2))
+
+
+@pytest.mark.parametrize("shuffled, fusion, mean, said", [
+    ([0.7, 0.8], "film", "0.750 ±0.071", ""), ([0.7], "film", "0.700 ±0.000", ""),
+    ([0.896], "film", "0.896 ±0.000", "the photo makes no difference"),
+    ([0.9, 1.0], "film", "0.950 ±0.071", "the photo makes no difference"), ([0.9], "none", "0.900 ±0.000", "text only"),
+])  # fmt: skip
+@pytest.mark.parametrize("task, main, level", TASKS)
+def test_check_row(task, main, level, shuffled, fusion, mean, said):
+    true, none, *others = [{"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in (0.9, 0.6, *shuffled)]
+    row = check_row("run", fusion, {"true": true, "none": none, "shuffled": others})
+    assert " ".join(row.split()) == f"run 0.900 {mean} 0.600 0.500 0.500 ±0.000 0.500 {said}".rstrip()

@@ -1,0 +1,264 @@
+"""The feature file: its numbers against torchvision's own forward pass, and its bytes through every kind of trouble."""
+
+import pickle
+import shutil
+import time
+from urllib.error import URLError
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision import transforms
+
+import extract_features
+from data import MISSING, OK, UNREADABLE, FeatureCache, load_dataset
+from extract_features import FeatureWriter, Photos, main
+
+
+@pytest.fixture
+def run(data_dir, tmp_path):
+    """Extract the demo photos into tmp_path; more arguments override. Returns the path of the file."""
+
+    def extract(*args):
+        fixed = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--weights", "random",
+                 "--img-size", 64, "--views", 2, "--batch-size", 8, "--workers", 0, "--limit", 10]  # fmt: skip
+        return main([str(arg) for arg in [*fixed, *args]])
+
+    return extract
+
+
+def random_resnet50(seed=1337):
+    torch.manual_seed(seed)
+    return torchvision.models.resnet50(zero_init_residual=True)
+
+
+def plain_features(path, size):
+    """torchvision's own pipeline and forward pass, one photo, default memory layout: [R, D] float32."""
+    pipeline = transforms.Compose([
+        transforms.Resize((size, size)), transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ])  # fmt: skip
+    kept, model = [], random_resnet50().eval()
+    model.layer4.register_forward_hook(lambda module, given, made: kept.append(made))
+    with torch.no_grad():
+        model(pipeline(Image.open(path).convert("RGB"))[None])
+    return kept[0][0].permute(1, 2, 0).flatten(0, 1)
+
+
+@pytest.mark.parametrize("size, side", [(64, 2), (100, 4), (224, 7), (256, 8)])
+def test_regions_are_the_last_map_of_resnet50_row_by_row(run, data_dir, size, side):
+    cache = FeatureCache(run("--img-size", size, "--limit", 2, "--views", 1))
+    assert cache.shape == (2, 1, side * side, 2048) and cache.attrs["grid"] == [side, side]
+    for image_id, row in cache.rows.items():
+        expected = plain_features(data_dir / "demo" / "images" / f"{image_id}.jpg", size)
+        # Half a unit in the last place of float16, and as much again for the order of float32 sums.
+        np.testing.assert_allclose(cache.regions[row, 0], expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
+
+
+def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
+    path = run()
+    with h5py.File(path) as file:
+        assert set(file) == {"regions", "num_regions", "image_id", "status", "reason", "crc32"}
+        assert all(file[name].dtype.kind != "O" and file[name].chunks is None for name in file)
+        assert all(h5py.check_string_dtype(file.attrs.get_id(key).dtype) is None or
+                   h5py.check_string_dtype(file.attrs.get_id(key).dtype).length for key in file.attrs)  # fmt: skip
+        assert file["regions"].dtype == np.float16 and file["regions"].shape == (10, 2, 4, 2048)
+        ids = [name.decode() for name in file["image_id"]]
+    assert ids == load_dataset("demo", data_dir).image_ids()[:10]
+    attrs = FeatureCache(path).attrs
+    body = torch.nn.Sequential(*list(random_resnet50().children())[:-2])
+    assert attrs["weights_sha256"] == extract_features.state_hash(body)
+    assert attrs["weights"] == f"random-{attrs['weights_sha256'][:12]}"
+    assert (attrs["dataset"], attrs["backbone"], attrs["img_size"], attrs["views"]) == ("demo", "resnet50", 64, 2)
+    assert attrs["version_torch"] == str(torch.__version__) and attrs["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_views_depend_on_seed_id_and_view_alone(run, data_dir):
+    ids = load_dataset("demo", data_dir).image_ids()
+    paths = {image_id: data_dir / "demo" / "images" / f"{image_id}.jpg" for image_id in ids}
+    views, _, _ = Photos(ids, paths, 64, 4, seed=1).read(5)
+    torch.rand(3)  # the global generator has no say, and is left as it was
+    state = torch.random.get_rng_state()
+    again, _, _ = Photos(ids[5:], paths, 64, 3, seed=1).read(0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(again, views[:3])
+    assert all(not torch.equal(views[a], views[b]) for a in range(4) for b in range(a))
+    other, _, _ = Photos(ids, paths, 64, 4, seed=2).read(5)
+    assert torch.equal(other[0], views[0]) and not torch.equal(other[1], views[1])
+    plain = np.asarray(Image.open(paths[ids[5]]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(views[0].permute(1, 2, 0), plain)
+
+
+def test_same_bytes_whatever_the_workers_and_the_day(run):
+    first = run().read_bytes()
+    time.sleep(1.1)  # HDF5 time stamps have a resolution of one second
+    assert run("--overwrite", "--workers", 2).read_bytes() == first
+
+
+@pytest.mark.parametrize("rows_done", [0, 5, 9])
+def test_interrupted_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, rows_done, capsys):
+    whole = run()
+    expected = whole.read_bytes()
+    whole.unlink()
+    put, calls = FeatureWriter.put, []
+
+    def killed(self, name, row, value):
+        if name == "status":
+            if len(calls) == rows_done:
+                raise KeyboardInterrupt  # between the row's bytes and its status, the worst moment
+            calls.append(row)
+        put(self, name, row, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureWriter, "put", killed)
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{whole.name}.partial"]
+    with h5py.File(tmp_path / f"{whole.name}.partial") as file:
+        assert (file["status"][:] == OK).sum() == rows_done
+    with pytest.raises(FileNotFoundError, match="resume"):
+        FeatureCache(whole)
+    # The file's own batch size is kept: another one would change the last bit of some sums.
+    assert run("--batch-size", 4).read_bytes() == expected
+    assert "batch size the file was begun with, 8" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
+
+
+def test_finished_file_is_left_alone_and_other_settings_are_named(run):
+    path = run()
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert run() == path and (path.read_bytes(), path.stat().st_mtime_ns) == before
+    with pytest.raises(ValueError) as error:
+        run("--views", 3, "--seed", 2)
+    for part in ("views (file: 2, asked: 3)", "seed (file: 1337, asked: 2)", "weights (file: random-", "--overwrite"):
+        assert part in str(error.value)
+    assert "img_size" not in str(error.value) and path.read_bytes() == before[0]
+    assert FeatureCache(run("--views", 3, "--overwrite")).views == 3
+
+
+def test_unfinished_file_of_other_settings_is_refused(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureWriter, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        run()
+    with pytest.raises(ValueError, match=r"partial: made with other settings: views \(file: 2, asked: 3\); --over"):
+        run("--views", 3)
+
+
+def test_second_process_on_one_file_stops(run, monkeypatch):
+    def second(*args):
+        with pytest.raises(ValueError, match="another process"):
+            run()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract_features, "extract", second)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_photos_of_every_kind(run, data_dir, tmp_path):
+    images = tmp_path / "photos"
+    shutil.copytree(data_dir / "demo" / "images", images)
+    (photo, same, palette, cmyk, alpha, absent, cut, text, empty, folder) = (
+        images / f"train_{i:04d}.jpg" for i in range(10)
+    )
+    clean = Image.open(photo).convert("RGB")
+    clean.save(photo, "PNG")  # lossless, so that the copies below hold the same pixels
+    clean.save(same.with_suffix(".PNG"))
+    same.unlink()
+    few = clean.quantize(16)
+    few.save(palette, "PNG")
+    clean.convert("CMYK").save(cmyk, "TIFF")
+    Image.merge("RGBA", [*clean.split(), Image.new("L", clean.size, 99)]).save(alpha, "PNG")
+    absent.unlink()
+    cut.write_bytes(cut.read_bytes()[:700])
+    text.write_text("this is no picture")
+    empty.write_bytes(b"")
+    folder.unlink()
+    folder.mkdir()
+    cache = FeatureCache(run("--images", images))
+    row = {name: cache.rows[f"train_{i:04d}"] for i, name in enumerate(
+        ("photo", "same", "palette", "cmyk", "alpha", "absent", "cut", "text", "empty", "folder"))}  # fmt: skip
+    assert cache.status.tolist() == [OK] * 5 + [MISSING] + [UNREADABLE] * 4
+    for name in ("same", "alpha"):
+        assert np.array_equal(cache.regions[row[name], 0], cache.regions[row["photo"], 0])
+    assert all(cache.reasons[row[name]] for name in ("absent", "cut", "text", "empty", "folder"))
+    assert "truncated" in cache.reasons[row["cut"]] and "identify" in cache.reasons[row["text"]]
+    # A photo that is not there is no picture at all: zeros and a mask of False, never a grey image.
+    regions, mask = cache.read(["train_0005", "train_0006", "train_0000"])
+    assert not regions[:2].any() and not mask[:2].any() and mask[2].all() and regions[2].any()
+
+
+def test_report_lists_what_is_missing(run, data_dir, tmp_path, capsys):
+    images = tmp_path / "photos"
+    shutil.copytree(data_dir / "demo" / "images", images)
+    (images / "train_0003.jpg").unlink()
+    (images / "train_0004.jpg").write_text("no picture")
+    path = run("--images", images)
+    out = capsys.readouterr().out
+    assert "10 photos, 9 found, x 2 views" in out and f"{10 * 2 * 4 * 2048 * 2:,} bytes" in out
+    assert f"{path}: 10 photos, 8 ok, 1 missing, 1 unreadable" in out
+    assert "missing: train_0003 (no such file)" in out and "unreadable: train_0004 (UnidentifiedImageError" in out
+    shutil.copy(images / "train_0002.jpg", images / "train_0003.jpg")
+    run("--images", images)
+    assert "1 photos recorded as missing are there now (first: train_0003)" in capsys.readouterr().out
+
+
+def test_full_disk_is_said_before_starting(run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="327,680 bytes needed, 1,000 free"):
+        run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_photo_at_all_is_an_error(run, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match="none of the 10 photos is in .*nothing; .*--images"):
+        run("--images", tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no image folder .*absent"):
+        run("--images", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_weights_from_a_file(run, tmp_path, ending):
+    expected = FeatureCache(run())
+    state, file = random_resnet50().state_dict(), tmp_path / f"weights.{ending}"
+    save_file(state, file) if ending == "safetensors" else torch.save({"state_dict": state}, file)
+    cache = FeatureCache(run("--weights", file, "--overwrite", "--seed", 1337))
+    assert np.array_equal(cache.regions, expected.regions)
+    assert cache.attrs["weights"] == expected.attrs["weights"].replace("random", "file")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_weights_that_do_not_fit(run, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        run("--weights", tmp_path / "absent.pth")
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="not ResNet50's, .* tensors missing .first: bn1"):
+        run("--weights", tmp_path / "part.pth")
+
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="not a state dict that loads as data alone"):
+        run("--weights", tmp_path / "bomb.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_imagenet_is_torchvisions_v1_and_needs_the_network_once(run, monkeypatch):
+    asked = []
+
+    def download(self, **kwargs):
+        asked.append(self.name)
+        raise URLError("no route")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", download)
+    for weights in ("imagenet", "imagenet-v2"):
+        with pytest.raises(ValueError, match="cannot download .*no route.*--weights PATH"):
+            run("--weights", weights)
+    assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]

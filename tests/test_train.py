@@ -1,0 +1,290 @@
+"""Training and scoring as a user runs them, on tiny data: what lands in a run folder, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import demo
+import evaluate
+import extract_features
+import train
+from data import FeatureCache, encode, load_dataset
+from evaluate import main_score, predict, read_predictions, score, shuffled_photos
+from fusion import FUSIONS
+from model import load_run
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def flags(data_dir, cache_dir, encoder_dir):
+    """Arguments of a quick run on tiny data, run folder left out."""
+    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
+            "--epochs", 2, "--lr", 1e-3]  # fmt: skip
+
+
+def run(flags, run_dir, *more):
+    """Train; returns the run folder."""
+    return train.main([str(arg) for arg in [*flags, "--dataset", "demo", "--run-dir", run_dir, *more]])
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("dataset", ["demo", "mnre"])
+def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data_dir, capsys):
+    folder = run(flags, tmp_path / "run", "--dataset", dataset, "--fusion", fusion)
+    out = capsys.readouterr().out
+    examples = load_dataset(dataset, data_dir).examples
+    scored = [split for split in ("valid", "test") if split in examples]
+    names = {"config.json", "encoder", "model.safetensors", "log.jsonl", "timing.jsonl"}
+    assert {path.name for path in folder.iterdir()} == names | {
+        f"{kind}-{split}.json{'l' * (kind == 'predictions')}" for kind in ("metrics", "predictions") for split in scored
+    }
+    assert ("mnre has no test file" in out) == ("test" not in examples)
+    assert ("photo" in out) == (fusion != "none")
+    for split in scored:
+        records = read_predictions(folder / f"predictions-{split}.jsonl")
+        assert [r["id"] for r in records] == [example.id for example in examples[split]]
+        for record, example in zip(records, examples[split], strict=True):
+            gold = list(example.labels) if dataset == "demo" else example.label
+            assert (record["words"], record["gold"]) == (list(example.words), gold)
+            assert dataset == "mnre" or len(record["predicted"]) == len(record["probability"]) == len(example.words)
+        metrics = json.loads((folder / f"metrics-{split}.json").read_text())
+        data = metrics.pop("data")
+        assert metrics == score(records) and data["sha256"] in (folder / "config.json").read_text()
+    log = json_lines(folder / "log.jsonl")
+    assert [line["epoch"] for line in log] == [1, 2] and all(np.isfinite(line["loss"]) for line in log)
+    # The scores reported are those of the best epoch on valid, the earlier one of equals.
+    valid = [line["valid_main_f1"] for line in log]
+    assert log[-1]["best_epoch"] == 1 + valid.index(max(valid))
+    assert main_score(json.loads((folder / "metrics-valid.json").read_text())) == pytest.approx(max(valid))
+    # A run loads from its folder alone and answers the same.
+    model, tokenizer, config = load_run(folder)
+    rows, _ = encode(tokenizer, examples["valid"], config["labels"], config["max_len"])
+    cache = FeatureCache(config["features"]) if fusion != "none" else None
+    again = predict(model, rows, examples["valid"], config["labels"], tokenizer.pad_token_id, 3, "cpu", "float32", cache)
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-valid.jsonl")]
+
+
+def test_same_seed_same_run_digit_for_digit(flags, tmp_path):
+    first, second, other = (run(flags, tmp_path / str(i), "--seed", seed) for i, seed in enumerate((1, 1, 2)))
+    for name in ("log.jsonl", "predictions-valid.jsonl", "predictions-test.jsonl", "model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert (first / "log.jsonl").read_bytes() != (other / "log.jsonl").read_bytes()
+
+
+def test_defaults_are_the_reference_settings():
+    args = train.parse_args(["--fusion", "film", "--seed", "1337", "--device", "cpu"])
+    expected = {
+        "dataset": "twitter2017", "model": "roberta-resnet50", "text_encoder": "roberta-base", "epochs": 5, "seed": 1337,
+        "batch_size": 8, "eval_batch_size": 12, "max_len": 128, "lr": 3e-5, "fusion_lr": 1.1e-3, "weight_decay": 0.01,
+        "warmup_ratio": 0.1, "dropout": 0.1, "heads": 8, "img_size": 224, "augment": True, "photo_dropout": 0.1,
+        "precision": "float32", "features": "features/twitter2017-resnet50-224.h5",
+        "run_dir": "runs/twitter2017-roberta-resnet50-film-s1337",
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in expected} == expected
+    args = train.parse_args(["--dataset", "mnre", "--device", "cuda"])
+    assert (args.model, args.text_encoder, args.precision) == ("bert-resnet50", "bert-base-uncased", "bfloat16")
+
+
+def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
+    folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1)
+    before = (folder / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already; .*--overwrite"):
+        run(flags, folder, "--fusion", "none")
+    assert (folder / "log.jsonl").read_bytes() == before
+    (folder / "stale").touch()
+    run(flags, folder, "--fusion", "none", "--overwrite")
+    assert len(json_lines(folder / "log.jsonl")) == 2 and not (folder / "stale").exists()
+
+
+def test_pretrained_and_new_layers_have_their_own_rate_and_biases_no_decay(flags, tmp_path):
+    model, _, _ = load_run(run(flags, tmp_path / "run", "--epochs", 1, "--fusion", "cross-attention"))
+    args = train.parse_args(["--lr", "0.25", "--fusion-lr", "0.5", "--weight-decay", "0.1"])
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in train.parameter_groups(model, args) for parameter in group["params"]
+    }  # fmt: skip
+    assert len(settings) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        decayed = not name.endswith("bias") and ".norm" not in name and "LayerNorm" not in name
+        assert settings[id(parameter)] == (0.25 if "encoder" in name else 0.5, 0.1 * decayed), name
+
+
+def test_a_parameter_that_cannot_learn_is_named():
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "idle": torch.nn.Linear(2, 1)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match="parameter idle.weight got no gradient"):
+        train.check_all_train(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="parameter used.bias is in no optimizer group"):
+        train.check_all_train(model, torch.optim.AdamW([model["used"].weight]))
+    model["idle"].requires_grad_(False)
+    train.check_all_train(model, torch.optim.AdamW(model["used"].parameters()))
+
+
+def test_an_encoder_with_an_unused_part_stops_at_the_first_step(flags, tmp_path, monkeypatch):
+    load = train.load_text_encoder
+
+    def with_idle_part(*args):
+        encoder, tokenizer = load(*args)
+        encoder.idle = torch.nn.Linear(2, 2)
+        return encoder, tokenizer
+
+    monkeypatch.setattr(train, "load_text_encoder", with_idle_part)
+    with pytest.raises(ValueError, match="parameter encoder.idle.weight got no gradient in the first step"):
+        run(flags, tmp_path / "run")
+
+
+def test_hidden_photos_train_nothing(flags, tmp_path):
+    """With every photo hidden, film's generator keeps its zeros: a missing photo has no gradient."""
+    hidden = load_file(run(flags, tmp_path / "a", "--photo-dropout", 1) / "model.safetensors")
+    shown = load_file(run(flags, tmp_path / "b", "--photo-dropout", 0) / "model.safetensors")
+    assert not hidden["fusion.generator.weight"].any() and shown["fusion.generator.weight"].any()
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_training_draws_all_views_and_all_else_reads_the_plain_one(flags, tmp_path, monkeypatch, augment):
+    read, seen = FeatureCache.read, {"train": [], "rest": []}
+
+    def watched(self, photos, views=None):
+        for photo, view in zip(photos, [0] * len(photos) if views is None else views, strict=True):
+            seen["train" if photo.startswith("train") else "rest"].append(int(view))
+        return read(self, photos, views)
+
+    monkeypatch.setattr(FeatureCache, "read", watched)
+    run(flags, tmp_path / "run", "--photo-dropout", 0, "--augment" if augment else "--no-augment")
+    assert len(seen["train"]) == 2 * 24 and set(seen["train"]) == ({0, 1} if augment else {0})
+    assert set(seen["rest"]) == {0}
+
+
+def test_one_view_is_said_in_one_line(flags, tmp_path, data_dir, capsys):
+    extract_features.main(["--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights",
+                           "random", "--img-size", "32", "--views", "1", "--workers", "0"])  # fmt: skip
+    capsys.readouterr()
+    run(flags, tmp_path / "run", "--cache-dir", tmp_path, "--img-size", 32, "--epochs", 1)
+    assert capsys.readouterr().out.count("one view only: no augmentation") == 1
+
+
+def test_test_is_scored_once_with_the_best_epoch(flags, tmp_path, monkeypatch):
+    calls = []
+
+    def watched(model, rows, examples, *args):
+        calls.append(examples[0].id.split("_")[0])
+        return predict(model, rows, examples, *args)
+
+    monkeypatch.setattr(train, "predict", watched)
+    run(flags, tmp_path / "run", "--epochs", 3)
+    assert calls == ["valid"] * 3 + ["valid", "test"]
+
+
+def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("train_0000.jpg", "valid_0001.jpg"):
+        (images / name).symlink_to(data_dir / "demo" / "images" / name)
+    extract_features.main(["--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights",
+                           "random", "--img-size", "64", "--images", str(images), "--workers", "0"])  # fmt: skip
+    capsys.readouterr()
+    folder = run(flags, tmp_path / "run", "--cache-dir", tmp_path, "--epochs", 1)
+    out = capsys.readouterr().out
+    assert "train: 1 of 24 posts have a photo" in out and "test: 0 of 8 posts have a photo" in out
+    assert "no post of test has a photo" in out
+    assert json.loads((folder / "metrics-valid.json").read_text())["posts_without_photo"] == 7
+    assert [r["photo"] for r in read_predictions(folder / "predictions-valid.jsonl")] == [i == 1 for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--img-size", 224], "no feature file .*demo-resnet50-224.h5; make it with extract_features.py"),
+        (["--features", "mnre-resnet50-64.h5"], "made for mnre, it has no row for 40 of demo's 40 photos .first: train_0000"),
+        (["--data-dir", "absent"], "no train file of demo under absent/"),
+        (["--text-encoder", "absent/encoder"], "--text-encoder absent/encoder: cannot be loaded"),
+        (["--max-len", 600], "--max-len 600: .* takes 512"),
+        (["--max-len", 5], "--max-len 5 leaves 3 sub-tokens"),
+        (["--heads", 7], "--heads 7 does not divide the text encoder's width 64"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(flags, tmp_path, cache_dir, more, message):
+    more = [cache_dir / arg if str(arg).endswith(".h5") else arg for arg in more]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        run(flags, tmp_path / "run", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_users_mistake_is_one_line_and_no_traceback(data_dir, tmp_path):
+    demo_dir = tmp_path / "demo"
+    demo_dir.mkdir()
+    for split in ("train", "valid"):
+        (demo_dir / f"{split}.txt").write_bytes((data_dir / "demo" / f"{split}.txt").read_bytes())
+    with open(demo_dir / "valid.txt", "a", encoding="utf-8") as file:
+        file.write("IMGID:x\nword B-PER\n")
+    line = 2 + (data_dir / "demo" / "valid.txt").read_text(encoding="utf-8").count("\n")
+    command = [sys.executable, PROJECT / "train.py", "--dataset", "demo", "--data-dir", tmp_path]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    expected = f"train.py: error: {demo_dir}/valid.txt:{line}: expected word<TAB>label, found 'word B-PER'\n"
+    assert (result.returncode, result.stderr, result.stdout) == (1, expected, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
+    folder = run(flags, tmp_path / "run", "--epochs", 1)
+    expected = (folder / "metrics-test.json").read_bytes()
+    (folder / "metrics-test.json").unlink()
+    capsys.readouterr()
+    evaluate.main(["--run", str(folder)])
+    out = capsys.readouterr().out
+    assert (folder / "metrics-test.json").read_bytes() == expected
+    for part in ("entity level, whole spans", "strict IOB2", "token level, weighted", "always 'O'", "of a known release"):
+        assert part in out
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        evaluate.main(["--run", str(tmp_path)])
+
+
+def test_image_check_refuses_other_data_and_other_features(flags, tmp_path, data_dir):
+    folder = run(flags, tmp_path / "run", "--epochs", 1)
+    config = json.loads((folder / "config.json").read_text())
+    for part, key, message in (("data", "test", "not the file"), ("features_made", "weights_sha256", "other weights")):
+        changed = json.loads(json.dumps(config))
+        changed[part][key] = {"sha256": "0"} if part == "data" else "0"
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(["--run", str(folder), "--image-check"])
+
+
+def test_the_photo_is_what_tells(tmp_path, capsys):
+    """End to end: on the demo data film reads the photo, and text alone cannot."""
+    demo.write_dataset(tmp_path / "demo", posts=(200, 40, 60))
+    places = ["--dataset", "demo", "--data-dir", tmp_path, "--img-size", 64]
+    extract_features.main([str(arg) for arg in [*places, "--cache-dir", tmp_path, "--weights", "random", "--views", 1]])
+    flags = ["--cache-dir", tmp_path, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 12, "--lr", 1e-3]
+    checks = {}
+    for fusion in ("none", "film"):
+        folder = run([*flags, *places[2:]], tmp_path / fusion, "--fusion", fusion)
+        evaluate.main(["--run", str(folder), "--image-check", "--device", "cpu"])
+        checks[fusion] = json.loads((folder / "image-check-test.json").read_text())
+    out = capsys.readouterr().out
+    film, none = ({kind: main_score(check[kind]) for kind in ("true", "none")} for check in
+                  (checks["film"], checks["none"]))  # fmt: skip
+    shuffled = [main_score(metrics) for metrics in checks["film"]["shuffled"]]
+    assert film["true"] >= 0.95 and none["true"] <= 0.80
+    assert len(shuffled) == 3 and max(shuffled) <= 0.80 and film["none"] <= 0.80
+    assert none["none"] == none["true"] and "text only" in out
+    # The check's true photos are the run's own score; a shuffle is what shuffled_photos says it is.
+    assert film["true"] == main_score(json.loads((tmp_path / "film" / "metrics-test.json").read_text()))
+    cache = FeatureCache(tmp_path / "demo-resnet50-64.h5")
+    examples = load_dataset("demo", tmp_path).examples["test"]
+    model, tokenizer, config = load_run(tmp_path / "film")
+    rows, _ = encode(tokenizer, examples, config["labels"], 128)
+    swap = shuffled_photos([example.image_id for example in examples], cache, 0)
+    again = predict(model, rows, examples, config["labels"], 0, 12, "cpu", "float32", cache, swap)
+    assert main_score(score(again)) == shuffled[0]
