@@ -305,19 +305,19 @@ def image_check(run_dir, split, shuffles, device):
 
 
 def check_row(name, fusion, check):
-    """One line of the image check's table, ending in what it means."""
-    level, main = ("token", "entity") if check["true"]["task"] == "ner" else ("row", "relation")
+    """One line of the image check's table, ending in what it means. `name` is padded by the caller."""
+    ner = check["true"]["task"] == "ner"
 
-    def cells(kind, key):
-        values = [metrics[kind][key] for metrics in check["shuffled"]]
+    def cells(level, key):
+        values = [metrics[level][key] for metrics in check["shuffled"]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return (
-            f"{check['true'][kind][key]:.3f}  {statistics.mean(values):.3f} ±{spread:.3f}  {check['none'][kind][key]:.3f}"
-        )
+        true, none = check["true"][level][key], check["none"][level][key]
+        return f"{true:.3f}  {statistics.mean(values):.3f} ±{spread:.3f}  {none:.3f}"
 
-    drop = check["true"][main]["f1"] - statistics.mean(m[main]["f1"] for m in check["shuffled"])
+    drop = main_score(check["true"]) - statistics.mean(main_score(metrics) for metrics in check["shuffled"])
     said = "text only" if fusion == "none" else "" if drop >= 0.005 else "the photo makes no difference"
-    return f"{name:<42}  {cells(main, 'f1')}   {cells(level, 'accuracy')}  {said}".rstrip()
+    f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
+    return f"{name}   {f1}   {accuracy}   {said}".rstrip()
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -387,9 +387,10 @@ def main(argv=None):
         print(format_scores(metrics, f"{args.predictions} (gold {metrics['gold_fingerprint']})"))
         write_json(args.predictions.with_name(args.predictions.name + ".metrics.json"), metrics)
         return
+    width = max(len(run.name) for run in args.run)
     if args.image_check:
-        print(f"{'':<42}  {'main F1 (entity, or not None)':<28}   accuracy (token, or row)")
-        print(f"{'run':<42}  " + "   ".join(["true   shuffled      none "] * 2))
+        print(f"{'':<{width}}   entity F1 (micro without None)   token (row) accuracy, weighted recall")
+        print(f"{'photos':<{width}}   true   shuffled      none    true   shuffled      none")
     for run in args.run:
         config = read_config(run)
         split = args.split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
@@ -399,7 +400,7 @@ def main(argv=None):
         if args.image_check:
             check = image_check(run, split, args.shuffles, args.device)
             write_json(run / f"image-check-{split}.json", check)
-            print(check_row(run.name, config["fusion"], check), flush=True)
+            print(check_row(f"{run.name:<{width}}", config["fusion"], check), flush=True)
             continue
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}

@@ -130,7 +130,8 @@ class Photos:
             with Image.open(path) as file:
                 photo = ImageOps.exif_transpose(file).convert("RGB")
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
-            return None, UNREADABLE, f"{type(error).__name__}: {error}"
+            reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
+            return None, UNREADABLE, f"{type(error).__name__}: {reason}"
         views = [np.asarray(self.view(photo, image_id, v)) for v in range(self.views)]
         return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), OK, ""
 
