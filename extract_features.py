@@ -366,7 +366,8 @@ def main(argv=None):
         )  # fmt: skip
         model = model.eval().to(args.device, memory_format=torch.channels_last)
         started = time.perf_counter()
-        with tqdm(total=len(image_ids), initial=len(image_ids) - worked, unit="photo", disable=None) as progress:
+        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
+        with tqdm(total=len(image_ids), initial=len(image_ids) - worked, unit="photo", mininterval=every) as progress:
             extract(model, backbone, writer, loader, todo, args.device, progress)
         writer.finish(path)
     seconds = time.perf_counter() - started

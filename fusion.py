@@ -49,6 +49,12 @@ def where_photo(fused, text, text_mask, region_mask):
     return torch.where(photo[..., None], fused.to(text.dtype), text)
 
 
+def check_heads(text_dim, heads):
+    """ValueError unless the token states divide evenly among the heads."""
+    if text_dim % heads:
+        raise ValueError(f"{heads} heads do not divide token states of width {text_dim}; choose a number that does")
+
+
 class NoFusion(nn.Module):
     """Text only: returns the token states as they are. Takes None for the regions and their mask."""
 
@@ -118,6 +124,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
+        check_heads(text_dim, heads)
         self.attention = nn.MultiheadAttention(
             text_dim, heads, dropout, kdim=region_dim, vdim=region_dim, batch_first=True
         )
@@ -150,8 +157,7 @@ class Bimodal(nn.Module):
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
-        if text_dim % heads:
-            raise ValueError(f"text_dim {text_dim} is not divisible by heads {heads}")
+        check_heads(text_dim, heads)
         self.heads = heads
         self.query = nn.Linear(text_dim, text_dim)
         self.key = nn.Linear(region_dim, text_dim, bias=False)

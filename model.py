@@ -33,8 +33,6 @@ class TextRegions(nn.Module):
     def __init__(self, encoder, fusion, task, labels, region_dim, heads, dropout):
         super().__init__()
         width = encoder.config.hidden_size
-        if width % heads:
-            raise ValueError(f"--heads {heads} does not divide the text encoder's width {width}; choose one that does")
         self.encoder = encoder
         self.fusion = FUSIONS[fusion](width, region_dim, heads, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -92,7 +90,9 @@ def load_text_encoder(source, task, dropout):
         tokenizer = load_tokenizer(source, task)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--text-encoder {source}: cannot be loaded ({reason}); name a local folder or a hub's model")
+        raise ValueError(
+            f"--text-encoder {source}: cannot be loaded ({reason}); name a local folder or a hub's model"
+        ) from None
     drop_pooler(encoder)
     if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
         raise ValueError(f"--text-encoder {source}: {len(missing)} weights missing (first: {missing[0]}); wrong kind?")
@@ -110,6 +110,9 @@ def drop_pooler(encoder):
 def longest_input(encoder, tokenizer):
     """How many sub-tokens, special ones included, the encoder has positions for."""
     positions = getattr(encoder.config, "max_position_embeddings", None) or 10**9
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind counts positions from padding_idx + 1
+        positions -= table.padding_idx + 1
     return min(positions, tokenizer.model_max_length)
 
 

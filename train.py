@@ -150,7 +150,8 @@ def main(argv=None):
     for part, rate in (("encoder", args.lr), ("fusion", args.fusion_lr), ("head", args.fusion_lr)):
         count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
         config[f"{part}_parameters"] = count
-        print(f"{part:<10} {count:,} parameters, all trained at {rate:g}")
+        if count:
+            print(f"{part:<10} {count:,} parameters, all trained at {rate:g}")
 
     if run_dir.exists() and args.overwrite:
         shutil.rmtree(run_dir)

@@ -263,9 +263,9 @@ def test_formula(name, reference):
             close(weights[i, t][:, r], torch.stack(expected_weights))
 
 
-@pytest.mark.parametrize("name, error", [("cross-attention", AssertionError), ("bimodal", ValueError)])
-def test_heads_must_divide_text_dim(name, error):
-    with pytest.raises(error, match="divisible"):
+@pytest.mark.parametrize("name", ["cross-attention", "bimodal"])
+def test_heads_must_divide_text_dim(name):
+    with pytest.raises(ValueError, match="5 heads do not divide token states of width 24"):
         FUSIONS[name](D, DV, heads=5)
 
 

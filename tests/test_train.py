@@ -211,7 +211,7 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
         (["--text-encoder", "absent/encoder"], "--text-encoder absent/encoder: cannot be loaded"),
         (["--max-len", 600], "--max-len 600: .* takes 512"),
         (["--max-len", 5], "--max-len 5 leaves 3 sub-tokens"),
-        (["--heads", 7], "--heads 7 does not divide the text encoder's width 64"),
+        (["--heads", 7, "--fusion", "bimodal"], "7 heads do not divide token states of width 64"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(flags, tmp_path, cache_dir, more, message):
