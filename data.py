@@ -305,16 +305,15 @@ def special_ends(tokenizer):
 def mark_entities(example):
     """(words with the four `MARKERS` around head and tail, index of [E1], index of [E2]). Spans may overlap."""
     (head, head_end), (tail, tail_end) = example.head, example.tail
-    words, index = [], {}
+    places = zip((head_end, tail_end, head, tail), ("[/E1]", "[/E2]", "[E1]", "[E2]"), strict=True)
+    places, words, index = list(places), [], {}  # closing markers first, so that neighbours do not nest
     for position in range(len(example.words) + 1):
-        for marker, place in zip(MARKERS, (None, head_end, None, tail_end), strict=True):
-            words += [marker] * (place == position)  # closing markers first, so that neighbours do not nest
-        for marker, place in ((MARKERS[0], head), (MARKERS[2], tail)):
+        for place, marker in places:
             if place == position:
                 index[marker] = len(words)
                 words.append(marker)
         words += example.words[position : position + 1]
-    return words, index[MARKERS[0]], index[MARKERS[2]]
+    return words, index["[E1]"], index["[E2]"]
 
 
 def window(length, first, last, limit):
@@ -360,12 +359,9 @@ def encode(tokenizer, examples, labels, max_len):
             kept = range(min(len(ids), room))
         place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
         starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
-        lost = sum(
-            word in first_piece and starts[word] < 0 and not (relations and words[word] in MARKERS)
-            for word in range(len(words))
-        )
-        counts["cut_words"] += lost
-        counts["cut_posts"] += lost > 0
+        cut = [word for word in first_piece if starts[word] < 0 and not (relations and words[word] in MARKERS)]
+        counts["cut_words"] += len(cut)
+        counts["cut_posts"] += bool(cut)
         counts["words_without_piece"] += len(words) - len(first_piece)
         row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
         if relations:
@@ -456,7 +452,9 @@ class FeatureCache:
                 columns = [file.get(name) for name in COLUMNS]
                 if self.attrs.get("format") != FORMAT or not all(isinstance(c, h5py.Dataset) for c in columns):
                     found = self.attrs.get("format", "none")
-                    raise ValueError(f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py")
+                    raise ValueError(
+                        f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
+                    )
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
                 ids = [name.decode() for name in file["image_id"][:]]
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
@@ -491,12 +489,17 @@ class FeatureCache:
         return self.status[self.rows[image_id]] == OK
 
     def require(self, image_ids, dataset):
-        """ValueError unless every id has a row: then the file was made for another data set or a part of this one."""
+        """ValueError if the file was made for another data set, or for a part of this one."""
+        if self.attrs.get("dataset") != dataset:
+            raise ValueError(
+                f"{self.path}: made for {self.attrs.get('dataset')}, not for {dataset}; name its own file, or make it:"
+                f" extract_features.py --dataset {dataset}"
+            )
         absent = [image_id for image_id in image_ids if image_id not in self.rows]
         if absent:
             raise ValueError(
-                f"{self.path}: made for {self.attrs.get('dataset')}, it has no row for {len(absent)} of {dataset}'s"
-                f" {len(image_ids)} photos (first: {absent[0]}); run extract_features.py --dataset {dataset}"
+                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); was"
+                f" the text another or --limit set? Make it anew: extract_features.py --dataset {dataset} --overwrite"
             )
 
     def read(self, photos, views=None):
@@ -513,6 +516,19 @@ class FeatureCache:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+
+def default_device():
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name):
+    """ValueError if torch cannot compute on the device called `name` here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
 
 
 def command_line(main):

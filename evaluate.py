@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from sklearn.metrics import precision_recall_fscore_support
 
-from data import NONE, FeatureCache, collate, command_line, encode, length_batches, load_dataset
+from data import NONE, FeatureCache, check_device, collate, command_line, default_device, encode, length_batches
+from data import load_dataset
 from model import autocast, load_run, read_config, to_device
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -104,7 +105,10 @@ def score(records):
     metrics["token" if ner else "row"] = label_scores(flat_gold, flat)
     constant = [[majority] * len(labels) for labels in gold] if ner else [majority] * len(gold)
     without = entity_scores(gold, constant) if ner else relation_scores(gold, constant)
-    metrics["baseline"] = label_scores(flat_gold, [majority] * len(flat)) | {"label": majority, "main_f1": without["f1"]}
+    metrics["baseline"] = label_scores(flat_gold, [majority] * len(flat)) | {
+        "label": majority,
+        "main_f1": without["f1"],
+    }
     metrics["posts_without_photo"] = sum(record.get("photo") is False for record in records)
     if ner:
         metrics["words_answered_without_model"] = sum(
@@ -275,8 +279,9 @@ def image_check(run_dir, split, shuffles, device):
     """Scores of a run on `split` with true, shuffled (several seeds) and no photos: {"true", "shuffled", "none"}."""
     model, tokenizer, config = load_run(run_dir, device)
     dataset = load_dataset(config["dataset"], config["data_dir"])
-    if dataset.fingerprints()[split]["sha256"] != config["data"][split]["sha256"]:
-        raise ValueError(f"{dataset.files[split]}: not the file {run_dir} was trained beside; restore it")
+    made = config["data"][split]
+    if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
+        raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
     examples = dataset.examples[split]
     rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
     ids = [example.image_id for example in examples]
@@ -370,7 +375,7 @@ def parse_args(argv):
     add("--split", choices=("test", "valid"), help="of a run; default test where there is one, else valid")
     add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the model)")
     add("--shuffles", type=int, default=3, help="seeded shuffles of the image check")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for --image-check")
+    add("--device", default=default_device(), help="for --image-check")
     args = parser.parse_args(argv)
     if args.image_check and not args.run:
         parser.error("--image-check needs --run: it shows the model other photos")
@@ -381,6 +386,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_device(args.device)
     if args.predictions:
         records = read_predictions(args.predictions)
         metrics = score(records) | {"gold_fingerprint": gold_fingerprint(records)}

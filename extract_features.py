@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, command_line
-from data import find_photos, image_folders, load_dataset, read_attrs  # fmt: skip
+from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, check_device, command_line, default_device
+from data import find_photos, image_folders, load_dataset, read_attrs
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
@@ -51,39 +51,46 @@ def state_hash(module):
     return digest.hexdigest()
 
 
+def read_state_dict(path):
+    """The tensors of a .safetensors or torch.save file, read as data alone: no pickled code is run."""
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path") from None
+    except Exception as error:  # a broken file raises whatever the reader stumbles over
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        raise ValueError(f"--weights {path}: not a state dict that loads as data alone ({reason})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
 def load_resnet50(weights, seed):
     """ResNet50 (He et al. 2016) up to its last convolutional map. Returns (module, name of the weights).
 
     `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a .pth or .safetensors state dict.
     """
-    names = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}
+    torch.manual_seed(seed)
     # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every residual branch
     # at zero the blocks start as identities, and pictures stay apart.
-    torch.manual_seed(seed)
     model = torchvision.models.resnet50(zero_init_residual=True)
-    if weights in names:
-        name = names[weights]
-        try:
-            state = torchvision.models.ResNet50_Weights[name].get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {name} ({error}); give a local file with --weights PATH") from None
-    elif weights != "random":
-        try:
-            safe = weights.endswith(".safetensors")
-            state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"--weights {weights}: no such file; give imagenet, imagenet-v2, random or a path") from None
-        except Exception as error:  # a broken file raises whatever the reader stumbles over
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
-            raise ValueError(f"--weights {weights}: not a state dict that loads as data alone ({reason})") from None
-    if weights != "random":
-        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
-        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
-        if missing := [key for key in missing if not key.startswith("fc.")]:
-            raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
     body = nn.Sequential(*list(model.children())[:-2])  # without the average pool and the classifier
-    named = names.get(weights) or f"{'random' if weights == 'random' else 'file'}-{state_hash(body)[:12]}"
-    return body, named
+    if weights == "random":
+        return body, f"random-{state_hash(body)[:12]}"
+    published = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}.get(weights)
+    if published:
+        try:
+            state = torchvision.models.ResNet50_Weights[published].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download {published} ({error}); give a local file with --weights PATH") from None
+    else:
+        state = read_state_dict(weights)
+    try:
+        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"--weights {weights}: not ResNet50's ({str(error).splitlines()[-1].strip()})") from None
+    if missing := [key for key in missing if not key.startswith("fc.")]:
+        raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
+    return body, published or f"file-{state_hash(body)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -292,7 +299,7 @@ def parse_args(argv):
     add("--seed", type=int, default=1337, help="of the augmented views and of random weights")
     add("--batch-size", type=int, default=32, help="images per forward pass, views counted")
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that decode photos; 0 = in line")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=default_device())
     add("--limit", type=int, help="only the first so many photos, to try things out (the file's name says so)")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
     args = parser.parse_args(argv)
@@ -307,13 +314,16 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    check_device(args.device)
     backbone = BACKBONES[args.backbone]
     image_ids = load_dataset(args.dataset, args.data_dir).image_ids()[: args.limit]
     folders = image_folders(args.dataset, args.data_dir, args.images)
     paths = find_photos(image_ids, folders)
     found = sum(path is not None for path in paths.values())
     if not found:
-        raise FileNotFoundError(f"none of the {len(image_ids)} photos is in {folders[0]}; name their folder with --images")
+        raise FileNotFoundError(
+            f"none of the {len(image_ids)} photos is in {folders[0]}; name their folder with --images"
+        )
     model, weights = backbone.load(args.weights, args.seed)
     side = -(-args.img_size // backbone.stride)
     shape = (len(image_ids), args.views, side * side, backbone.dim)
@@ -371,7 +381,9 @@ def main(argv=None):
             extract(model, backbone, writer, loader, todo, args.device, progress)
         writer.finish(path)
     seconds = time.perf_counter() - started
-    print(f"{worked} photos in {seconds:.1f} s: {worked * args.views / seconds:.1f} images/s, views counted ({args.device})")
+    print(
+        f"{worked} photos in {seconds:.1f} s: {worked * args.views / seconds:.1f} images/s, views counted ({args.device})"
+    )
     report(path)
     return path
 

@@ -23,7 +23,8 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from data import DATASETS, IGNORE, FeatureCache, collate, command_line, encode, length_batches, load_dataset
+from data import DATASETS, IGNORE, FeatureCache, check_device, collate, command_line, default_device, encode
+from data import length_batches, load_dataset
 from evaluate import format_scores, main_score, predict, score, write_json, write_json_lines
 from fusion import FUSIONS
 from model import SYSTEMS, autocast, build_model, load_text_encoder, longest_input, save_weights, to_device
@@ -54,7 +55,7 @@ def parse_args(argv):
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
     add("--photo-dropout", type=float, default=0.1, help="share of training posts whose photo is hidden, each epoch")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=default_device())
     add("--data-dir", default="data")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
@@ -81,7 +82,9 @@ def open_features(args, dataset):
         return None
     cache = FeatureCache(args.features)
     cache.require(dataset.image_ids(), args.dataset)
-    print(f"features   {args.features}: {cache.attrs['backbone']}, weights {cache.attrs['weights']}, {cache.views} views")
+    print(
+        f"features   {args.features}: {cache.attrs['backbone']}, weights {cache.attrs['weights']}, {cache.views} views"
+    )
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
         print(f"           {split}: {with_photo} of {len(examples)} posts have a photo")
@@ -112,11 +115,14 @@ def check_all_train(model, optimizer):
         if parameter.requires_grad and id(parameter) not in held:
             raise ValueError(f"parameter {name} is in no optimizer group, so it would never train")
         if parameter.requires_grad and parameter.grad is None:
-            raise ValueError(f"parameter {name} got no gradient in the first step: nothing uses it; freeze or remove it")
+            raise ValueError(
+                f"parameter {name} got no gradient in the first step: nothing uses it; freeze or remove it"
+            )
 
 
 def main(argv=None):
     args = parse_args(argv)
+    check_device(args.device)
     run_dir = Path(args.run_dir)
     if run_dir.exists() and any(run_dir.iterdir()) and not args.overwrite:
         raise ValueError(f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite")
@@ -201,7 +207,13 @@ def main(argv=None):
             best, best_epoch = main, epoch
             save_weights(model, run_dir)
         loss = (loss_sum / labelled).item()
-        log = {"epoch": epoch, "loss": loss, "valid_main_f1": main, "valid_accuracy": accuracy, "best_epoch": best_epoch}
+        log = {
+            "epoch": epoch,
+            "loss": loss,
+            "valid_main_f1": main,
+            "valid_accuracy": accuracy,
+            "best_epoch": best_epoch,
+        }
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
         for name, record in (("log.jsonl", log), ("timing.jsonl", timing)):
             with open(run_dir / name, "a", encoding="utf-8") as file:

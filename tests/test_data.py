@@ -444,8 +444,10 @@ def test_require(features):
     path, _, ids = features
     cache = FeatureCache(path)
     assert cache.require(ids, "demo") is None
-    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: .* 2 of mnre's 42 photos \(first: y\).* mnre\Z"):
-        cache.require([*ids, "y", "x"], "mnre")
+    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: no row for 2 of demo's 42 photos \(first: y\); "):
+        cache.require([*ids, "y", "x"], "demo")
+    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: made for demo, not for mnre; "):
+        cache.require(ids, "mnre")
 
 
 def read_bytes(cache, photos, views):  # torch cannot send tensors out of a forked process that has used threads

@@ -239,6 +239,12 @@ def test_weights_that_do_not_fit(run, tmp_path):
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "part.pth")
     with pytest.raises(ValueError, match="not ResNet50's, .* tensors missing .first: bn1"):
         run("--weights", tmp_path / "part.pth")
+    torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "shape.pth")
+    with pytest.raises(ValueError, match="not ResNet50's .size mismatch for conv1.weight"):
+        run("--weights", tmp_path / "shape.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="tensors missing"):
+        run("--weights", tmp_path / "tensor.pth")
 
     class Bomb:
         def __reduce__(self):

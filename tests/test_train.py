@@ -206,7 +206,8 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
     "more, message",
     [
         (["--img-size", 224], "no feature file .*demo-resnet50-224.h5; make it with extract_features.py"),
-        (["--features", "mnre-resnet50-64.h5"], "made for mnre, it has no row for 40 of demo's 40 photos .first: train_0000"),
+        (["--features", "mnre-resnet50-64.h5"], "made for mnre, not for demo; "),
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
         (["--data-dir", "absent"], "no train file of demo under absent/"),
         (["--text-encoder", "absent/encoder"], "--text-encoder absent/encoder: cannot be loaded"),
         (["--max-len", 600], "--max-len 600: .* takes 512"),
@@ -253,9 +254,9 @@ def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
 def test_image_check_refuses_other_data_and_other_features(flags, tmp_path, data_dir):
     folder = run(flags, tmp_path / "run", "--epochs", 1)
     config = json.loads((folder / "config.json").read_text())
-    for part, key, message in (("data", "test", "not the file"), ("features_made", "weights_sha256", "other weights")):
+    for part, key, message in (("data", "test", "not the file of"), ("features_made", "weights_sha256", "other weights")):
         changed = json.loads(json.dumps(config))
-        changed[part][key] = {"sha256": "0"} if part == "data" else "0"
+        changed[part][key] = {"sha256": "0", "file": "f"} if part == "data" else "0"
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             evaluate.main(["--run", str(folder), "--image-check"])
