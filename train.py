@@ -124,8 +124,11 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     run_dir = Path(args.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()) and not args.overwrite:
-        raise ValueError(f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / "config.json").exists():
+            raise ValueError(f"{run_dir} holds files, but no run to overwrite; name another folder with --run-dir")
+        if not args.overwrite:
+            raise ValueError(f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite")
     dataset = load_dataset(args.dataset, args.data_dir)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():

@@ -105,6 +105,11 @@ def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
     (folder / "stale").touch()
     run(flags, folder, "--fusion", "none", "--overwrite")
     assert len(json_lines(folder / "log.jsonl")) == 2 and not (folder / "stale").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(ValueError, match="holds files, but no run to overwrite"):
+        run(flags, tmp_path / "thesis", "--overwrite")
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
 def test_pretrained_and_new_layers_have_their_own_rate_and_biases_no_decay(flags, tmp_path):
