@@ -30,4 +30,4 @@ $(VENV)/dev: requirements-dev.txt requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ data/demo features/demo-* runs/demo-*
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ data/demo features/demo-* runs/demo-*
