@@ -4,8 +4,10 @@ Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the
 to. Needs torch, numpy and h5py only, and nothing else of this project: copy the file and use it.
 """
 
+import argparse
 import ast
 import hashlib
+import math
 import os
 import re
 import sys
@@ -67,7 +69,7 @@ VARIANTS = {
     "f53c2f9b7739bea7": "MNRE test, v2",
 }
 
-# Pieces that mark the head and the tail entity of a relation (typed-less entity markers, Baldini Soares et al. 2019).
+# Pieces that mark the head and the tail entity of a relation (entity markers, Baldini Soares et al. 2019).
 MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
 IGNORE = -100  # label of what the loss leaves out: padding and words that have no sub-token
 
@@ -111,7 +113,7 @@ def read_lines(path):
 
 def check_image_id(image_id, where):
     """The id if it can name a file inside the image folder; anything else (a path, a NUL) is refused."""
-    if not image_id or image_id in (".", "..") or re.search(r"[/\\\x00-\x1f]", image_id):
+    if not image_id or image_id in (".", "..") or re.search("[/\\\\\x00-\x1f\ud800-\udfff]", image_id):
         raise ValueError(f"{where}: image id {image_id!r} is not a plain file name; correct it")
     return image_id
 
@@ -145,7 +147,7 @@ def read_ner(path, allowed):
             examples.append(NerExample(post_id, image_id, tuple(words), tuple(labels)))
             image_id, words, labels = None, [], []
         if starts_post:
-            image_id, opened = check_image_id(line[len("IMGID:") :], where), number
+            image_id, opened = check_image_id(line[len("IMGID:") :].strip(" "), where), number
         elif line.strip(" "):
             fields = line.split("\t")
             if len(fields) != 2:
@@ -447,7 +449,7 @@ class FeatureCache:
                 " name another with --features, or train without photos: --fusion none"
             )
         try:
-            with h5py.File(self.path, "r") as file:
+            with h5py.File(self.path, "r", locking=False) as file:  # network drives may know no locks
                 self.attrs = read_attrs(file)
                 columns = [file.get(name) for name in COLUMNS]
                 if self.attrs.get("format") != FORMAT or not all(isinstance(c, h5py.Dataset) for c in columns):
@@ -455,7 +457,7 @@ class FeatureCache:
                     raise ValueError(
                         f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
                     )
-                self.status, self.num_regions = file["status"][:], file["num_regions"][:]
+                self.status, self.num_regions, self.crc32 = (file[k][:] for k in ("status", "num_regions", "crc32"))
                 ids = [name.decode() for name in file["image_id"][:]]
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
                 regions = file["regions"]
@@ -464,7 +466,9 @@ class FeatureCache:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
         if (self.status == 0).any():
-            raise ValueError(f"{path}: {(self.status == 0).sum()} photos not done; run extract_features.py again")
+            raise ValueError(
+                f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py --overwrite"
+            )
         # Mapping past the end of a file is a bus error at first touch, not an exception: compare the lengths first.
         if offset is None:
             raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
@@ -472,6 +476,11 @@ class FeatureCache:
             raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
         self.rows = {image_id: row for row, image_id in enumerate(ids)}
         self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
+
+    @property
+    def sha256(self):
+        """Of the checksums of all rows: two files share it exactly when they hold the same features."""
+        return hashlib.sha256(self.crc32.tobytes()).hexdigest()
 
     def __reduce__(self):
         return FeatureCache, (self.path,)  # a pickled map would carry all its bytes; a worker opens the file itself
@@ -486,7 +495,7 @@ class FeatureCache:
 
     def has_photo(self, image_id):
         """Whether the photo was there and readable."""
-        return self.status[self.rows[image_id]] == OK
+        return bool(self.status[self.rows[image_id]] == OK)
 
     def require(self, image_ids, dataset):
         """ValueError if the file was made for another data set, or for a part of this one."""
@@ -498,8 +507,8 @@ class FeatureCache:
         absent = [image_id for image_id in image_ids if image_id not in self.rows]
         if absent:
             raise ValueError(
-                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); was"
-                f" the text another or --limit set? Make it anew: extract_features.py --dataset {dataset} --overwrite"
+                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]});"
+                f" was the text another, or --limit set? extract_features.py --dataset {dataset} --overwrite makes it anew"
             )
 
     def read(self, photos, views=None):
@@ -516,6 +525,19 @@ class FeatureCache:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+
+def bounded(kind, low, high=math.inf):
+    """argparse type: an int or float from `low` to `high`; NaN is neither."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
 
 
 def default_device():
@@ -536,6 +558,9 @@ def command_line(main):
     try:
         main()
     except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):  # to find a bug of ours behind such a line
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

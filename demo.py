@@ -108,9 +108,9 @@ def build_encoder(words, folder, width=64, layers=2):
 
 
 def write_dataset(folder, posts=(320, 80, 160), seed=7):
-    """Write the splits, their photos and the encoder under `folder`; returns the words of the training posts."""
+    """Write the splits (so many posts each), their photos and the encoder under `folder`."""
     folder, rng, train_words = Path(folder), random.Random(seed), []
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
         with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as file:
@@ -121,7 +121,6 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
                 draw_scene(scene, rng).save(folder / "images" / f"{split}_{number:04d}.jpg", quality=90)
                 train_words += words if split == "train" else []
     build_encoder(train_words, folder / "encoder")
-    return train_words
 
 
 if __name__ == "__main__":
@@ -129,4 +128,4 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", default="data")
     target = Path(parser.parse_args().data_dir) / "demo"
     write_dataset(target)
-    print(f"{target}: 320 train, 80 valid and 160 test posts with their photos, and encoder/, a tiny text encoder")
+    print(f"{target}: train, valid and test posts with their photos, and encoder/, a tiny text encoder")

@@ -23,7 +23,7 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 
 from data import NONE, FeatureCache, check_device, collate, command_line, default_device, encode, length_batches
-from data import load_dataset
+from data import load_dataset, bounded, read_lines
 from model import autocast, load_run, read_config, to_device
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -114,6 +114,7 @@ def score(records):
         metrics["words_answered_without_model"] = sum(
             p is None for record in records for p in record.get("probability", [])
         )
+    metrics["gold_fingerprint"] = gold_fingerprint(records)
     metrics["warnings"] = one_label_warnings(flat, metrics["entity" if ner else "relation"])
     return metrics
 
@@ -159,14 +160,10 @@ def write_json_lines(path, records):
 def read_predictions(path):
     """Records {id, words, gold, predicted, ...} from JSON lines as train.py writes them, or from plain CoNLL.
 
-    CoNLL: `word gold predicted` a line, tab or space between, a blank line between posts, an `IMGID:<id>` line where
-    there is one. Labels are lists for named entities, one string for relations. ValueError with file and line.
+    CoNLL: `word ... gold predicted` a line, tab or spaces between, a blank line between posts, an `IMGID:<id>` line
+    where there is one. Labels are lists for named entities, one string for relations. ValueError with file and line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    lines = list(enumerate(text.replace("\r\n", "\n").split("\n"), 1))
+    lines = read_lines(path)
     first = next((line for _, line in lines if line.strip()), "")
     is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace too, but not so and without a tab
     records = (json_records if is_json else conll_records)(path, lines)
@@ -213,13 +210,13 @@ def conll_records(path, lines):
                 records.append({"id": post_id or f"post {len(records) + 1}", **columns})
             post_id, words = line[len("IMGID:") :] or None, []
             continue
-        # Without tabs the last two columns count, as in the CoNLL evaluation script.
-        fields = line.split("\t") if "\t" in line else line.rsplit(" ", 2)
-        if len(fields) != 3:
+        # The last two columns count, as in the CoNLL evaluation script.
+        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
+        if len(fields) < 3:
             raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {line[:80]!r}")
-        for label in fields[1:]:
+        for label in fields[-2:]:
             check_form(label, True, f"{path}:{number}")
-        words.append(fields)
+        words.append([fields[0], *fields[-2:]])
     return records
 
 
@@ -247,7 +244,7 @@ def predict(model, rows, examples, labels, pad_id, batch_size, device, precision
             example = examples[i]
             record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
             if cache is not None:
-                record["photo"] = photo is not None and bool(cache.has_photo(photo))
+                record["photo"] = photo is not None and cache.has_photo(photo)
             if "word_starts" in rows[i]:
                 known = [start >= 0 for start in rows[i]["word_starts"]]
                 record["gold"] = list(example.labels)
@@ -275,10 +272,13 @@ def shuffled_photos(image_ids, cache, seed):
     return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-def image_check(run_dir, split, shuffles, device):
-    """Scores of a run on `split` with true, shuffled (several seeds) and no photos: {"true", "shuffled", "none"}."""
+def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
+    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
+
+    `data_dir`, `features`: where they are now, if no longer where the run was trained. Returns a plain dict.
+    """
     model, tokenizer, config = load_run(run_dir, device)
-    dataset = load_dataset(config["dataset"], config["data_dir"])
+    dataset = load_dataset(config["dataset"], data_dir or config["data_dir"])
     made = config["data"][split]
     if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
         raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
@@ -287,10 +287,10 @@ def image_check(run_dir, split, shuffles, device):
     ids = [example.image_id for example in examples]
     cache = None
     if config["fusion"] != "none":
-        cache = FeatureCache(config["features"])
+        cache = FeatureCache(features or config["features"])
         cache.require(ids, config["dataset"])
-        if cache.attrs["weights_sha256"] != config["features_made"]["weights_sha256"]:
-            raise ValueError(f"{cache.path}: made with other weights than {run_dir} was trained on; restore it")
+        if cache.sha256 != config["features_made"]["sha256"]:
+            raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
 
     def run(swap):
         records = predict(
@@ -301,8 +301,9 @@ def image_check(run_dir, split, shuffles, device):
 
     true = run(None)
     if cache is None:  # without a photo to show, all three are one
-        return {"true": true, "shuffled": [true] * shuffles, "none": true}
+        return {"photos": 0, "true": true, "shuffled": [true] * shuffles, "none": true}
     return {
+        "photos": sum(cache.has_photo(image_id) for image_id in set(ids)),
         "true": true,
         "shuffled": [run(shuffled_photos(ids, cache, seed)) for seed in range(shuffles)],
         "none": run(dict.fromkeys(ids)),
@@ -315,12 +316,17 @@ def check_row(name, fusion, check):
 
     def cells(level, key):
         values = [metrics[level][key] for metrics in check["shuffled"]]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = f"±{statistics.stdev(values):.3f}" if len(values) > 1 else " " * 6
         true, none = check["true"][level][key], check["none"][level][key]
-        return f"{true:.3f}  {statistics.mean(values):.3f} ±{spread:.3f}  {none:.3f}"
+        return f"{true:.3f}  {statistics.mean(values):.3f} {spread}  {none:.3f}"
 
     drop = main_score(check["true"]) - statistics.mean(main_score(metrics) for metrics in check["shuffled"])
-    said = "text only" if fusion == "none" else "" if drop >= 0.005 else "the photo makes no difference"
+    if fusion == "none":
+        said = "text only"
+    elif check["photos"] < 2:
+        said = "fewer than 2 photos: cannot tell"
+    else:
+        said = "the photo does not help" if drop < 0.005 else ""
     f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
     return f"{name}   {f1}   {accuracy}   {said}".rstrip()
 
@@ -334,7 +340,7 @@ def format_scores(metrics, title):
     main, level = ("entity", "token") if ner else ("relation", "row")
     what = f"{metrics['posts']} posts, {metrics['words']} words, {metrics['entity']['gold']} entities" if ner else (
         f"{metrics['posts']} rows, {metrics['relation']['gold']} not {NONE}")  # fmt: skip
-    width = max(38, *(len(kind) + 4 for kind in metrics[main]["types"]), 38)
+    width = max([38, *(len(kind) + 4 for kind in metrics[main]["types"])])
 
     def line(name, s, accuracy=None):
         shown = f"{accuracy:9.4f}" if accuracy is not None else " " * 9
@@ -368,19 +374,21 @@ def gold_fingerprint(records):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", nargs="+", type=Path, help="run folders of train.py")
     what.add_argument("--predictions", type=Path, help="JSON lines as train.py writes, or CoNLL 'word gold predicted'")
     add("--split", choices=("test", "valid"), help="of a run; default test where there is one, else valid")
     add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the model)")
-    add("--shuffles", type=int, default=3, help="seeded shuffles of the image check")
+    add("--shuffles", type=bounded(int, 1), default=3, help="seeded shuffles of the image check")
+    add("--data-dir", help="for --image-check: where the data sets are now; default: where the run was trained")
+    add("--features", help="for --image-check: where the run's feature file is now")
     add("--device", default=default_device(), help="for --image-check")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.image_check and not args.run:
         parser.error("--image-check needs --run: it shows the model other photos")
-    if args.shuffles < 1:
-        parser.error("--shuffles must be at least 1")
     return args
 
 
@@ -389,14 +397,14 @@ def main(argv=None):
     check_device(args.device)
     if args.predictions:
         records = read_predictions(args.predictions)
-        metrics = score(records) | {"gold_fingerprint": gold_fingerprint(records)}
+        metrics = score(records)
         print(format_scores(metrics, f"{args.predictions} (gold {metrics['gold_fingerprint']})"))
         write_json(args.predictions.with_name(args.predictions.name + ".metrics.json"), metrics)
         return
     width = max(len(run.name) for run in args.run)
     if args.image_check:
-        print(f"{'':<{width}}   entity F1 (micro without None)   token (row) accuracy, weighted recall")
-        print(f"{'photos':<{width}}   true   shuffled      none    true   shuffled      none")
+        print(f"{'':<{width + 7}}   entity F1 (micro without None)   token (row) accuracy, weighted recall")
+        print(f"{'photos shown':<{width + 7}}   true   shuffled      none    true   shuffled      none")
     for run in args.run:
         config = read_config(run)
         split = args.split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
@@ -404,9 +412,9 @@ def main(argv=None):
         if not path.exists():
             raise FileNotFoundError(f"{path}: not there; the run did not finish, or its data set has no {split} file")
         if args.image_check:
-            check = image_check(run, split, args.shuffles, args.device)
+            check = image_check(run, split, args.shuffles, args.device, args.data_dir, args.features)
             write_json(run / f"image-check-{split}.json", check)
-            print(check_row(f"{run.name:<{width}}", config["fusion"], check), flush=True)
+            print(check_row(f"{run.name:<{width}}  {split:<5}", config["fusion"], check), flush=True)
             continue
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}

@@ -35,7 +35,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, check_device, command_line, default_device
-from data import find_photos, image_folders, load_dataset, read_attrs
+from data import find_photos, image_folders, load_dataset, bounded, read_attrs
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
@@ -135,7 +135,10 @@ class Photos:
             return None, MISSING, "no such file"
         try:
             with Image.open(path) as file:
-                photo = ImageOps.exif_transpose(file).convert("RGB")
+                photo = ImageOps.exif_transpose(file)
+                if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
+                    photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
+                photo = photo.convert("RGB")
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
             reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
             return None, UNREADABLE, f"{type(error).__name__}: {reason}"
@@ -183,21 +186,39 @@ def create_file(path, image_ids, shape, attrs):
         temporary.unlink(missing_ok=True)
 
 
+def lock(path):
+    """Open the unfinished file at `path` for this process alone; closing the descriptor unlocks it."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ValueError(f"{path}: another process is extracting into it; wait for it or stop it") from None
+    return fd
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Wait for, and hold, the lock of a folder: one process at a time begins a file there."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 class FeatureWriter:
     """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others, or if
     another process is filling it."""
 
     def __init__(self, path, settings):
-        self.fd = os.open(path, os.O_RDWR)
+        self.fd = lock(path)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.attrs = refuse_other_settings(path, settings)
             with h5py.File(path, "r", locking=False) as file:  # the lock is ours
                 self.status = file["status"][:]
                 self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
-        except BlockingIOError:
-            self.close()
-            raise ValueError(f"{path}: another process is extracting into it; wait for it or stop it") from None
         except ValueError:
             self.close()
             raise
@@ -244,7 +265,8 @@ def refuse_other_settings(path, settings):
     ]
     if differing:
         raise ValueError(
-            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, --cache-dir keeps both"
+            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, another --cache-dir"
+            " keeps both"
         )
     return made
 
@@ -266,7 +288,9 @@ def extract(model, backbone, writer, loader, batches, device, progress):
                 raise ValueError(f"features of batch {rows[0]}-{rows[-1]} do not fit float16; check --weights")
             regions = iter(regions.reshape(-1, *writer.columns["regions"][2][1:]))
         for row, (views, status, reason) in zip(rows, photos, strict=True):
-            writer.write(row, next(regions) if views is not None else None, status, reason)
+            made = next(regions) if views is not None else None
+            if writer.status[row] == 0:  # a batch computed again for one row leaves the others as they are
+                writer.write(row, made, status, reason)
         progress.update(len(rows))
 
 
@@ -287,6 +311,7 @@ def report(path):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="twitter2017")
     add("--data-dir", default="data", help="folder that holds the data sets")
@@ -294,21 +319,19 @@ def parse_args(argv):
     add("--cache-dir", default="features", help="where feature files go")
     add("--backbone", choices=BACKBONES, default="resnet50")
     add("--weights", default="imagenet", help="imagenet, imagenet-v2, random or a .pth / .safetensors file")
-    add("--img-size", type=int, default=224, help="photos are resized to this, squared")
-    add("--views", type=int, default=4, help="view 0 is plain, the others augmented; 1 = no augmentation in training")
-    add("--seed", type=int, default=1337, help="of the augmented views and of random weights")
-    add("--batch-size", type=int, default=32, help="images per forward pass, views counted")
-    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that decode photos; 0 = in line")
+    add("--img-size", type=bounded(int, 1, 4096), default=224, help="photos are resized to this, squared")
+    add("--views", type=bounded(int, 1, 1000), default=4, help="view 0 is plain, the others are augmented")
+    add("--seed", type=bounded(int, 0, 2**32), default=1337, help="of the augmented views and of random weights")
+    add("--batch-size", type=bounded(int, 1), default=32, help="images per forward pass, views counted")
+    add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
     add("--device", default=default_device())
-    add("--limit", type=int, help="only the first so many photos, to try things out (the file's name says so)")
+    add("--limit", type=bounded(int, 1), help="only so many photos, into a file of that name")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
+    # fmt: on
     args = parser.parse_args(argv)
     stride = BACKBONES[args.backbone].stride
     if args.img_size < stride:
         parser.error(f"--img-size {args.img_size}: {args.backbone} needs at least {stride}")
-    for name in ("views", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
@@ -340,10 +363,7 @@ def main(argv=None):
     path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{args.img_size}{part}.h5"
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        path.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
-    if path.exists():
+    if path.exists() and not args.overwrite:
         refuse_other_settings(path, settings)
         print(f"{path} is finished; left alone (--overwrite makes it anew)")
         report(path)
@@ -358,9 +378,16 @@ def main(argv=None):
     print(f"{args.dataset}: {len(image_ids)} photos, {found} found, x {args.views} views; {path} takes {size:,} bytes")
     if size - held > free:
         raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
-    if not partial.exists():
-        create_file(partial, image_ids, shape, settings | recorded)
-    with contextlib.closing(FeatureWriter(partial, settings)) as writer:
+    with alone_in(path.parent):
+        if args.overwrite:
+            if partial.exists():
+                os.close(lock(partial))  # refused while another process is filling it
+                partial.unlink()
+            path.unlink(missing_ok=True)
+        if not partial.exists():
+            create_file(partial, image_ids, shape, settings | recorded)
+        writer = FeatureWriter(partial, settings)
+    with contextlib.closing(writer):
         batch_size = writer.attrs["batch_size"]
         if batch_size != args.batch_size:
             print(f"resuming with the batch size the file was begun with, {batch_size}")
@@ -381,9 +408,7 @@ def main(argv=None):
             extract(model, backbone, writer, loader, todo, args.device, progress)
         writer.finish(path)
     seconds = time.perf_counter() - started
-    print(
-        f"{worked} photos in {seconds:.1f} s: {worked * args.views / seconds:.1f} images/s, views counted ({args.device})"
-    )
+    print(f"{worked} photos in {seconds:.1f} s on {args.device}: {worked * args.views / seconds:.1f} images/s with the views")
     report(path)
     return path
 

@@ -11,11 +11,12 @@ All layers share one call, `fusion(text, text_mask, regions, region_mask, return
     region_mask  [B, R]      True = a real region; a row of False is a post without photo
     returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R], averaged
                              over heads and zero for a post without photo (None from layers that have no such weights);
-                             read them in eval mode, dropout may act on them in training
+                             read them in eval mode, dropout may act on them in training; those of padding tokens
+                             mean nothing
 
 Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order of
 regions changes nothing; a post without photo, like a padding token, leaves as it came in; multiplying all regions by
-a constant changes nothing (backbones differ a thousandfold in scale).
+a positive constant changes nothing, as long as float16 can hold them (backbones differ a thousandfold in scale).
 """
 
 import torch
@@ -51,7 +52,7 @@ def where_photo(fused, text, text_mask, region_mask):
 
 def check_heads(text_dim, heads):
     """ValueError unless the token states divide evenly among the heads."""
-    if text_dim % heads:
+    if heads < 1 or text_dim % heads:
         raise ValueError(f"{heads} heads do not divide token states of width {text_dim}; choose a number that does")
 
 
@@ -80,7 +81,8 @@ class Film(nn.Module):
         nn.init.zeros_(self.generator.bias)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        pooled = unit_length(clean(regions, region_mask).float().sum(1))  # [B, Dv]; at unit length sum and mean are one
+        # At unit length the sum is the mean. [B, Dv]
+        pooled = unit_length(clean(regions, region_mask).float().sum(1)).to(text.dtype)
         delta, beta = self.generator(self.dropout(pooled))[:, None].chunk(2, -1)  # [B, 1, D] each
         fused = where_photo((1 + delta) * clean(text, text_mask) + beta, text, text_mask, region_mask)
         return (fused, None) if return_weights else fused
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
         scores = self.score(torch.tanh(self.token(words)[:, :, None] + self.region(image)[:, None]))  # [B, T, R, 1]
         weights = masked_softmax(scores.squeeze(-1), region_mask[:, None])  # [B, T, R]
         # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting them after.
@@ -135,7 +137,7 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
         photo = region_mask.any(1)[:, None]  # a row with nothing to attend to would be NaN; its result is not used
         context, weights = self.attention(
             words, image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
@@ -169,7 +171,7 @@ class Bimodal(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)), clean(text, text_mask)
+        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
 
         def split(states):  # [B, N, D] -> [B, heads, N, D / heads]
             return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)

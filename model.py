@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -80,15 +81,22 @@ def load_tokenizer(source, task):
 
 
 def load_text_encoder(source, task, dropout):
-    """Pretrained (encoder, tokenizer) from a model hub's name or a local folder. ValueError if one weight is missing."""
+    """Pretrained (encoder, tokenizer) from a hub's name or a local folder. ValueError if a weight is missing."""
     try:
         config = AutoConfig.from_pretrained(source)
+        if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+            raise ValueError(f"a {config.model_type} is no plain text encoder")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, dropout)
-        encoder, info = AutoModel.from_pretrained(source, config=config, output_loading_info=True)
+        encoder, info = AutoModel.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            dtype=torch.float32,  # some are stored as float16
+        )
         tokenizer = load_tokenizer(source, task)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"--text-encoder {source}: cannot be loaded ({reason}); name a local folder or a hub's model"
@@ -96,7 +104,13 @@ def load_text_encoder(source, task, dropout):
     drop_pooler(encoder)
     if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
         raise ValueError(f"--text-encoder {source}: {len(missing)} weights missing (first: {missing[0]}); wrong kind?")
-    if len(tokenizer) > encoder.get_input_embeddings().num_embeddings:
+    vocabulary, rows = len(tokenizer) - len(tokenizer.get_added_vocab()), encoder.get_input_embeddings().num_embeddings
+    if not rows / 2 <= vocabulary <= rows or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"--text-encoder {source}: its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings),"
+            " or has no padding token; are the tokenizer's files there?"
+        )
+    if len(tokenizer) > rows:
         encoder.resize_token_embeddings(len(tokenizer))
     return encoder, tokenizer
 
@@ -109,7 +123,8 @@ def drop_pooler(encoder):
 
 def longest_input(encoder, tokenizer):
     """How many sub-tokens, special ones included, the encoder has positions for."""
-    positions = getattr(encoder.config, "max_position_embeddings", None) or 10**9
+    positions = getattr(encoder.config, "max_position_embeddings", 0)
+    positions = positions if positions > 0 else 10**9  # relative positions: as long as memory lasts
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind counts positions from padding_idx + 1
         positions -= table.padding_idx + 1
@@ -137,21 +152,29 @@ def to_device(batch, device):
 def save_weights(model, run_dir):
     """All weights as `model.safetensors`; a reader sees the old file or the new one, never a part."""
     temporary = Path(run_dir) / "model.safetensors.tmp"
-    save_model(model, str(temporary))
-    os.replace(temporary, Path(run_dir) / "model.safetensors")
+    try:
+        save_model(model, str(temporary))
+        temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
+        os.replace(temporary, Path(run_dir) / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_run(run_dir, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a finished run. FileNotFoundError if `run_dir` is none."""
+    """(model in eval mode, tokenizer, config) of a run, from its folder alone. ValueError if a part of it is broken."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "model.safetensors").exists():
         raise FileNotFoundError(f"{run_dir}: no model.safetensors; the run did not finish, train it again")
-    encoder = AutoModel.from_config(AutoConfig.from_pretrained(run_dir / "encoder"))
-    drop_pooler(encoder)
-    tokenizer = load_tokenizer(run_dir / "encoder", config["task"])
-    model = build_model(config, encoder)
-    load_model(model, str(run_dir / "model.safetensors"))
+    try:
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(run_dir / "encoder"), dtype=torch.float32)
+        drop_pooler(encoder)
+        tokenizer = load_tokenizer(run_dir / "encoder", config["task"])
+        model = build_model(config, encoder)
+        load_model(model, str(run_dir / "model.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{run_dir}: the run does not load ({reason}); train it again") from None
     return model.eval().to(device), tokenizer, config
 
 
@@ -160,4 +183,10 @@ def read_config(run_dir):
     path = Path(run_dir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); train the run again") from None
+    if not isinstance(config, dict) or not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
+        raise ValueError(f"{path}: not the configuration of a run of train.py; train it again")
+    return config

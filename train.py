@@ -9,8 +9,8 @@ metrics-*.json.
 
 import argparse
 import json
+import math
 import platform
-import random
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from data import DATASETS, IGNORE, FeatureCache, check_device, collate, command_line, default_device, encode
-from data import length_batches, load_dataset
+from data import length_batches, load_dataset, bounded
 from evaluate import format_scores, main_score, predict, score, write_json, write_json_lines
 from fusion import FUSIONS
 from model import SYSTEMS, autocast, build_model, load_text_encoder, longest_input, save_weights, to_device
@@ -34,26 +34,27 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    # fmt: off
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="twitter2017")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
     add("--fusion", choices=FUSIONS, default="film", help="none = text only")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
-    add("--seed", type=int, default=1337)
-    add("--epochs", type=int, default=5)
-    add("--batch-size", type=int, default=8)
-    add("--eval-batch-size", type=int, default=12)
-    add("--max-len", type=int, default=128, help="sub-tokens a post, special ones included")
-    add("--lr", type=float, default=3e-5, help="of the pretrained text encoder")
-    add("--fusion-lr", type=float, default=1.1e-3, help="of the layers that start from scratch: fusion and head")
-    add("--weight-decay", type=float, default=0.01)
-    add("--warmup-ratio", type=float, default=0.1, help="share of the steps, then linear decay to 0")
-    add("--max-grad-norm", type=float, default=1.0)
-    add("--dropout", type=float, default=0.1)
-    add("--heads", type=int, default=8)
-    add("--img-size", type=int, default=224, help="which feature file: the size its photos were resized to")
+    add("--seed", type=bounded(int, 0, 2**32), default=1337)
+    add("--epochs", type=bounded(int, 1), default=5)
+    add("--batch-size", type=bounded(int, 1), default=8)
+    add("--eval-batch-size", type=bounded(int, 1), default=12)
+    add("--max-len", type=bounded(int, 1), default=128, help="sub-tokens a post, special ones included")
+    add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
+    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3, help="of what starts from scratch: fusion, head")
+    add("--weight-decay", type=bounded(float, 0), default=0.01)
+    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
+    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
+    add("--dropout", type=bounded(float, 0, 1), default=0.1)
+    add("--heads", type=bounded(int, 1), default=8)
+    add("--img-size", type=bounded(int, 1), default=224, help="which feature file: the size its photos were resized to")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
-    add("--photo-dropout", type=float, default=0.1, help="share of training posts whose photo is hidden, each epoch")
+    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda")
     add("--device", default=default_device())
     add("--data-dir", default="data")
@@ -61,6 +62,7 @@ def parse_args(argv):
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<model>-<fusion>-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
+    # fmt: on
     args = parser.parse_args(argv)
     task = DATASETS[args.dataset][0]
     args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
@@ -70,9 +72,6 @@ def parse_args(argv):
     args.run_dir = args.run_dir or f"runs/{args.dataset}-{args.model}-{args.fusion}-s{args.seed}"
     if args.precision == "auto":
         args.precision = "bfloat16" if args.device.startswith("cuda") else "float32"
-    for name in ("epochs", "batch_size", "eval_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
@@ -128,15 +127,15 @@ def main(argv=None):
         if not (run_dir / "config.json").exists():
             raise ValueError(f"{run_dir} holds files, but no run to overwrite; name another folder with --run-dir")
         if not args.overwrite:
-            raise ValueError(f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite")
+            raise ValueError(
+                f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite"
+            )
     dataset = load_dataset(args.dataset, args.data_dir)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         print(f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})")
     cache = open_features(args, dataset)
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     encoder, tokenizer = load_text_encoder(args.text_encoder, dataset.task, args.dropout)
     if args.max_len > longest_input(encoder, tokenizer):
@@ -146,11 +145,16 @@ def main(argv=None):
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | {
-        "task": dataset.task, "labels": list(dataset.labels), "data": prints,
-        "region_dim": cache.region_dim if cache else None, "features_made": cache.attrs if cache else None,
-        "versions": {m.__name__: str(m.__version__) for m in (torch, transformers, np)} | {"python": platform.python_version()},
-    }  # fmt: skip
+        "task": dataset.task,
+        "labels": list(dataset.labels),
+        "data": prints,
+        "region_dim": cache.region_dim if cache else None,
+        "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
+        "versions": versions | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
+    }
     model = build_model(config, encoder).to(args.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass over memory: 7 times as fast
     lengths = [len(row["input_ids"]) for row in rows["train"]]
@@ -169,7 +173,7 @@ def main(argv=None):
     encoder.config.save_pretrained(run_dir / "encoder")
     tokenizer.save_pretrained(run_dir / "encoder")
 
-    def evaluate(split):
+    def answers(split):
         return predict(
             model, rows[split], dataset.examples[split], dataset.labels, tokenizer.pad_token_id, args.eval_batch_size,
             args.device, args.precision, cache,
@@ -202,18 +206,22 @@ def main(argv=None):
             optimizer.zero_grad()
             loss_sum += summed.detach()
             labelled += count
+        loss = (loss_sum / labelled.clamp(min=1)).item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"epoch {epoch}: the loss is {loss}; lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
+            )
         trained = time.perf_counter()
-        metrics = score(evaluate("valid"))
-        main, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
-        kept = main > best
+        metrics = score(answers("valid"))
+        main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
+        kept = main_f1 > best
         if kept:
-            best, best_epoch = main, epoch
+            best, best_epoch = main_f1, epoch
             save_weights(model, run_dir)
-        loss = (loss_sum / labelled).item()
         log = {
             "epoch": epoch,
             "loss": loss,
-            "valid_main_f1": main,
+            "valid_main_f1": main_f1,
             "valid_accuracy": accuracy,
             "best_epoch": best_epoch,
         }
@@ -223,7 +231,7 @@ def main(argv=None):
                 file.write(json.dumps(record) + "\n")
         print(
             f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  valid {'entity' if dataset.task == 'ner' else 'micro'} F1"
-            f" {main:.4f}, accuracy {accuracy:.4f}  {len(lengths) / timing['train_s']:.1f} posts/s"
+            f" {main_f1:.4f}, accuracy {accuracy:.4f}  {len(lengths) / timing['train_s']:.1f} posts/s"
             f"{'  (best)' if kept else ''}",
             flush=True,
         )  # fmt: skip
@@ -233,7 +241,7 @@ def main(argv=None):
         if split not in rows:
             print(f"{args.dataset} has no {split} file: no {split} scores")
             continue
-        records = evaluate(split)
+        records = answers(split)
         metrics = score(records) | {"data": prints[split]}
         write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
         write_json(run_dir / f"metrics-{split}.json", metrics)

@@ -149,8 +149,9 @@ def test_unfinished_file_of_other_settings_is_refused(run, monkeypatch):
 
 def test_second_process_on_one_file_stops(run, monkeypatch):
     def second(*args):
-        with pytest.raises(ValueError, match="another process"):
-            run()
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(ValueError, match="another process"):
+                run(*more)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(extract_features, "extract", second)
@@ -161,15 +162,16 @@ def test_second_process_on_one_file_stops(run, monkeypatch):
 def test_photos_of_every_kind(run, data_dir, tmp_path):
     images = tmp_path / "photos"
     shutil.copytree(data_dir / "demo" / "images", images)
-    (photo, same, palette, cmyk, alpha, absent, cut, text, empty, folder) = (
+    kinds = ("photo", "same", "deep", "cmyk", "alpha", "absent", "cut", "text", "empty", "folder")
+    (photo, same, deep, cmyk, alpha, absent, cut, text, empty, folder) = (
         images / f"train_{i:04d}.jpg" for i in range(10)
     )
     clean = Image.open(photo).convert("RGB")
     clean.save(photo, "PNG")  # lossless, so that the copies below hold the same pixels
     clean.save(same.with_suffix(".PNG"))
     same.unlink()
-    few = clean.quantize(16)
-    few.save(palette, "PNG")
+    grey = np.asarray(clean.convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(deep, "PNG")
     clean.convert("CMYK").save(cmyk, "TIFF")
     Image.merge("RGBA", [*clean.split(), Image.new("L", clean.size, 99)]).save(alpha, "PNG")
     absent.unlink()
@@ -179,11 +181,13 @@ def test_photos_of_every_kind(run, data_dir, tmp_path):
     folder.unlink()
     folder.mkdir()
     cache = FeatureCache(run("--images", images))
-    row = {name: cache.rows[f"train_{i:04d}"] for i, name in enumerate(
-        ("photo", "same", "palette", "cmyk", "alpha", "absent", "cut", "text", "empty", "folder"))}  # fmt: skip
+    row = {name: cache.rows[f"train_{i:04d}"] for i, name in enumerate(kinds)}
     assert cache.status.tolist() == [OK] * 5 + [MISSING] + [UNREADABLE] * 4
     for name in ("same", "alpha"):
         assert np.array_equal(cache.regions[row[name], 0], cache.regions[row["photo"], 0])
+    decoded, _, _ = Photos(["x"], {"x": deep}, 64, 1, seed=0).read(0)  # 16 bits a pixel become 8, not white
+    expected = Image.fromarray(grey).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(decoded[0].permute(1, 2, 0), expected)
     assert all(cache.reasons[row[name]] for name in ("absent", "cut", "text", "empty", "folder"))
     assert "truncated" in cache.reasons[row["cut"]] and "identify" in cache.reasons[row["text"]]
     # A photo that is not there is no picture at all: zeros and a mask of False, never a grey image.

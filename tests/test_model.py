@@ -142,10 +142,27 @@ def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_encoder_stored_in_half_precision_trains_in_float32(encoder_dir, tmp_path):
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), "ner", 0.1)
+    encoder.half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_text_encoder(str(tmp_path), "ner", 0.1)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_a_tokenizer_that_is_not_the_encoders_is_refused(encoder_dir, tmp_path):
+    for path in encoder_dir.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's|cannot be loaded"):
+        load_text_encoder(str(tmp_path), "ner", 0.1)
+
+
 def test_weights_are_saved_whole(encoder_dir, data_dir, tmp_path):
     model, _ = make(encoder_dir, load_dataset("demo", data_dir), "bimodal")
     save_weights(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
     saved = load_file(tmp_path / "model.safetensors")
     assert set(saved) == set(model.state_dict())
     assert all(np.array_equal(saved[key], value) for key, value in model.state_dict().items())

@@ -259,12 +259,56 @@ def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
 def test_image_check_refuses_other_data_and_other_features(flags, tmp_path, data_dir):
     folder = run(flags, tmp_path / "run", "--epochs", 1)
     config = json.loads((folder / "config.json").read_text())
-    for part, key, message in (("data", "test", "not the file of"), ("features_made", "weights_sha256", "other weights")):
+    for part, key, message in (("data", "test", "not the file of"), ("features_made", "sha256", "not the features")):
         changed = json.loads(json.dumps(config))
         changed[part][key] = {"sha256": "0", "file": "f"} if part == "data" else "0"
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             evaluate.main(["--run", str(folder), "--image-check"])
+
+
+def test_a_run_that_moved_is_checked_where_its_data_are_now(flags, tmp_path, data_dir, cache_dir, capsys):
+    folder = run(flags, tmp_path / "run", "--epochs", 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data_dir": "gone", "features": "gone.h5"}))
+    with pytest.raises(FileNotFoundError, match="under gone/"):
+        evaluate.main(["--run", str(folder), "--image-check"])
+    now = ["--data-dir", str(data_dir), "--features", str(cache_dir / "demo-resnet50-64.h5")]
+    evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", *now])
+    check = json.loads((folder / "image-check-test.json").read_text())
+    assert check["photos"] == 8 and len(check["shuffled"]) == 1
+    assert check["true"] == {k: v for k, v in json.loads((folder / "metrics-test.json").read_text()).items() if k != "data"}
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", "", "config.json: not JSON"), ("config.json", "[]", "config.json: not the configuration"),
+    ("model.safetensors", "", "the run does not load"), ("model.safetensors", None, "no model.safetensors"),
+    ("encoder/config.json", "{}", "the run does not load"), ("encoder/tokenizer.json", None, "the run does not load"),
+])  # fmt: skip
+def test_a_broken_run_is_one_clear_line(flags, tmp_path, name, content, message):
+    folder = run(flags, tmp_path / "run", "--epochs", 1)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        evaluate.main(["--run", str(folder), "--image-check"])
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_diverged_run_stops(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"epoch \d: the loss is (nan|inf); lower --lr .1e\+30. or --fusion-lr"):
+        run(flags, tmp_path / "run", "--lr", 1e30, "--max-grad-norm", "inf", "--warmup-ratio", 0, "--epochs", 3)
+    assert not list((tmp_path / "run").glob("metrics-*"))
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--lr", "nan"), ("--lr", "-1"), ("--photo-dropout", "7"), ("--warmup-ratio", "5"), ("--epochs", "0"),
+    ("--heads", "0"), ("--max-grad-norm", "0"), ("--batch-size", "x"), ("--seed", "-1"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([flag, value])
+    assert f"argument {flag}: " in capsys.readouterr().err
 
 
 def test_the_photo_is_what_tells(tmp_path, capsys):
