@@ -408,7 +408,8 @@ def main(argv=None):
             extract(model, backbone, writer, loader, todo, args.device, progress)
         writer.finish(path)
     seconds = time.perf_counter() - started
-    print(f"{worked} photos in {seconds:.1f} s on {args.device}: {worked * args.views / seconds:.1f} images/s with the views")
+    rate = worked * args.views / seconds
+    print(f"{worked} photos in {seconds:.1f} s on {args.device}: {rate:.1f} images/s, views counted")
     report(path)
     return path
 
