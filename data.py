@@ -508,7 +508,7 @@ class FeatureCache:
         if absent:
             raise ValueError(
                 f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]});"
-                f" was the text another, or --limit set? extract_features.py --dataset {dataset} --overwrite makes it anew"
+                f" was the text another, or --limit set? Make it anew: --dataset {dataset} --overwrite"
             )
 
     def read(self, photos, views=None):
@@ -548,7 +548,7 @@ def default_device():
 def check_device(name):
     """ValueError if torch cannot compute on the device called `name` here."""
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
+
+logging.disable_progress_bar()
 
 AMBIGUOUS = {
-    "Jordan": ("PER", "LOC", "ORG"), "Paris": ("PER", "LOC"), "Amazon": ("LOC", "ORG"), "Phoenix": ("PER", "LOC", "MISC"),
-    "Washington": ("PER", "LOC", "ORG"), "Chelsea": ("PER", "LOC", "ORG"), "Mercedes": ("PER", "ORG"),
+    "Jordan": ("PER", "LOC", "ORG"), "Paris": ("PER", "LOC"), "Amazon": ("LOC", "ORG"),
+    "Phoenix": ("PER", "LOC", "MISC"), "Washington": ("PER", "LOC", "ORG"), "Chelsea": ("PER", "LOC", "ORG"),
+    "Mercedes": ("PER", "ORG"),
     "Oscar": ("PER", "MISC"), "Apollo": ("ORG", "MISC"), "Chicago": ("LOC", "MISC"),
 }  # fmt: skip
 PLAIN = {

@@ -326,7 +326,7 @@ def check_row(name, fusion, check):
     elif check["photos"] < 2:
         said = "fewer than 2 photos: cannot tell"
     else:
-        said = "the photo does not help" if drop < 0.005 else ""
+        said = "wrong photos do as well" if drop < 0.005 else ""
     f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
     return f"{name}   {f1}   {accuracy}   {said}".rstrip()
 

@@ -325,7 +325,7 @@ def parse_args(argv):
     add("--batch-size", type=bounded(int, 1), default=32, help="images per forward pass, views counted")
     add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
     add("--device", default=default_device())
-    add("--limit", type=bounded(int, 1), help="only so many photos, into a file of that name")
+    add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
     # fmt: on
     args = parser.parse_args(argv)

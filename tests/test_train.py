@@ -213,6 +213,7 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
         (["--img-size", 224], "no feature file .*demo-resnet50-224.h5; make it with extract_features.py"),
         (["--features", "mnre-resnet50-64.h5"], "made for mnre, not for demo; "),
         (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        (["--device", "meta"], "--device meta: cannot be used here"),
         (["--data-dir", "absent"], "no train file of demo under absent/"),
         (["--text-encoder", "absent/encoder"], "--text-encoder absent/encoder: cannot be loaded"),
         (["--max-len", 600], "--max-len 600: .* takes 512"),
