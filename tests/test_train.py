@@ -314,10 +314,10 @@ def test_numbers_out_of_range_are_refused(flag, value, capsys):
 
 def test_the_photo_is_what_tells(tmp_path, capsys):
     """End to end: on the demo data film reads the photo, and text alone cannot."""
-    demo.write_dataset(tmp_path / "demo", posts=(200, 40, 60))
+    demo.write_dataset(tmp_path / "demo", posts=(280, 60, 80))
     places = ["--dataset", "demo", "--data-dir", tmp_path, "--img-size", 64]
     extract_features.main([str(arg) for arg in [*places, "--cache-dir", tmp_path, "--weights", "random", "--views", 1]])
-    flags = ["--cache-dir", tmp_path, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 12, "--lr", 1e-3]
+    flags = ["--cache-dir", tmp_path, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
     checks = {}
     for fusion in ("none", "film"):
         folder = run([*flags, *places[2:]], tmp_path / fusion, "--fusion", fusion)
