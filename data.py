@@ -305,7 +305,7 @@ def special_ends(tokenizer):
 
 
 def mark_entities(example):
-    """(words with the four `MARKERS` around head and tail, index of [E1], index of [E2]). Spans may overlap."""
+    """(words with the four `MARKERS` around head and tail, {marker: its index}). Spans may overlap."""
     (head, head_end), (tail, tail_end) = example.head, example.tail
     places = zip((head_end, tail_end, head, tail), ("[/E1]", "[/E2]", "[E1]", "[E2]"), strict=True)
     places, words, index = list(places), [], {}  # closing markers first, so that neighbours do not nest
@@ -315,21 +315,26 @@ def mark_entities(example):
                 index[marker] = len(words)
                 words.append(marker)
         words += example.words[position : position + 1]
-    return words, index["[E1]"], index["[E2]"]
+    return words, index
 
 
-def window(length, first, last, limit):
-    """Which of `length` pieces to keep, at most `limit`, so that pieces `first` <= `last` are both kept.
+def window(length, spans, limit):
+    """Which of `length` pieces to keep, at most `limit`, for the sake of two `spans` (first, last piece) of them.
 
-    One run around both where that fits; else half of the room from `first` on and half from `last` on.
+    One run around both spans where that fits; else half of the room from the start of each on, so that both starts are
+    kept, and both spans whole unless one is longer than that.
     """
+    (first, first_end), (second, second_end) = sorted(spans)
+    last, half = max(first_end, second_end), limit // 2
     if length <= limit:
         return list(range(length))
     if last - first < limit:
         start = min(max(0, (first + last + 1 - limit) // 2), length - limit)
         return list(range(start, start + limit))
-    tail = min(limit // 2, length - last)
-    return [*range(first, first + limit - tail), *range(last, last + tail)]
+    if second - first < limit - half:
+        return list(range(first, first + limit))
+    tail = min(half, length - second)
+    return [*range(first, first + limit - tail), *range(second, second + tail)]
 
 
 def encode(tokenizer, examples, labels, max_len):
@@ -337,8 +342,8 @@ def encode(tokenizer, examples, labels, max_len):
 
     `input_ids` [T], T <= max_len; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a
     word that has none or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
-    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps a window
-    with both start markers. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
+    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps a `window`
+    with both entities. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
     """
     prefix, suffix = special_ends(tokenizer)
     room = max_len - len(prefix) - len(suffix)
@@ -346,17 +351,17 @@ def encode(tokenizer, examples, labels, max_len):
         raise ValueError(f"--max-len {max_len} leaves {room} sub-tokens for the text; use 16 or more")
     label_id = {label: i for i, label in enumerate(labels)}
     relations = isinstance(examples[0], RelationExample)
-    marked = [mark_entities(example) if relations else (list(example.words), 0, 0) for example in examples]
+    marked = [mark_entities(example) if relations else (list(example.words), {}) for example in examples]
     rows, counts = [], {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
-    for example, (words, head, tail), (ids, word_of) in zip(
+    for example, (words, marker), (ids, word_of) in zip(
         examples, marked, split_pieces(tokenizer, [m[0] for m in marked]), strict=True
     ):
         first_piece = {}
         for piece, word in enumerate(word_of):
             first_piece.setdefault(word, piece)
         if relations:
-            ends = sorted((first_piece[head], first_piece[tail]))
-            kept = window(len(ids), *ends, room)
+            spans = [tuple(first_piece[marker[m]] for m in pair) for pair in (("[E1]", "[/E1]"), ("[E2]", "[/E2]"))]
+            kept = window(len(ids), spans, room)
         else:
             kept = range(min(len(ids), room))
         place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
@@ -367,7 +372,8 @@ def encode(tokenizer, examples, labels, max_len):
         counts["words_without_piece"] += len(words) - len(first_piece)
         row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
         if relations:
-            row |= {"head_index": starts[head], "tail_index": starts[tail], "labels": label_id[example.label]}
+            row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
+            row["labels"] = label_id[example.label]
         else:
             row["word_starts"] = starts
             row["labels"] = [label_id[y] if s >= 0 else IGNORE for y, s in zip(example.labels, starts, strict=True)]
@@ -396,8 +402,7 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
     input_ids, attention_mask [B, T]; word_starts, labels [B, W] or head_index, tail_index, labels [B]. With a cache
-    also regions [B, R, D] as stored and region_mask [B, R] (True = a real region): `photos` is the image id of each
-    row or None for no photo, `views` the view to read (default 0).
+    also what `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
     """
 
     def pad(key, value):
@@ -412,15 +417,15 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     else:
         batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("head_index", "tail_index", "labels")}
     if cache is not None:
-        batch["regions"], batch["region_mask"] = cache.read(photos, views)
+        batch |= cache.read(photos, views)
     return batch
 
 
 # ---------------------------------------------------------------------------------------------------- feature file
 
-FORMAT = 1  # version of the feature file's layout
+FORMAT = 2  # version of the feature file's layout
 OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
-COLUMNS = ("regions", "num_regions", "image_id", "status", "reason", "crc32")
+COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
 
 
 def read_attrs(file):
@@ -435,7 +440,9 @@ class FeatureCache:
     The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied before
     it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike.
 
-    Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N].
+    Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
+    `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row
+    by row; regions before them (BLIP's class token) are of the photo as a whole.
     Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
     """
 
@@ -457,7 +464,8 @@ class FeatureCache:
                     raise ValueError(
                         f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
                     )
-                self.status, self.num_regions, self.crc32 = (file[k][:] for k in ("status", "num_regions", "crc32"))
+                self.status, self.num_regions = file["status"][:], file["num_regions"][:]
+                self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
                 ids = [name.decode() for name in file["image_id"][:]]
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
                 regions = file["regions"]
@@ -512,16 +520,21 @@ class FeatureCache:
             )
 
     def read(self, photos, views=None):
-        """regions [B, R, D] in the file's type and region_mask [B, R] (True = real) of image ids; None is no photo."""
+        """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.
+
+        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns).
+        """
         count, (_, _, regions, dim) = len(photos), self.shape
-        values = np.zeros((count, regions, dim), self.regions.dtype)
-        mask = np.zeros((count, regions), bool)
+        values, mask = np.zeros((count, regions, dim), self.regions.dtype), np.zeros((count, regions), bool)
+        grid = np.zeros((count, 2), np.int64)
         for i, photo in enumerate(photos):
             if photo is not None and self.has_photo(photo):
                 row = self.rows[photo]
                 values[i] = self.regions[row, views[i] if views is not None else 0]
                 mask[i, : self.num_regions[row]] = True
-        return torch.from_numpy(values), torch.from_numpy(mask)
+                grid[i] = self.grid[row]
+        arrays = {"regions": values, "region_mask": mask, "region_grid": grid}
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -1,6 +1,6 @@
-"""Write the demo data set: posts and drawn photos, in exactly the files of Twitter-2017, and a tiny text encoder.
+"""Write the demo data set: posts and drawn photos, in exactly the files of Twitter-2017, and tiny models.
 
-    python demo.py                       # data/demo/{train,valid,test}.txt, data/demo/images/, data/demo/encoder/
+    python demo.py              # data/demo/{train,valid,test}.txt, data/demo/images/, data/demo/{encoder,clip,blip,vilt}/
 
 Half of the names can be of several types (Jordan the player, the country, the brand), and nothing but the scene in
 the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one type whatever the
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
+from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessor, logging
 
 logging.disable_progress_bar()
 
@@ -89,8 +91,11 @@ def make_post(rng):
     return words, labels, scene
 
 
-def build_encoder(words, folder, width=64, layers=2):
-    """Save a small BERT with random weights and a WordPiece tokenizer whose vocabulary is `words`, uncased."""
+def build_models(words, folder, width=64, layers=2, image=96, patch=16):
+    """Save small models with random weights, each as its published kind: encoder/ (BERT), clip/, blip/ and vilt/.
+
+    Their one WordPiece tokenizer has `words`, uncased, as its vocabulary; photos are `image` pixels, ViLT's shorter side.
+    """
     known = sorted({word.lower() for word in words})
     letters = sorted({letter for word in known for letter in word})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -101,17 +106,32 @@ def build_encoder(words, folder, width=64, layers=2):
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names).save_pretrained(folder)
+    size = {"num_hidden_layers": layers, "num_attention_heads": 4, "hidden_size": width, "intermediate_size": 2 * width}
+    text = {"vocab_size": len(vocabulary), **size}
+    vision = {"image_size": image, "patch_size": patch, "initializer_range": 0.02, **size}  # BLIP's own is 1e-10
+    square = {"height": image, "width": image}
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-        intermediate_size=2 * width, max_position_embeddings=512,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
+    for name, model, processor in (
+        ("encoder", BertModel(BertConfig(**text)), None),
+        ("clip", CLIPVisionModel(CLIPVisionConfig(**vision)),
+         CLIPImageProcessor(size={"shortest_edge": image}, crop_size=square)),
+        ("blip", BlipForImageTextRetrieval(BlipConfig(
+            text_config={**text, "encoder_hidden_size": width, "bos_token_id": 2, "sep_token_id": 3}, vision_config=vision
+        )), BlipImageProcessor(size=square)),
+        ("vilt", ViltForMaskedLM(ViltConfig(max_position_embeddings=40, **text | vision)),
+         ViltImageProcessor(size={"shortest_edge": image}, size_divisor=patch)),
+    ):  # fmt: skip
+        model.save_pretrained(folder / name)
+        if processor:
+            processor.save_pretrained(folder / name)
+        if name != "clip":
+            longest = 40 if name == "vilt" else 512
+            wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
+            wrapped.save_pretrained(folder / name)
 
 
 def write_dataset(folder, posts=(320, 80, 160), seed=7):
-    """Write the splits (so many posts each), their photos and the encoder under `folder`."""
+    """Write the splits (so many posts each), their photos and the models under `folder`."""
     folder, rng, train_words = Path(folder), random.Random(seed), []
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -123,7 +143,7 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
                 file.write("\n".join([f"IMGID:{split}_{number:04d}", *lines, "", ""]))
                 draw_scene(scene, rng).save(folder / "images" / f"{split}_{number:04d}.jpg", quality=90)
                 train_words += words if split == "train" else []
-    build_encoder(train_words, folder / "encoder")
+    build_models(train_words, folder)
 
 
 if __name__ == "__main__":
@@ -131,4 +151,4 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", default="data")
     target = Path(parser.parse_args().data_dir) / "demo"
     write_dataset(target)
-    print(f"{target}: train, valid and test posts with their photos, and encoder/, a tiny text encoder")
+    print(f"{target}: train, valid and test posts with their photos; encoder/, clip/, blip/, vilt/: tiny random models")

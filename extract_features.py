@@ -19,7 +19,6 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -27,136 +26,22 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from torch import nn
+import transformers
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from tqdm import tqdm
 
+from backbones import BACKBONES, Photos, load_backbone
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, check_device, command_line, default_device
 from data import find_photos, image_folders, load_dataset, bounded, read_attrs
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
 
-# ---------------------------------------------------------------------------------------------------- backbones
-
-
-def state_hash(module):
-    """SHA-256 over a module's parameters and buffers, names included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_state_dict(path):
-    """The tensors of a .safetensors or torch.save file, read as data alone: no pickled code is run."""
-    try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path") from None
-    except Exception as error:  # a broken file raises whatever the reader stumbles over
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
-        raise ValueError(f"--weights {path}: not a state dict that loads as data alone ({reason})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def load_resnet50(weights, seed):
-    """ResNet50 (He et al. 2016) up to its last convolutional map. Returns (module, name of the weights).
-
-    `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a .pth or .safetensors state dict.
-    """
-    torch.manual_seed(seed)
-    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every residual branch
-    # at zero the blocks start as identities, and pictures stay apart.
-    model = torchvision.models.resnet50(zero_init_residual=True)
-    body = nn.Sequential(*list(model.children())[:-2])  # without the average pool and the classifier
-    if weights == "random":
-        return body, f"random-{state_hash(body)[:12]}"
-    published = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}.get(weights)
-    if published:
-        try:
-            state = torchvision.models.ResNet50_Weights[published].get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {published} ({error}); give a local file with --weights PATH") from None
-    else:
-        state = read_state_dict(weights)
-    try:
-        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"--weights {weights}: not ResNet50's ({str(error).splitlines()[-1].strip()})") from None
-    if missing := [key for key in missing if not key.startswith("fc.")]:
-        raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
-    return body, published or f"file-{state_hash(body)[:12]}"
-
-
-@dataclass(frozen=True)
-class Backbone:
-    load: object  # (weights, seed) -> (module mapping [B, 3, S, S] to [B, D, S/stride, S/stride], weights' name)
-    dim: int
-    stride: int
-    mean: tuple
-    std: tuple
-
-
-BACKBONES = {"resnet50": Backbone(load_resnet50, 2048, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-
-
-# ------------------------------------------------------------------------------------------------------- photos
-
-
-class Photos:
-    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, S, S] uint8 or None, status, reason)."""
-
-    def __init__(self, image_ids, paths, img_size, views, seed):
-        self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
-        self.plain = transforms.Resize((img_size, img_size))
-        self.augmented = transforms.Compose([
-            transforms.RandomResizedCrop((img_size, img_size), scale=(0.6, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        ])  # fmt: skip
-
-    def view(self, photo, image_id, view):
-        """View 0 is the plain resize; the others depend on (seed, image id, view) and on nothing else."""
-        if view == 0:
-            return self.plain(photo)
-        digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            return self.augmented(photo)
-
-    def read(self, row):
-        image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if path is None:
-            return None, MISSING, "no such file"
-        try:
-            with Image.open(path) as file:
-                photo = ImageOps.exif_transpose(file)
-                if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
-                    photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
-                photo = photo.convert("RGB")
-        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
-            reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
-            return None, UNREADABLE, f"{type(error).__name__}: {reason}"
-        views = [np.asarray(self.view(photo, image_id, v)) for v in range(self.views)]
-        return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), OK, ""
-
-    def __getitem__(self, rows):
-        return [self.read(row) for row in rows]
-
-    def __len__(self):
-        return len(self.image_ids)
-
-
 # -------------------------------------------------------------------------------------------- the file, write side
 
 
-def create_file(path, image_ids, shape, attrs):
-    """Make an empty feature file at `path`: all space laid out, every row's status 0.
+def create_file(path, image_ids, shape, kind, attrs):
+    """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
 
     Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
     opened. Without object time stamps, two runs give identical bytes.
@@ -164,8 +49,9 @@ def create_file(path, image_ids, shape, attrs):
     rows, views = shape[:2]
     names = np.array([image_id.encode() for image_id in image_ids])
     columns = {
-        "regions": (shape, "float16"), "num_regions": ((rows,), "uint16"), "image_id": ((rows,), names.dtype),
-        "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "uint32"),
+        "regions": (shape, kind), "num_regions": ((rows,), "uint16"), "grid": ((rows, 2), "uint16"),
+        "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"),
+        "crc32": ((rows, views), "uint32"),
     }  # fmt: skip
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -175,8 +61,8 @@ def create_file(path, image_ids, shape, attrs):
                 layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the data a fixed offset in the file
                 layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
                 layout.set_obj_track_times(False)
-                kind, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
-                h5py.h5d.create(file.id, name.encode(), kind, space, layout)
+                stored, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
+                h5py.h5d.create(file.id, name.encode(), stored, space, layout)
                 if name != "regions":
                     file[name][:] = names if name == "image_id" else np.zeros(size, dtype)
             for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
@@ -235,12 +121,15 @@ class FeatureWriter:
             written = os.pwrite(self.fd, raw, at)
             raw, at = raw[written:], at + written
 
-    def write(self, row, regions, status, reason):
-        """One photo: regions [V, R, D] float16 or None, then the rest, and its status last of all."""
+    def write(self, row, regions, grid, status, reason):
+        """One photo: regions [V, n, D] or None and their (rows, columns), then the rest, and its status last of all."""
         if regions is not None:
-            self.put("regions", row, regions)
-            self.put("num_regions", row, regions.shape[1])
-            self.put("crc32", row, [zlib.crc32(view.tobytes()) for view in regions])
+            most, count = self.columns["regions"][2][2], regions.shape[1]
+            stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
+            self.put("regions", row, stored)
+            self.put("num_regions", row, count)
+            self.put("grid", row, grid)
+            self.put("crc32", row, [zlib.crc32(view.tobytes()) for view in stored])
         self.put("reason", row, reason.encode()[:REASON_WIDTH].decode(errors="ignore").encode())
         self.put("status", row, status)
         self.status[row] = status
@@ -275,22 +164,21 @@ def refuse_other_settings(path, settings):
 
 
 @torch.inference_mode()
-def extract(model, backbone, writer, loader, batches, device, progress):
-    """Fill the rows of `batches`: pixels -> [V, R, D] float16 each."""
-    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (backbone.mean, backbone.std))
+def extract(backbone, writer, loader, batches, device, progress):
+    """Fill the rows of `batches`: pixels -> regions [V, n, D] each."""
     for rows, photos in zip(batches, loader, strict=True):
         pixels = [views for views, _, _ in photos if views is not None]
+        made = iter(())
         if pixels:
-            pixels = torch.cat(pixels).to(device).float().div_(255).sub_(mean).div_(std)
-            maps = model(pixels.contiguous(memory_format=torch.channels_last))
-            regions = maps.flatten(2).transpose(1, 2).half().cpu().numpy()  # [B * V, R, D], R row-major
+            regions = backbone.regions(torch.cat(pixels).to(device)).cpu().numpy()  # [B * V, n, D]
             if not np.isfinite(regions).all():
                 raise ValueError(f"features of batch {rows[0]}-{rows[-1]} do not fit float16; check --weights")
-            regions = iter(regions.reshape(-1, *writer.columns["regions"][2][1:]))
+            made = iter(regions.reshape(len(pixels), -1, *regions.shape[1:]))
         for row, (views, status, reason) in zip(rows, photos, strict=True):
-            made = next(regions) if views is not None else None
+            regions = next(made) if views is not None else None
+            grid = [-(-side // backbone.stride) for side in views.shape[2:]] if views is not None else None
             if writer.status[row] == 0:  # a batch computed again for one row leaves the others as they are
-                writer.write(row, made, status, reason)
+                writer.write(row, regions, grid, status, reason)
         progress.update(len(rows))
 
 
@@ -317,9 +205,10 @@ def parse_args(argv):
     add("--data-dir", default="data", help="folder that holds the data sets")
     add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
     add("--cache-dir", default="features", help="where feature files go")
-    add("--backbone", choices=BACKBONES, default="resnet50")
-    add("--weights", default="imagenet", help="imagenet, imagenet-v2, random or a .pth / .safetensors file")
-    add("--img-size", type=bounded(int, 1, 4096), default=224, help="photos are resized to this, squared")
+    add("--backbone", choices=BACKBONES, default="resnet50", help="clip for clip-bert, blip for blip, pixels for vilt")
+    add("--weights", help="resnet50: imagenet (default), imagenet-v2, random or a .pth / .safetensors file; clip, blip,"
+        " pixels: a hub's model or a local folder (default: the published base model)")
+    add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); the others know their own")
     add("--views", type=bounded(int, 1, 1000), default=4, help="view 0 is plain, the others are augmented")
     add("--seed", type=bounded(int, 0, 2**32), default=1337, help="of the augmented views and of random weights")
     add("--batch-size", type=bounded(int, 1), default=32, help="images per forward pass, views counted")
@@ -328,17 +217,12 @@ def parse_args(argv):
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
     # fmt: on
-    args = parser.parse_args(argv)
-    stride = BACKBONES[args.backbone].stride
-    if args.img_size < stride:
-        parser.error(f"--img-size {args.img_size}: {args.backbone} needs at least {stride}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    backbone = BACKBONES[args.backbone]
     image_ids = load_dataset(args.dataset, args.data_dir).image_ids()[: args.limit]
     folders = image_folders(args.dataset, args.data_dir, args.images)
     paths = find_photos(image_ids, folders)
@@ -347,20 +231,21 @@ def main(argv=None):
         raise FileNotFoundError(
             f"none of the {len(image_ids)} photos is in {folders[0]}; name their folder with --images"
         )
-    model, weights = backbone.load(args.weights, args.seed)
-    side = -(-args.img_size // backbone.stride)
-    shape = (len(image_ids), args.views, side * side, backbone.dim)
+    backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
+    img_size = backbone.settings["img_size"]
+    shape = (len(image_ids), args.views, *backbone.shape)
     settings = {
-        "format": FORMAT, "dataset": args.dataset, "backbone": args.backbone, "weights": weights,
-        "img_size": args.img_size, "mean": list(backbone.mean), "std": list(backbone.std),
-        "views": args.views, "seed": args.seed, "grid": [side, side], "grid_order": "row-major",
+        "format": FORMAT, "dataset": args.dataset, "backbone": args.backbone, **backbone.settings,
+        "views": args.views, "seed": args.seed,
         "images_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
     }  # fmt: skip
-    recorded = {"weights_sha256": state_hash(model), "batch_size": args.batch_size}  # said in the file, not compared
-    recorded |= {f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, h5py, np, PIL)}
+    recorded = {  # said in the file, not compared
+        "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
+        **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},
+    }  # fmt: skip
 
     part = f"-first{args.limit}" if args.limit else ""
-    path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{args.img_size}{part}.h5"
+    path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{img_size}{part}.h5"
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not args.overwrite:
@@ -372,7 +257,7 @@ def main(argv=None):
             print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")
         return path
 
-    size = int(np.prod(shape)) * 2
+    size = int(np.prod(shape)) * np.dtype(backbone.dtype).itemsize
     held = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(path.parent).free
     print(f"{args.dataset}: {len(image_ids)} photos, {found} found, x {args.views} views; {path} takes {size:,} bytes")
@@ -385,27 +270,27 @@ def main(argv=None):
                 partial.unlink()
             path.unlink(missing_ok=True)
         if not partial.exists():
-            create_file(partial, image_ids, shape, settings | recorded)
+            create_file(partial, image_ids, shape, backbone.dtype, settings | recorded)
         writer = FeatureWriter(partial, settings)
     with contextlib.closing(writer):
         batch_size = writer.attrs["batch_size"]
         if batch_size != args.batch_size:
             print(f"resuming with the batch size the file was begun with, {batch_size}")
-        per_batch = max(1, batch_size // args.views)
+        per_batch = max(1, batch_size // args.views) if backbone.same_size else 1
         batches = [list(range(i, min(i + per_batch, len(image_ids)))) for i in range(0, len(image_ids), per_batch)]
         todo = [rows for rows in batches if (writer.status[rows] == 0).any()]
         worked = sum(map(len, todo))
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
         loader = DataLoader(
-            Photos(image_ids, paths, args.img_size, args.views, args.seed),
+            Photos(image_ids, paths, backbone, args.views, args.seed),
             batch_size=None, sampler=todo, collate_fn=list, num_workers=min(args.workers, len(todo)),
         )  # fmt: skip
-        model = model.eval().to(args.device, memory_format=torch.channels_last)
+        backbone.regions.to(args.device, memory_format=torch.channels_last)
         started = time.perf_counter()
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
         with tqdm(total=len(image_ids), initial=len(image_ids) - worked, unit="photo", mininterval=every) as progress:
-            extract(model, backbone, writer, loader, todo, args.device, progress)
+            extract(backbone, writer, loader, todo, args.device, progress)
         writer.finish(path)
     seconds = time.perf_counter() - started
     rate = worked * args.views / seconds

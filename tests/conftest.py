@@ -8,19 +8,33 @@ import random
 
 import pytest
 import torch
+from PIL import Image
 
 import demo
 import extract_features
 
 torch.set_num_threads(2)
+# Per system: its backbone, its photos' size here, and the folders of the demo's models that hold its two parts.
+PARTS = {
+    "clip-bert": ("clip", 96, "clip", "encoder"),
+    "blip": ("blip", 96, "blip", "blip"),
+    "vilt": ("pixels", 96, "vilt", "vilt"),
+}
 RELATIONS = ("None", "/per/per/peer", "/per/org/member_of")
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A --data-dir with `demo` (24 / 8 / 8 posts) and `mnre` (24 / 8 rows, no test file) over its photos."""
+    """A --data-dir with `demo` (24 / 8 / 8 posts) and `mnre` (24 / 8 rows, no test file) over its photos.
+
+    Photos differ in shape: two upright, a square one, and one wider than ViLT takes without shrinking its shorter side.
+    """
     root = tmp_path_factory.mktemp("data")
     demo.write_dataset(root / "demo", posts=(24, 8, 8))
+    sizes = {"train_0000": (90, 160), "train_0002": (99, 99), "valid_0003": (64, 200), "test_0001": (300, 100)}
+    for name, size in sizes.items():
+        path = root / "demo" / "images" / f"{name}.jpg"
+        Image.open(path).resize(size).save(path)
     rng = random.Random(0)
     (root / "mnre").mkdir()
     for split, count in (("train", 24), ("val", 8)):
@@ -46,11 +60,13 @@ def encoder_dir(data_dir):
 
 @pytest.fixture(scope="session")
 def cache_dir(data_dir, tmp_path_factory):
-    """A --cache-dir with the feature files of both data sets: 64 pixels, 2 x 2 regions, 2 views, random weights."""
+    """A --cache-dir with the feature files of both data sets, 2 views: ResNet50's of 64 pixels, 2 x 2 regions, random
+    weights, and those of `PARTS`."""
     folder = tmp_path_factory.mktemp("features")
     for dataset in ("demo", "mnre"):
-        extract_features.main(
-            ["--dataset", dataset, "--data-dir", str(data_dir), "--cache-dir", str(folder), "--weights", "random",
-             "--img-size", "64", "--views", "2", "--workers", "0"]
-        )  # fmt: skip
+        fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", folder, "--views", 2, "--workers", 0]
+        kinds = [["--weights", "random", "--img-size", 64]]
+        kinds += [["--backbone", part[0], "--weights", data_dir / "demo" / part[2]] for part in PARTS.values()]
+        for kind in kinds:
+            extract_features.main([str(arg) for arg in fixed + kind])
     return folder

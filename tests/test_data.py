@@ -285,16 +285,18 @@ def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len
 
 def test_mark_entities():
     for head, tail in itertools.product(spans(5), repeat=2):
-        marked, head_at, tail_at = data.mark_entities(relation("abcde", head, tail))
+        marked, index = data.mark_entities(relation("abcde", head, tail))
         assert "".join(word for word in marked if word not in MARKERS) == "abcde", (head, tail)
         assert sorted(word for word in marked if word in MARKERS) == sorted(MARKERS), (head, tail)
-        for (start, end), at, first, last in ((head, head_at, "[E1]", "[/E1]"), (tail, tail_at, "[E2]", "[/E2]")):
-            inside = [word for word in marked[at : marked.index(last)] if word not in MARKERS]
-            assert marked[at] == first and "".join(inside) == "abcde"[start:end], (head, tail)
+        assert all(marked[at] == marker for marker, at in index.items()) and set(index) == set(MARKERS)
+        for (start, end), first, last in ((head, "[E1]", "[/E1]"), (tail, "[E2]", "[/E2]")):
+            inside = [word for word in marked[index[first] : index[last]] if word not in MARKERS]
+            assert "".join(inside) == "abcde"[start:end], (head, tail)
 
 
 def test_words_that_look_like_markers():
-    assert data.mark_entities(relation(["[E2]", "[E1]", "x", "y"], (2, 3), (3, 4)))[1:] == (2, 5)
+    _, index = data.mark_entities(relation(["[E2]", "[E1]", "x", "y"], (2, 3), (3, 4)))
+    assert index == {"[E1]": 2, "[/E1]": 4, "[E2]": 5, "[/E2]": 7}
 
 
 @pytest.mark.parametrize("max_len", [6, 9, 16, 200])
@@ -313,12 +315,18 @@ def test_encode_relations(encoder_dir, max_len):
 
 
 def test_window():
-    for length, limit in itertools.product(range(1, 11), range(2, 12)):
-        for first, last in itertools.combinations_with_replacement(range(length), 2):
-            kept, case = data.window(length, first, last, limit), (length, first, last, limit)
-            assert kept == sorted(set(kept) & set(range(length))) and {first, last} <= set(kept), case
+    """Both starts are always kept, both spans wherever there is room for that, and the room is used up."""
+    for length, limit in itertools.product(range(1, 9), range(2, 10)):
+        ranges = list(itertools.combinations_with_replacement(range(length), 2))
+        for one, other in itertools.product(ranges, ranges):
+            kept, case = data.window(length, (one, other), limit), (length, one, other, limit)
+            assert kept == sorted(set(kept) & set(range(length))) and {one[0], other[0]} <= set(kept), case
             assert len(kept) == min(length, limit), case
-            assert last - first >= limit or kept[-1] - kept[0] == len(kept) - 1, case
+            whole = {*range(one[0], one[1] + 1), *range(other[0], other[1] + 1)}
+            if max(one[1], other[1]) - min(one[0], other[0]) < limit:
+                assert whole <= set(kept) and kept[-1] - kept[0] == len(kept) - 1, case
+            elif all(last - first < limit // 2 for first, last in (one, other)):
+                assert whole <= set(kept), case
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -377,10 +385,11 @@ def test_cache_reads_what_h5py_reads(features):
     cache = FeatureCache(path)
     assert (cache.shape, cache.views, cache.region_dim, list(cache.rows)) == (stored.shape, 2, 2048, ids)
     for views in (None, [0, 1] * 20):
-        regions, mask = cache.read(ids[::-1], views)
+        regions, mask, grid = cache.read(ids[::-1], views).values()
         assert np.array_equal(regions, stored[::-1][range(40), views or 0]) and regions.any(-1).all()
         assert mask.all() and mask.shape == (40, 4) and regions.dtype == torch.float16
-    assert (cache.attrs["dataset"], cache.attrs["grid"], cache.attrs["format"]) == ("demo", [2, 2], 1)
+        assert grid.tolist() == [[2, 2]] * 40
+    assert (cache.attrs["dataset"], cache.attrs["img_size"], cache.attrs["format"]) == ("demo", 64, 2)
     values = [v for value in cache.attrs.values() for v in (value if type(value) is list else [value])]
     assert {type(value) for value in values} == {str, int, float}
 
@@ -426,8 +435,8 @@ def cut(keep):
     (lambda path: path.write_text("PK"), ValueError, "not a readable HDF5 file"),
     (lambda path: (path.unlink(), path.mkdir()), ValueError, "not a readable HDF5 file"),
     *((cut(keep), ValueError, "not a readable HDF5 file|cut off") for keep in (-1, -2000, 700_000, 2000, 0)),
-    (edit(lambda file: file.attrs.modify("format", 2)), ValueError, "format 2, expected 1"),
-    (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 1"),
+    (edit(lambda file: file.attrs.modify("format", 1)), ValueError, "format 1, expected 2"),
+    (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 2"),
     (edit(lambda file: file.pop("crc32")), ValueError, "make it anew"), (edit(chunk), ValueError, "make it anew"),
     (edit(lambda file: file["status"].__setitem__(slice(2), 0)), ValueError, "2 photos not done"),
     # Another program's file, with text as h5py stores it by itself.
@@ -451,7 +460,7 @@ def test_require(features):
 
 
 def read_bytes(cache, photos, views):  # torch cannot send tensors out of a forked process that has used threads
-    return [tensor.numpy().tobytes() for tensor in cache.read(photos, views)]
+    return [tensor.numpy().tobytes() for tensor in cache.read(photos, views).values()]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -460,8 +469,9 @@ def test_reading_in_a_child_process(features, method):
     path, stored, ids = features
     task = FeatureCache(path), [ids[7], ids[0], ids[39]], [1, 0, 1]
     with multiprocessing.get_context(method).Pool(1) as pool:
-        regions, mask = pool.apply_async(read_bytes, task).get(timeout=120)
+        regions, mask, grid = pool.apply_async(read_bytes, task).get(timeout=120)
     assert regions == stored[[7, 0, 39], [1, 0, 1]].tobytes() and mask == b"\1" * 12
+    assert grid == np.full((3, 2), 2).tobytes()
 
 
 PIECES = [b"\n", b"\r\n", b"\t", b"", b"IMGID:", b"'", b"[", b"}", b"-1", b"1e999", b"\\ud800", b"\xef\xbb\xbf"]

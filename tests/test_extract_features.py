@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import extract_features
+from backbones import Photos, load_backbone, state_hash
 from data import MISSING, OK, UNREADABLE, FeatureCache, load_dataset
-from extract_features import FeatureWriter, Photos, main
+from extract_features import FeatureWriter, main
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def plain_features(path, size):
 @pytest.mark.parametrize("size, side", [(64, 2), (100, 4), (224, 7), (256, 8)])
 def test_regions_are_the_last_map_of_resnet50_row_by_row(run, data_dir, size, side):
     cache = FeatureCache(run("--img-size", size, "--limit", 2, "--views", 1))
-    assert cache.shape == (2, 1, side * side, 2048) and cache.attrs["grid"] == [side, side]
+    assert cache.shape == (2, 1, side * side, 2048) and cache.grid.tolist() == [[side, side]] * 2
     for image_id, row in cache.rows.items():
         expected = plain_features(data_dir / "demo" / "images" / f"{image_id}.jpg", size)
         # Half a unit in the last place of float16, and as much again for the order of float32 sums.
@@ -62,7 +63,7 @@ def test_regions_are_the_last_map_of_resnet50_row_by_row(run, data_dir, size, si
 def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     path = run()
     with h5py.File(path) as file:
-        assert set(file) == {"regions", "num_regions", "image_id", "status", "reason", "crc32"}
+        assert set(file) == {"regions", "num_regions", "grid", "image_id", "status", "reason", "crc32"}
         assert all(file[name].dtype.kind != "O" and file[name].chunks is None for name in file)
         assert all(h5py.check_string_dtype(file.attrs.get_id(key).dtype) is None or
                    h5py.check_string_dtype(file.attrs.get_id(key).dtype).length for key in file.attrs)  # fmt: skip
@@ -71,7 +72,7 @@ def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     assert ids == load_dataset("demo", data_dir).image_ids()[:10]
     attrs = FeatureCache(path).attrs
     body = torch.nn.Sequential(*list(random_resnet50().children())[:-2])
-    assert attrs["weights_sha256"] == extract_features.state_hash(body)
+    assert attrs["weights_sha256"] == state_hash(body)
     assert attrs["weights"] == f"random-{attrs['weights_sha256'][:12]}"
     assert (attrs["dataset"], attrs["backbone"], attrs["img_size"], attrs["views"]) == ("demo", "resnet50", 64, 2)
     assert attrs["version_torch"] == str(torch.__version__) and attrs["mean"] == [0.485, 0.456, 0.406]
@@ -80,14 +81,15 @@ def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
 def test_views_depend_on_seed_id_and_view_alone(run, data_dir):
     ids = load_dataset("demo", data_dir).image_ids()
     paths = {image_id: data_dir / "demo" / "images" / f"{image_id}.jpg" for image_id in ids}
-    views, _, _ = Photos(ids, paths, 64, 4, seed=1).read(5)
+    backbone = load_backbone("resnet50", "random", 64)
+    views, _, _ = Photos(ids, paths, backbone, 4, seed=1).read(5)
     torch.rand(3)  # the global generator has no say, and is left as it was
     state = torch.random.get_rng_state()
-    again, _, _ = Photos(ids[5:], paths, 64, 3, seed=1).read(0)
+    again, _, _ = Photos(ids[5:], paths, backbone, 3, seed=1).read(0)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(again, views[:3])
     assert all(not torch.equal(views[a], views[b]) for a in range(4) for b in range(a))
-    other, _, _ = Photos(ids, paths, 64, 4, seed=2).read(5)
+    other, _, _ = Photos(ids, paths, backbone, 4, seed=2).read(5)
     assert torch.equal(other[0], views[0]) and not torch.equal(other[1], views[1])
     plain = np.asarray(Image.open(paths[ids[5]]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR))
     assert np.array_equal(views[0].permute(1, 2, 0), plain)
@@ -185,14 +187,16 @@ def test_photos_of_every_kind(run, data_dir, tmp_path):
     assert cache.status.tolist() == [OK] * 5 + [MISSING] + [UNREADABLE] * 4
     for name in ("same", "alpha"):
         assert np.array_equal(cache.regions[row[name], 0], cache.regions[row["photo"], 0])
-    decoded, _, _ = Photos(["x"], {"x": deep}, 64, 1, seed=0).read(0)  # 16 bits a pixel become 8, not white
+    resnet = load_backbone("resnet50", "random", 64)
+    decoded, _, _ = Photos(["x"], {"x": deep}, resnet, 1, seed=0).read(0)  # 16 bits a pixel become 8, not white
     expected = Image.fromarray(grey).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
     assert np.array_equal(decoded[0].permute(1, 2, 0), expected)
     assert all(cache.reasons[row[name]] for name in ("absent", "cut", "text", "empty", "folder"))
     assert "truncated" in cache.reasons[row["cut"]] and "identify" in cache.reasons[row["text"]]
     # A photo that is not there is no picture at all: zeros and a mask of False, never a grey image.
-    regions, mask = cache.read(["train_0005", "train_0006", "train_0000"])
+    regions, mask, grid = cache.read(["train_0005", "train_0006", "train_0000"]).values()
     assert not regions[:2].any() and not mask[:2].any() and mask[2].all() and regions[2].any()
+    assert grid.tolist() == [[0, 0], [0, 0], [2, 2]]
 
 
 def test_report_lists_what_is_missing(run, data_dir, tmp_path, capsys):

@@ -1,0 +1,282 @@
+"""Frozen vision backbones: a photo -> the pixels of its views -> region features.
+
+    backbone = load_backbone("clip")  # or resnet50, blip, pixels
+    views, status, reason = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0).read(0)  # [V, 3, H, W]
+    regions = backbone.regions(views)  # [V, n, D]
+
+A backbone is one loader and one row of `BACKBONES`. How a transformers model wants its photos resized, cropped and
+normalised is read from its own image processor's configuration.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision
+import transformers
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import nn
+from torchvision import transforms as T
+
+from data import MISSING, OK, UNREADABLE
+from model import first_line, load_pretrained
+
+# ---------------------------------------------------------------------------------------------------- backbones
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen vision model and how it wants its photos: all that decides what becomes of a photo.
+
+    `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole (a class
+    token), if anything, then the photo's places, row by row.
+    """
+
+    regions: nn.Module
+    resize: object  # PIL photo -> its plain view, uint8 [3, H, W]
+    resample: int  # the interpolation of `resize`, as PIL numbers them
+    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places
+    shape: tuple  # (most regions of a photo, D)
+    same_size: bool  # whether all photos come out in one size, so that several can share a forward pass
+    settings: dict  # what else the features depend on: weights, img_size, resizing, mean, std
+    dtype: str = "float16"  # of the regions
+    weights_sha256: str = "none"
+    parameters: int = 0
+
+
+class Frozen(nn.Module):
+    """uint8 photos [B, 3, H, W] -> regions [B, n, D] float16: normalised, then the `states` of a vision model."""
+
+    def __init__(self, model, states, mean, std):
+        super().__init__()
+        self.model, self.states = model, states
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, photos):
+        pixels = photos.float().div_(255).sub_(self.mean).div_(self.std)
+        return self.states(self.model, pixels.contiguous(memory_format=torch.channels_last)).half()
+
+
+def state_hash(module):
+    """SHA-256 over a module's parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frozen_backbone(model, states, weights, resize, resample, stride, shape, settings):
+    """The `Backbone` of a model; `weights` is their name, "file" and "random" get the first digits of their SHA-256."""
+    digest = state_hash(model)
+    weights = f"{weights}-{digest[:12]}" if weights in ("file", "random") else weights
+    return Backbone(
+        Frozen(model.eval(), states, settings["mean"], settings["std"]), resize, resample, stride, shape, True,
+        {"weights": weights, **settings}, "float16", digest, sum(p.numel() for p in model.parameters()),
+    )  # fmt: skip
+
+
+def read_state_dict(path):
+    """The tensors of a .safetensors or torch.save file, read as data alone: no pickled code is run."""
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path") from None
+    except Exception as error:  # a broken file raises whatever the reader stumbles over
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        raise ValueError(f"--weights {path}: not a state dict that loads as data alone ({reason})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_resnet50(weights, img_size, seed):
+    """ResNet50 (He et al. 2016): the places of its last convolutional map.
+
+    `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a .pth or .safetensors state dict.
+    """
+    size, stride = img_size or 224, 32
+    if size < stride:
+        raise ValueError(f"--img-size {size}: resnet50 needs at least {stride}")
+    torch.manual_seed(seed)
+    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every residual branch
+    # at zero the blocks start as identities, and pictures stay apart.
+    model = torchvision.models.resnet50(zero_init_residual=True)
+    published = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}.get(weights)
+    if published:
+        try:
+            state = torchvision.models.ResNet50_Weights[published].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download {published} ({error}); give a local file with --weights PATH") from None
+    else:
+        state = model.state_dict() if weights == "random" else read_state_dict(weights)
+    try:
+        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"--weights {weights}: not ResNet50's ({str(error).splitlines()[-1].strip()})") from None
+    if missing := [key for key in missing if not key.startswith("fc.")]:
+        raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
+    return frozen_backbone(
+        nn.Sequential(*list(model.children())[:-2]),  # without the average pool and the classifier
+        lambda body, pixels: body(pixels).flatten(2).transpose(1, 2),
+        published or ("random" if weights == "random" else "file"),
+        T.Compose([T.Resize((size, size)), T.PILToTensor()]), Image.Resampling.BILINEAR.value, stride,
+        ((-(-size // stride)) ** 2, 2048),
+        {"img_size": size, "resizing": f"bilinear to {size} x {size}", "mean": [0.485, 0.456, 0.406],
+         "std": [0.229, 0.224, 0.225]},
+    )  # fmt: skip
+
+
+class ProcessorResize:
+    """PIL photo -> uint8 [3, H, W], resized and cropped as a transformers image processor does, not yet normalised."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, photo):
+        made = self.processor(photo, do_rescale=False, do_normalize=False, do_pad=False, return_tensors="pt")
+        return made["pixel_values"][0]
+
+
+def load_processor(source, img_size):
+    """A model's own image processor as (`Backbone.resize`, `Backbone.resample`, `Backbone.settings` less weights)."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local folder with a"
+            " preprocessor_config.json"
+        ) from None
+    config = json.loads(processor.to_json_string())
+    size = config["size"].get("shortest_edge") or config["size"]["height"]
+    if img_size not in (None, size):
+        raise ValueError(f"--img-size {img_size}: {source} takes photos of {size}; leave the option out")
+    names = ("size", "resample", "do_center_crop", "crop_size", "size_divisor")
+    resizing = {name: config[name] for name in names if config.get(name) is not None}
+    settings = {"img_size": size, "resizing": json.dumps(resizing)}
+    settings |= {"mean": config["image_mean"], "std": config["image_std"]}
+    return ProcessorResize(processor), config["resample"], settings
+
+
+def vision_transformer(model, states, class_token, source, img_size):
+    """The `Backbone` of a transformers vision model that keeps `class_token` (0 or 1) states besides its patches'."""
+    resize, resample, settings = load_processor(source, img_size)
+    size, patch = model.config.image_size, model.config.patch_size
+    made = tuple(resize(Image.new("RGB", (size, size))).shape[1:])
+    if made != (size, size):
+        raise ValueError(f"--weights {source}: its processor makes {made} pixels, the model takes {size} x {size}")
+    return frozen_backbone(
+        model, states, "file" if os.path.isdir(source) else source, resize, resample, patch,
+        ((size // patch) ** 2 + class_token, model.config.hidden_size), settings,
+    )  # fmt: skip
+
+
+def load_clip(weights, img_size, seed):
+    """CLIP's vision tower (Radford et al. 2021): the last states of its patches."""
+    model = load_pretrained(transformers.CLIPVisionModel, weights, "--weights")
+    return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state[:, 1:], 0, weights, img_size)
+
+
+def load_blip(weights, img_size, seed):
+    """BLIP's vision model (Li et al. 2022): all the states its text encoder attends to, the class token's first."""
+    # BlipVisionModel.from_pretrained would find none of its weights under their names in this checkpoint.
+    model = load_pretrained(transformers.BlipForImageTextRetrieval, weights, "--weights", part="vision_model")
+    return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state, 1, weights, img_size)
+
+
+class Patches(nn.Module):
+    """uint8 photos [B, 3, H, W] -> [B, H / side * W / side, 3 * side * side]: square patches, channels first."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, photos):
+        grid = photos.unflatten(3, (-1, self.side)).unflatten(2, (-1, self.side))  # [B, 3, h, side, w, side]
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def load_pixels(weights, img_size, seed):
+    """No model, but the pixels as ViLT's image processor resizes them (Kim et al. 2021), cut into ViLT's patches.
+
+    It keeps the aspect ratio, so photos differ in how many patches they have. Of `weights` only the processor counts.
+    """
+    resize, resample, settings = load_processor(weights, img_size)
+    side, short = getattr(resize.processor, "size_divisor", None), settings["img_size"]
+    if not side:
+        raise ValueError(f"--weights {weights}: its image processor is not ViLT's: it has no size_divisor")
+    most = (short // side) * (int(1333 / 800 * short) // side)  # 1333 : 800 is the longest shape the processor makes
+    return Backbone(
+        Patches(side), resize, resample, side, (most, 3 * side**2), False, {"weights": "none", **settings}, "uint8"
+    )
+
+
+BACKBONES = {  # name: (loader, default of --weights)
+    "resnet50": (load_resnet50, "imagenet"),
+    "clip": (load_clip, "openai/clip-vit-base-patch32"),
+    "blip": (load_blip, "Salesforce/blip-itm-base-coco"),
+    "pixels": (load_pixels, "dandelin/vilt-b32-mlm"),
+}
+
+
+def load_backbone(name, weights=None, img_size=None, seed=1337):
+    """A row of `BACKBONES`: `weights` and `img_size` default to its own; `seed` is that of random weights.
+
+    `weights`: what `load_resnet50` says; for the others a hub's name or a local folder. ValueError says what is wrong.
+    """
+    load, default = BACKBONES[name]
+    return load(weights or default, img_size, seed)
+
+
+# ------------------------------------------------------------------------------------------------------- photos
+
+
+class Photos:
+    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason)."""
+
+    def __init__(self, image_ids, paths, backbone, views, seed):
+        self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
+        self.resize, self.resample = backbone.resize, backbone.resample  # not the model: workers get a copy of this
+
+    def augmented(self, photo, height, width):
+        """A random part of at least 0.6 of the photo, perhaps mirrored, its colours shifted. uint8 [3, H, W]"""
+        aspect = width / height
+        return T.Compose([
+            T.RandomResizedCrop((height, width), (0.6, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), self.resample),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+            T.PILToTensor(),
+        ])(photo)  # fmt: skip
+
+    def all_views(self, photo, image_id):
+        """View 0 is plain; the others depend on (seed, image id, view) and on nothing else. uint8 [V, 3, H, W]"""
+        views = [self.resize(photo)]
+        for view in range(1, self.views):
+            digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+                views.append(self.augmented(photo, *views[0].shape[1:]))
+        return torch.stack(views)
+
+    def read(self, row):
+        image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
+        if path is None:
+            return None, MISSING, "no such file"
+        try:
+            with Image.open(path) as file:
+                photo = ImageOps.exif_transpose(file)
+                if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
+                    photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
+                return self.all_views(photo.convert("RGB"), image_id), OK, ""
+        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
+            reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
+            return None, UNREADABLE, f"{type(error).__name__}: {reason}"
+
+    def __getitem__(self, rows):
+        return [self.read(row) for row in rows]
+
+    def __len__(self):
+        return len(self.image_ids)

@@ -1,0 +1,130 @@
+"""Backbones against transformers' own processors and models, and the ways their weights can fail to load."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARTS
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, BlipForImageTextRetrieval, CLIPVisionModel
+
+from backbones import BACKBONES, Photos, load_backbone
+from data import UNREADABLE, FeatureCache
+
+
+def reference_states(name, folder, photo):
+    """What transformers itself makes of one photo, [R, D]: its own processor, its own forward pass."""
+    given = AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")
+    with torch.no_grad():
+        if name == "clip":
+            return CLIPVisionModel.from_pretrained(folder).eval()(**given).last_hidden_state[0, 1:]
+        return BlipForImageTextRetrieval.from_pretrained(folder).eval().vision_model(**given).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("name, regions, grid", [("clip", 36, [6, 6]), ("blip", 37, [6, 6])])
+def test_cached_regions_are_the_models_own_states(data_dir, cache_dir, name, regions, grid):
+    cache = FeatureCache(cache_dir / f"demo-{name}-96.h5")
+    assert cache.shape == (40, 2, regions, 64) and (cache.grid == grid).all() and (cache.num_regions == regions).all()
+    for image_id in ("train_0000", "train_0001", "valid_0003", "test_0001"):  # upright, wide
+        photo = Image.open(data_dir / "demo" / "images" / f"{image_id}.jpg").convert("RGB")
+        expected = reference_states(name, data_dir / "demo" / name, photo)
+        found = cache.read([image_id])["regions"][0]
+        np.testing.assert_allclose(found, expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
+
+
+def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
+    """Patches put back in their places and normalised as the file says are the processor's pixel_values and mask."""
+    cache = FeatureCache(cache_dir / "demo-pixels-96.h5")
+    processor = AutoImageProcessor.from_pretrained(data_dir / "demo" / "vilt")
+    grids = set()
+    for image_id in cache.rows:
+        photo = Image.open(data_dir / "demo" / "images" / f"{image_id}.jpg").convert("RGB")
+        given = processor(photo, return_tensors="pt")
+        regions, mask, grid = (value[0] for value in cache.read([image_id]).values())
+        rows, columns = grid.tolist()
+        patches = regions[mask].unflatten(0, (rows, columns)).unflatten(-1, (3, 16, 16))  # [h, w, 3, 16, 16]
+        pixels = patches.permute(2, 0, 3, 1, 4).reshape(3, rows * 16, columns * 16)
+        assert regions.dtype == torch.uint8 and not regions[~mask].any() and given["pixel_mask"].all()
+        assert given["pixel_values"].shape[1:] == pixels.shape
+        mean, std = (torch.tensor(cache.attrs[key])[:, None, None] for key in ("mean", "std"))
+        torch.testing.assert_close((pixels / 255 - mean) / std, given["pixel_values"][0], rtol=1e-5, atol=1e-5)
+        grids.add((rows, columns))
+    assert len(grids) > 2 and len({rows * columns for rows, columns in grids}) > 2
+    assert cache.shape[2] >= max(cache.num_regions) and cache.attrs["parameters"] == 0
+
+
+@pytest.mark.parametrize("size", [96, 160, 384])
+def test_no_photo_has_more_patches_than_the_file_has_room_for(data_dir, tmp_path, size):
+    processor = AutoImageProcessor.from_pretrained(data_dir / "demo" / "vilt")
+    processor.size, processor.size_divisor = {"shortest_edge": size}, 32
+    processor.save_pretrained(tmp_path)
+    backbone = load_backbone("pixels", str(tmp_path))
+    shapes = [(1000, 1000 + 20 * i) for i in range(60)]
+    counts = [backbone.regions(backbone.resize(Image.new("RGB", shape))[None]).shape[1] for shape in shapes]
+    assert max(counts) <= backbone.shape[0] <= 1.2 * max(counts)
+
+
+def test_a_strip_of_a_photo_is_recorded_and_not_guessed(data_dir, tmp_path):
+    Image.new("RGB", (3000, 9)).save(tmp_path / "strip.png")
+    backbone = load_backbone("pixels", str(data_dir / "demo" / "vilt"))
+    views, status, reason = Photos(["a"], {"a": tmp_path / "strip.png"}, backbone, 1, 0).read(0)
+    assert (views, status) == (None, UNREADABLE) and reason
+
+
+def test_augmented_views_have_the_plain_ones_size_and_keep_its_aspect(data_dir):
+    """A crop of a wide photo is wide before it is resized: a centred square stays about square."""
+    photo = Image.new("RGB", (300, 200))
+    photo.paste((255, 255, 255), (100, 50, 200, 150))
+    backbone = load_backbone("pixels", str(data_dir / "demo" / "vilt"))
+    maker = Photos([], {}, backbone, 40, 0)
+    views = maker.all_views(photo, "a")
+    assert views.shape == (40, 3, 96, 144)
+    whole = [view for view in views.float().mean(1) if not max(*view[[0, -1]].max(1).values, *view[:, [0, -1]].max(0).values) > 99]
+    sides = [((view > 99).any(0).sum() / (view > 99).any(1).sum()).item() for view in whole]
+    assert len(sides) > 10 and 0.9 < np.exp(np.mean(np.log(sides))) < 1.1 and all(0.6 < side < 1.7 for side in sides)
+
+
+@pytest.mark.parametrize("name", ["clip", "blip"])
+def test_a_missing_vision_weight_is_an_error(data_dir, tmp_path, name):
+    shutil.copytree(data_dir / "demo" / name, tmp_path / name)
+    weights = load_file(tmp_path / name / "model.safetensors")
+    lost = next(key for key in weights if "text" not in key and "self_attn" in key)
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="--weights .*: 1 weights missing .first: .*self_attn"):
+        load_backbone(name, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet50"])
+def test_what_is_no_such_model_is_one_clear_line(data_dir, name, tmp_path):
+    folder = data_dir / "demo" / next(part[2] for part in PARTS.values() if part[0] == name)
+    shutil.copytree(folder, tmp_path / "bare")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    for args, message in (
+        (("absent/folder",), "--weights absent/folder: "),
+        ((str(data_dir / "demo" / "encoder"),), "--weights .*encoder: "),
+        ((str(tmp_path / "bare"),), "--weights .*bare: no image processor"),
+        ((str(folder), 224), "--img-size 224: .* takes photos of 96; leave the option out"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            load_backbone(name, *args)
+        assert "\n" not in str(error.value)
+
+
+def test_a_processor_that_does_not_fit_its_model_is_refused(data_dir, tmp_path):
+    shutil.copytree(data_dir / "demo" / "blip", tmp_path / "blip")
+    path = tmp_path / "blip" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": {"height": 64, "width": 64}}))
+    with pytest.raises(ValueError, match=r"its processor makes \(64, 64\) pixels, the model takes 96 x 96"):
+        load_backbone("blip", str(tmp_path / "blip"))
+    with pytest.raises(ValueError, match="its image processor is not ViLT's"):
+        load_backbone("pixels", str(tmp_path / "blip"))
+
+
+def test_defaults_are_the_published_models():
+    assert {name: default for name, (_, default) in BACKBONES.items()} == {
+        "resnet50": "imagenet", "clip": "openai/clip-vit-base-patch32", "blip": "Salesforce/blip-itm-base-coco",
+        "pixels": "dandelin/vilt-b32-mlm",
+    }  # fmt: skip
