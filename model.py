@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -17,59 +18,189 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from data import MARKERS
-from fusion import FUSIONS
+from fusion import FUSIONS, clean
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-class TextRegions(nn.Module):
-    """A transformers text encoder, one fusion layer over cached regions, and a linear head.
+class Head(nn.Module):
+    """Dropout and a linear layer over the token states of what is labelled.
 
-    Named entities: each word is labelled from its first sub-token. Relations: from the states of the two start markers,
-    concatenated (Baldini Soares et al., ACL 2019, "entity start").
+    Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini Soares et
+    al., ACL 2019, "entity start").
     """
 
-    def __init__(self, encoder, fusion, task, labels, region_dim, heads, dropout):
+    def __init__(self, width, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config["dropout"])
+        self.linear = nn.Linear(width if config["task"] == "ner" else 2 * width, len(config["labels"]))
+
+    def forward(self, states, batch):
+        """states [B, T, D] -> logits [B, W, labels] or [B, labels]. Those of a word with `word_starts` -1 mean nothing."""
+        rows = torch.arange(len(states), device=states.device)
+        if "word_starts" in batch:
+            states = states[rows[:, None], batch["word_starts"].clamp(min=0)]  # [B, W, D]
+        else:
+            states = torch.cat([states[rows, batch["head_index"]], states[rows, batch["tail_index"]]], -1)  # [B, 2 D]
+        return self.linear(self.dropout(states))
+
+
+# Every system is made as System.model(encoder, config), from its encoder and a run's configuration (task, labels,
+# dropout; where used fusion, heads, region_dim, features_made), and called as model(batch, return_weights=False) on a
+# batch of `data.collate`. It returns logits (see `Head`) and, with return_weights=True, also each token's attention to
+# the regions [B, T, R], zero for a post without photo (None where there is no such thing). What it gives for a post
+# without photo depends on no image state at all.
+
+
+class TextRegions(nn.Module):
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head."""
+
+    def __init__(self, encoder, config):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder = encoder
-        self.fusion = FUSIONS[fusion](width, region_dim, heads, dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width if task == "ner" else 2 * width, labels)
+        self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
+        self.head = Head(width, config)
 
     def forward(self, batch, return_weights=False):
-        """A batch of `data.collate` -> logits [B, W, labels] (named entities) or [B, labels] (relations).
-
-        Logits at words whose `word_starts` is -1 mean nothing. With return_weights=True also the fusion's weights of
-        the tokens over the regions [B, T, R], or None.
-        """
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         fused = self.fusion(
             text, batch["attention_mask"].bool(), batch.get("regions"), batch.get("region_mask"), return_weights
         )
         fused, weights = fused if return_weights else (fused, None)
-        rows = torch.arange(len(fused), device=fused.device)
-        if "word_starts" in batch:
-            states = fused[rows[:, None], batch["word_starts"].clamp(min=0)]  # [B, W, D]
-        else:
-            states = torch.cat([fused[rows, batch["head_index"]], fused[rows, batch["tail_index"]]], -1)  # [B, 2 D]
-        logits = self.head(self.dropout(states))
+        logits = self.head(fused, batch)
         return (logits, weights) if return_weights else logits
+
+
+class Blip(nn.Module):
+    """BLIP (Li et al., ICML 2022): its text encoder, each layer of which attends to the cached states of its vision
+    model, and a head. The weights returned are the mean over layers and heads."""
+
+    def __init__(self, encoder, config):
+        super().__init__()
+        width = encoder.config.encoder_hidden_size
+        if config["region_dim"] != width:
+            raise ValueError(
+                f"--text-encoder {config['text_encoder']} attends to image states of width {width}, the feature file"
+                f" has {config['region_dim']}; extract with --backbone blip and the same model as --weights"
+            )
+        self.encoder = encoder
+        self.head = Head(encoder.config.hidden_size, config)
+
+    def forward(self, batch, return_weights=False):
+        # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23 drops this
+        # mask on the way. States of zero say nothing whatever the weights.
+        states = clean(batch["regions"].float(), batch["region_mask"])
+        made = self.encoder(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], encoder_hidden_states=states,
+            encoder_attention_mask=batch["region_mask"].long(), output_attentions=return_weights,
+        )  # fmt: skip
+        logits = self.head(made.last_hidden_state, batch)
+        if not return_weights:
+            return logits
+        return logits, torch.stack(made.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
+
+
+class Vilt(nn.Module):
+    """ViLT (Kim et al., ICML 2021): one transformer over the words and the pixels of the photo, and a head.
+
+    The regions are the photo's patches, uint8; embedding them is what `ViltModel` does with pixels, all of it trained.
+    The weights returned are the mean over layers and heads; what is missing to 1 went to words.
+    """
+
+    def __init__(self, encoder, config):
+        super().__init__()
+        width = 3 * encoder.config.patch_size**2
+        if config["region_dim"] != width:
+            raise ValueError(
+                f"--text-encoder {config['text_encoder']} takes patches of {width} values, the feature file has"
+                f" {config['region_dim']}; extract with --backbone pixels and the same model as --weights"
+            )
+        self.encoder = encoder
+        self.head = Head(encoder.config.hidden_size, config)
+        for name in ("mean", "std"):  # of the pixels, channel by channel
+            self.register_buffer(name, torch.tensor(config["features_made"][name])[:, None], persistent=False)
+
+    def embed(self, regions, mask, grid):
+        """uint8 patches [B, R, 3 * P * P], mask [B, R], (rows, columns) [B, 2] -> [B, 1 + R, D], zero where masked.
+
+        Position embeddings are a square table, read at the photo's own rows and columns with bilinear interpolation:
+        `ViltEmbeddings.visual_embed` without its loop over photos and without its random order.
+        """
+        embeddings, count = self.encoder.embeddings, len(regions)
+        conv, table = embeddings.patch_embeddings.projection, embeddings.position_embeddings[0]  # [1 + side * side, D]
+        pixels = (regions.unflatten(-1, (3, -1)).float() / 255 - self.mean) / self.std
+        states = F.linear(pixels.flatten(-2), conv.weight.flatten(1), conv.bias)  # [B, R, D]
+        rows, columns = grid.clamp(min=1)[:, None].unbind(-1)  # [B, 1]
+        index = torch.arange(regions.shape[1], device=grid.device)
+        x, y = index % columns / (columns - 1).clamp(min=1), index // columns / (rows - 1).clamp(min=1)  # [B, R], 0 to 1
+        side = self.encoder.config.image_size // self.encoder.config.patch_size
+        square = table[1:].T.unflatten(1, (side, side)).expand(count, -1, -1, -1)  # [B, D, side, side]
+        places = F.grid_sample(square, torch.stack((x, y), -1)[:, None] * 2 - 1, align_corners=True)  # [B, D, 1, R]
+        cls = (embeddings.cls_token[0] + table[:1]).expand(count, 1, -1)
+        states = torch.cat((cls, states + places.squeeze(2).mT), 1)
+        return clean(embeddings.dropout(states), with_cls(mask))
+
+    def forward(self, batch, return_weights=False):
+        mask = with_cls(batch["region_mask"])
+        made = self.encoder(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_mask=mask.long(),
+            image_embeds=self.embed(batch["regions"], batch["region_mask"], batch["region_grid"]),
+            output_attentions=return_weights,
+        )  # fmt: skip
+        length = batch["input_ids"].shape[1]
+        logits = self.head(made.last_hidden_state[:, :length], batch)
+        if not return_weights:
+            return logits
+        return logits, torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :]
+
+
+def with_cls(mask):
+    """A mask [B, R] with the image's own [CLS] state before it, real where there is a photo. [B, 1 + R]"""
+    return torch.cat((mask.any(1, keepdim=True), mask), 1)
 
 
 @dataclass(frozen=True)
 class System:
     text_encoder: str  # default of --text-encoder
     backbone: str  # of extract_features.py
+    img_size: int  # of its feature file, by default
     model: type
+    max_len: int = 128  # sub-tokens a post, by default
+    checkpoint: str = ""  # the model type its text encoder is a part of; "" = any plain text encoder
 
 
 SYSTEMS = {
-    "roberta-resnet50": System("roberta-base", "resnet50", TextRegions),
-    "bert-resnet50": System("bert-base-uncased", "resnet50", TextRegions),
+    "roberta-resnet50": System("roberta-base", "resnet50", 224, TextRegions),
+    "bert-resnet50": System("bert-base-uncased", "resnet50", 224, TextRegions),
+    "clip-bert": System("bert-base-uncased", "clip", 224, TextRegions),
+    "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
+    "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
+
+
+def first_line(error):
+    """What an exception says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_pretrained(kind, source, option, config=None, part=""):
+    """The `part` of a transformers model of class `kind` at `source`, a hub's name or a local folder, in float32.
+
+    ValueError names the command line's `option` if it cannot be loaded, or if a weight of the part is missing.
+    """
+    try:
+        # dtype: some are stored as float16
+        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
+        raise ValueError(f"{option} {source}: {reason}") from None
+    missing = [key for key in info["missing_keys"] if key.startswith(part) and "pooler" not in key]
+    if missing:
+        raise ValueError(f"{option} {source}: {len(missing)} weights missing (first: {missing[0]}); wrong kind?")
+    return model.get_submodule(part)
 
 
 def load_tokenizer(source, task):
@@ -80,34 +211,35 @@ def load_tokenizer(source, task):
     return tokenizer
 
 
-def load_text_encoder(source, task, dropout):
-    """Pretrained (encoder, tokenizer) from a hub's name or a local folder. ValueError if a weight is missing."""
+def load_text_encoder(source, system, task, dropout):
+    """Pretrained (encoder, tokenizer) for a `System`, from a hub's name or a local folder.
+
+    ValueError if it is of another kind, or if a weight or the tokenizer is missing.
+    """
+    option = "--text-encoder"
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
-            raise ValueError(f"a {config.model_type} is no plain text encoder")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if isinstance(getattr(config, name, None), float):
-                setattr(config, name, dropout)
-        encoder, info = AutoModel.from_pretrained(
-            source,
-            config=config,
-            output_loading_info=True,
-            dtype=torch.float32,  # some are stored as float16
-        )
         tokenizer = load_tokenizer(source, task)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"--text-encoder {source}: cannot be loaded ({reason}); name a local folder or a hub's model"
-        ) from None
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
+        raise ValueError(f"{option} {source}: {reason}") from None
+    plain = hasattr(config, "hidden_size") and not config.is_encoder_decoder and not hasattr(config, "patch_size")
+    if config.model_type != system.checkpoint if system.checkpoint else not plain:
+        wanted = system.checkpoint or "plain text encoder"
+        raise ValueError(f"{option} {source}: cannot be loaded (it is a {config.model_type}, not a {wanted})")
+    text_config = config.get_text_config()  # BLIP has two
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if isinstance(getattr(text_config, name, None), float):
+            setattr(text_config, name, dropout)
+    if system.checkpoint == "blip":  # BlipTextModel.from_pretrained would find none of its weights under their names
+        encoder = load_pretrained(transformers.BlipForImageTextRetrieval, source, option, config, "text_encoder")
+    else:
+        encoder = load_pretrained(AutoModel, source, option, config)
     drop_pooler(encoder)
-    if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
-        raise ValueError(f"--text-encoder {source}: {len(missing)} weights missing (first: {missing[0]}); wrong kind?")
     vocabulary, rows = len(tokenizer) - len(tokenizer.get_added_vocab()), encoder.get_input_embeddings().num_embeddings
     if not rows / 2 <= vocabulary <= rows or tokenizer.pad_token_id is None:
         raise ValueError(
-            f"--text-encoder {source}: its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings),"
+            f"{option} {source}: its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings),"
             " or has no padding token; are the tokenizer's files there?"
         )
     if len(tokenizer) > rows:
@@ -129,14 +261,6 @@ def longest_input(encoder, tokenizer):
     if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind counts positions from padding_idx + 1
         positions -= table.padding_idx + 1
     return min(positions, tokenizer.model_max_length)
-
-
-def build_model(config, encoder):
-    """A model from a run's config: model, fusion, task, labels, region_dim, heads, dropout."""
-    return SYSTEMS[config["model"]].model(
-        encoder, config["fusion"], config["task"], len(config["labels"]), config["region_dim"], config["heads"],
-        config["dropout"],
-    )  # fmt: skip
 
 
 def autocast(device, precision):
@@ -167,14 +291,17 @@ def load_run(run_dir, device="cpu"):
     if not (run_dir / "model.safetensors").exists():
         raise FileNotFoundError(f"{run_dir}: no model.safetensors; the run did not finish, train it again")
     try:
-        encoder = AutoModel.from_config(AutoConfig.from_pretrained(run_dir / "encoder"), dtype=torch.float32)
+        encoder_config = AutoConfig.from_pretrained(run_dir / "encoder")
+        if encoder_config.model_type == "blip_text_model":  # the one that AutoModel does not know
+            encoder = transformers.BlipTextModel(encoder_config)
+        else:
+            encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
         drop_pooler(encoder)
         tokenizer = load_tokenizer(run_dir / "encoder", config["task"])
-        model = build_model(config, encoder)
+        model = SYSTEMS[config["model"]].model(encoder, config)
         load_model(model, str(run_dir / "model.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{run_dir}: the run does not load ({reason}); train it again") from None
+        raise ValueError(f"{run_dir}: the run does not load ({first_line(error)}); train it again") from None
     return model.eval().to(device), tokenizer, config
 
 

@@ -27,7 +27,7 @@ from data import DATASETS, IGNORE, FeatureCache, check_device, collate, command_
 from data import length_batches, load_dataset, bounded
 from evaluate import format_scores, main_score, predict, score, write_json, write_json_lines
 from fusion import FUSIONS
-from model import SYSTEMS, autocast, build_model, load_text_encoder, longest_input, save_weights, to_device
+from model import SYSTEMS, TextRegions, autocast, load_text_encoder, longest_input, save_weights, to_device
 
 
 def parse_args(argv):
@@ -38,13 +38,13 @@ def parse_args(argv):
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="twitter2017")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--fusion", choices=FUSIONS, default="film", help="none = text only")
+    add("--fusion", choices=FUSIONS, help="none = text only; default: film. blip and vilt bring their own")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
     add("--epochs", type=bounded(int, 1), default=5)
     add("--batch-size", type=bounded(int, 1), default=8)
     add("--eval-batch-size", type=bounded(int, 1), default=12)
-    add("--max-len", type=bounded(int, 1), default=128, help="sub-tokens a post, special ones included")
+    add("--max-len", type=bounded(int, 1), help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
     add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
     add("--fusion-lr", type=bounded(float, 0), default=1.1e-3, help="of what starts from scratch: fusion, head")
     add("--weight-decay", type=bounded(float, 0), default=0.01)
@@ -52,7 +52,8 @@ def parse_args(argv):
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
     add("--heads", type=bounded(int, 1), default=8)
-    add("--img-size", type=bounded(int, 1), default=224, help="which feature file: the size its photos were resized to")
+    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
+        " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
     add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda")
@@ -67,9 +68,15 @@ def parse_args(argv):
     task = DATASETS[args.dataset][0]
     args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
     system = SYSTEMS[args.model]
+    if system.model is TextRegions:
+        args.fusion = args.fusion or "film"
+    elif args.fusion:
+        parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
+    args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{args.dataset}-{system.backbone}-{args.img_size}.h5"
-    args.run_dir = args.run_dir or f"runs/{args.dataset}-{args.model}-{args.fusion}-s{args.seed}"
+    name = f"{args.model}-{args.fusion}" if args.fusion else args.model
+    args.run_dir = args.run_dir or f"runs/{args.dataset}-{name}-s{args.seed}"
     if args.precision == "auto":
         args.precision = "bfloat16" if args.device.startswith("cuda") else "float32"
     return args
@@ -81,9 +88,14 @@ def open_features(args, dataset):
         return None
     cache = FeatureCache(args.features)
     cache.require(dataset.image_ids(), args.dataset)
-    print(
-        f"features   {args.features}: {cache.attrs['backbone']}, weights {cache.attrs['weights']}, {cache.views} views"
-    )
+    made, backbone = cache.attrs, SYSTEMS[args.model].backbone
+    if made["backbone"] != backbone:
+        raise ValueError(
+            f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name another"
+        )
+    print(f"features   {args.features}: {cache.views} views")
+    if made["parameters"]:
+        print(f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that file")
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
         print(f"           {split}: {with_photo} of {len(examples)} posts have a photo")
@@ -137,7 +149,8 @@ def main(argv=None):
     cache = open_features(args, dataset)
 
     torch.manual_seed(args.seed)
-    encoder, tokenizer = load_text_encoder(args.text_encoder, dataset.task, args.dropout)
+    system = SYSTEMS[args.model]
+    encoder, tokenizer = load_text_encoder(args.text_encoder, system, dataset.task, args.dropout)
     if args.max_len > longest_input(encoder, tokenizer):
         raise ValueError(f"--max-len {args.max_len}: {args.text_encoder} takes {longest_input(encoder, tokenizer)}")
     rows = {}
@@ -155,16 +168,15 @@ def main(argv=None):
         "versions": versions | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
     }
-    model = build_model(config, encoder).to(args.device)
+    model = system.model(encoder, config).to(args.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass over memory: 7 times as fast
     lengths = [len(row["input_ids"]) for row in rows["train"]]
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
-    for part, rate in (("encoder", args.lr), ("fusion", args.fusion_lr), ("head", args.fusion_lr)):
-        count = sum(parameter.numel() for parameter in getattr(model, part).parameters())
-        config[f"{part}_parameters"] = count
+    for part, module in model.named_children():
+        config[f"{part}_parameters"] = count = sum(parameter.numel() for parameter in module.parameters())
         if count:
-            print(f"{part:<10} {count:,} parameters, all trained at {rate:g}")
+            print(f"{part:<10} {count:,} parameters, all trained at {args.lr if part == 'encoder' else args.fusion_lr:g}")
 
     if run_dir.exists() and args.overwrite:
         shutil.rmtree(run_dir)

@@ -1,31 +1,46 @@
 """The model against transformers' own classes, and the ways a text encoder can fail to load."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import PARTS
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import BertForTokenClassification, RobertaConfig, RobertaModel
+from transformers import AutoImageProcessor, BertForTokenClassification, BlipForImageTextRetrieval, RobertaConfig
+from transformers import RobertaModel, ViltForTokenClassification
 
 from data import MARKERS, FeatureCache, collate, encode, load_dataset
 from fusion import FUSIONS
-from model import SYSTEMS, build_model, load_run, load_text_encoder, longest_input, save_weights
+from model import SYSTEMS, Vilt, load_run, load_text_encoder, longest_input, save_weights
+
+BERT = SYSTEMS["bert-resnet50"]
 
 
-def make(encoder_dir, dataset, fusion, region_dim=2048):
+def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     """(model with noise on all new parameters, in eval mode; tokenizer)."""
     torch.manual_seed(0)
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), dataset.task, 0.1)
-    config = {"model": "roberta-resnet50", "fusion": fusion, "task": dataset.task, "labels": dataset.labels,
-              "region_dim": region_dim, "heads": 8, "dropout": 0.1}  # fmt: skip
-    model = build_model(config, encoder).eval()
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system], dataset.task, 0.1)
+    config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
+              "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
+              "features_made": cache.attrs if cache else None}  # fmt: skip
+    model = SYSTEMS[system].model(encoder, config).eval()
     with torch.no_grad():
-        for part in (model.fusion, model.head):
-            for parameter in part.parameters():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder."):
                 parameter += 0.2 * torch.randn_like(parameter)
     return model, tokenizer
+
+
+def make_system(system, data_dir, cache_dir, dataset):
+    """(model, tokenizer, cache) of one of `PARTS`."""
+    backbone, size, _, text = PARTS[system]
+    cache = FeatureCache(cache_dir / f"{dataset.name}-{backbone}-{size}.h5")
+    fusion = "cross-attention" if system == "clip-bert" else None
+    return *make(data_dir / "demo" / text, dataset, fusion, system, cache), cache
 
 
 @pytest.fixture(params=["demo", "mnre"])
@@ -37,7 +52,7 @@ def test_text_only_is_transformers_token_classifier(encoder_dir, data_dir):
     dataset = load_dataset("demo", data_dir)
     model, tokenizer = make(encoder_dir, dataset, "none")
     reference = BertForTokenClassification.from_pretrained(encoder_dir, num_labels=len(dataset.labels)).eval()
-    reference.classifier.load_state_dict(model.head.state_dict())
+    reference.classifier.load_state_dict(model.head.linear.state_dict())
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     with torch.no_grad():
         logits = model(collate(rows, tokenizer.pad_token_id))
@@ -59,7 +74,7 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
         ids = torch.tensor([row["input_ids"]])
         states = model.encoder(input_ids=ids).last_hidden_state[0]
         start, end = (row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker)) for marker in (MARKERS[0], MARKERS[2]))
-        torch.testing.assert_close(found, model.head(torch.cat((states[start], states[end]))), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, model.head.linear(torch.cat((states[start], states[end]))), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -123,7 +138,7 @@ def test_byte_level_bpe_encoder(tmp_path, data_dir):
 
 
 def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), "relation", 0.25)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.25)
     assert encoder.pooler is None and encoder.config.hidden_dropout_prob == 0.25
     assert encoder.embeddings.dropout.p == 0.25
     assert encoder.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -135,18 +150,18 @@ def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
     lost = next(key for key in weights if "attention" in key)
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"1 weights missing .first: {lost}"):
-        load_text_encoder(str(tmp_path), "ner", 0.1)
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
     for source in ("absent/folder", str(tmp_path / "absent")):
         with pytest.raises(ValueError, match=f"--text-encoder {source}: cannot be loaded") as error:
-            load_text_encoder(source, "ner", 0.1)
+            load_text_encoder(source, BERT, "ner", 0.1)
         assert "\n" not in str(error.value)
 
 
 def test_an_encoder_stored_in_half_precision_trains_in_float32(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), "ner", 0.1)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "ner", 0.1)
     encoder.half().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_text_encoder(str(tmp_path), "ner", 0.1)
+    loaded, _ = load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
@@ -155,7 +170,7 @@ def test_a_tokenizer_that_is_not_the_encoders_is_refused(encoder_dir, tmp_path):
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's|cannot be loaded"):
-        load_text_encoder(str(tmp_path), "ner", 0.1)
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
 
 
 def test_weights_are_saved_whole(encoder_dir, data_dir, tmp_path):
@@ -174,6 +189,173 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 def test_every_system_names_its_parts():
-    assert SYSTEMS["roberta-resnet50"].text_encoder == "roberta-base"
-    assert SYSTEMS["bert-resnet50"].text_encoder == "bert-base-uncased"
-    assert {system.backbone for system in SYSTEMS.values()} == {"resnet50"}
+    assert {name: (system.text_encoder, system.backbone, system.img_size) for name, system in SYSTEMS.items()} == {
+        "roberta-resnet50": ("roberta-base", "resnet50", 224),
+        "bert-resnet50": ("bert-base-uncased", "resnet50", 224),
+        "clip-bert": ("bert-base-uncased", "clip", 224),
+        "blip": ("Salesforce/blip-itm-base-coco", "blip", 384),
+        "vilt": ("dandelin/vilt-b32-mlm", "pixels", 384),
+    }
+
+
+# ----------------------------------------------------------------------------------- CLIP+BERT, BLIP and ViLT
+
+
+def open_photo(data_dir, image_id):
+    return Image.open(data_dir / "demo" / "images" / f"{image_id.removesuffix('.jpg')}.jpg").convert("RGB")
+
+
+def close(found, expected):
+    """Equal but for the regions' float16, whose half unit in the last place is 2 ** -11."""
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
+    """The states under the head are BlipForImageTextRetrieval's, given the photo itself, one post at a time."""
+    model, tokenizer, cache = make_system("blip", data_dir, cache_dir, dataset)
+    folder, examples = data_dir / "demo" / "blip", dataset.examples["valid"]
+    reference, processor = BlipForImageTextRetrieval.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    reference.text_encoder.resize_token_embeddings(len(tokenizer))
+    reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())  # the markers' new rows
+    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
+    logits = model(collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples]))
+    for row, example, found in zip(rows, examples, logits, strict=True):
+        pixels = processor(open_photo(data_dir, example.image_id), return_tensors="pt")["pixel_values"]
+        states = reference(input_ids=torch.tensor([row["input_ids"]]), pixel_values=pixels).question_embeds
+        expected = model.head(states, collate([row], 0))[0]
+        close(found[: len(expected)] if dataset.task == "ner" else found, expected)
+
+
+@torch.no_grad()
+def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
+    """From the cached pixels the same as ViltForTokenClassification from its processor's, for photos of any shape."""
+    model, tokenizer, cache = make_system("vilt", data_dir, cache_dir, dataset)
+    folder, examples = data_dir / "demo" / "vilt", dataset.examples["valid"] + dataset.examples.get("test", [])
+    reference = ViltForTokenClassification.from_pretrained(folder, num_labels=len(dataset.labels)).eval()
+    reference.resize_token_embeddings(len(tokenizer))
+    reference.vilt.load_state_dict(model.encoder.state_dict(), strict=False)  # the markers' new rows
+    reference.classifier = model.head.linear if dataset.task == "ner" else torch.nn.Identity()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rows, _ = encode(tokenizer, examples, dataset.labels, 40)
+    batch = collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples])
+    logits = model(batch)
+    # All at once, padded as transformers pads words and pixels; then each post alone.
+    photos = processor([open_photo(data_dir, e.image_id) for e in examples], return_tensors="pt")
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    states = reference(**text, **photos).logits
+    assert len(set(map(tuple, batch["region_grid"].tolist()))) > 1 or dataset.task == "relation"
+    for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        photo = processor(open_photo(data_dir, example.image_id), return_tensors="pt")
+        alone = reference(input_ids=torch.tensor([row["input_ids"]]), **photo).logits[0]
+        if dataset.task == "ner":
+            for word, start in enumerate(row["word_starts"]):
+                for expected in (states[i, start], alone[start]):
+                    torch.testing.assert_close(logits[i, word], expected, rtol=1e-4, atol=1e-4)
+        else:
+            for expected in (states[i], alone):
+                pair = torch.cat((expected[row["head_index"]], expected[row["tail_index"]]))
+                torch.testing.assert_close(logits[i], model.head.linear(pair), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(6, 6), (6, 10), (10, 6), (1, 7), (7, 1), (1, 1), (2, 3)])
+def test_vilts_places_are_interpolated_as_transformers_does(data_dir, cache_dir, grid):
+    model, _, cache = make_system("vilt", data_dir, cache_dir, load_dataset("demo", data_dir))
+    assert isinstance(model, Vilt)
+    h, w = grid
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (1, 3, 16 * h, 16 * w), dtype=torch.uint8)
+    patches = pixels.unflatten(3, (w, 16)).unflatten(2, (h, 16)).permute(0, 2, 4, 1, 3, 5).reshape(1, h * w, 768)
+    regions, mask = torch.zeros(1, 60, 768, dtype=torch.uint8), torch.zeros(1, 60, dtype=torch.bool)
+    regions[:, : h * w], mask[:, : h * w] = patches, True
+    found = model.embed(regions, mask, torch.tensor([grid]))
+    values, ones = pixels / 255 * 2 - 1, torch.ones(1, 16 * h, 16 * w, dtype=torch.long)
+    expected, _, _ = model.encoder.embeddings.visual_embed(values, ones, max_image_length=-1)
+    # Where all patches are real transformers gives them in a random order: match each with its nearest.
+    nearest = torch.cdist(found[0, : h * w + 1], expected[0]).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(h * w + 1)) and nearest[0] == 0
+    torch.testing.assert_close(found[0, : h * w + 1], expected[0, nearest], rtol=1e-4, atol=1e-4)
+    assert not found[:, h * w + 1 :].any()
+
+
+@pytest.mark.parametrize("system", PARTS)
+def test_batched_equals_single_for_every_system(data_dir, cache_dir, dataset, system):
+    model, tokenizer, cache = make_system(system, data_dir, cache_dir, dataset)
+    examples, pad = dataset.examples["valid"], tokenizer.pad_token_id
+    rows, _ = encode(tokenizer, examples, dataset.labels, 40)
+    photos = [None if i % 3 == 2 else example.image_id for i, example in enumerate(examples)]
+    with torch.no_grad():
+        logits, weights = model(collate(rows, pad, cache, photos), return_weights=True)
+        for i, row in enumerate(rows):
+            alone = model(collate([row], pad, cache, photos[i : i + 1]))[0]
+            together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+            real = weights[i, : len(row["input_ids"])]
+            photo = cache.read(photos[i : i + 1])["region_mask"][0]
+            assert not real[:, ~photo].any()
+            if system == "vilt":
+                assert (real.sum(1) < 1).all() and (real[:, photo] > 0).all()
+            else:
+                torch.testing.assert_close(real.sum(1), torch.full((len(real),), float(photo.any())))
+
+
+@pytest.mark.parametrize("system", PARTS)
+def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dataset, system):
+    """Whatever stands in its place, NaN included, and it has no gradient; with a photo both are otherwise."""
+    model, tokenizer, cache = make_system(system, data_dir, cache_dir, dataset)
+    examples = dataset.examples["valid"]
+    rows, _ = encode(tokenizer, examples, dataset.labels, 40)
+    batch = collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples])
+    real = batch["labels"] >= 0
+    shown = model(batch)[real]
+    batch["region_mask"] = torch.zeros_like(batch["region_mask"])
+    batch["region_grid"] = torch.zeros_like(batch["region_grid"])
+    expected = model(batch)[real]
+    assert expected.isfinite().all() and (shown != expected).any(-1).all()
+    torch.manual_seed(0)
+    if system == "vilt":
+        batch["regions"] = torch.randint_like(batch["regions"], 256)
+    else:
+        batch["regions"] = torch.full_like(batch["regions"], float("nan"))
+    assert torch.equal(model(batch)[real], expected)
+    batch["regions"] = batch["regions"].float().nan_to_num(1).requires_grad_()
+    model(batch)[real].sum().backward()
+    assert not batch["regions"].grad.any()
+
+
+@pytest.mark.parametrize("system, folder, message", [
+    ("clip-bert", "vilt", "it is a vilt, not a plain text encoder"), ("clip-bert", "blip", "it is a blip, not a plain"),
+    ("blip", "encoder", "it is a bert, not a blip"), ("vilt", "encoder", "it is a bert, not a vilt"),
+    ("vilt", "clip", "cannot be loaded"), ("blip", "absent", "cannot be loaded"),
+])  # fmt: skip
+def test_another_kind_of_encoder_is_refused(data_dir, system, folder, message):
+    source = data_dir / "demo" / folder
+    with pytest.raises(ValueError, match=f"--text-encoder {source}: .*{message}") as error:
+        load_text_encoder(str(source), SYSTEMS[system], "ner", 0.1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("system, part", [("blip", "text_encoder"), ("blip", "crossattention"), ("vilt", "encoder.layer")])
+def test_a_missing_encoder_weight_is_an_error(data_dir, tmp_path, system, part):
+    shutil.copytree(data_dir / "demo" / system, tmp_path / system)
+    weights = load_file(tmp_path / system / "model.safetensors")
+    lost = next(key for key in weights if part in key)
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / system / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights missing"):
+        load_text_encoder(str(tmp_path / system), SYSTEMS[system], "ner", 0.1)
+
+
+@pytest.mark.parametrize("system, message", [("blip", "attends to image states of width 64, the feature file has 2048"),
+                                             ("vilt", "takes patches of 768 values, the feature file has 2048")])  # fmt: skip
+def test_features_of_another_width_are_refused(data_dir, cache_dir, system, message):
+    dataset = load_dataset("demo", data_dir)
+    with pytest.raises(ValueError, match=message):
+        make(data_dir / "demo" / system, dataset, None, system, FeatureCache(cache_dir / "demo-resnet50-64.h5"))
+
+
+def test_dropout_reaches_every_kind_of_encoder(data_dir):
+    for system in ("blip", "vilt"):
+        encoder, _ = load_text_encoder(str(data_dir / "demo" / system), SYSTEMS[system], "ner", 0.25)
+        rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates == {0.25}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PARTS
 from safetensors.torch import load_file
 
 import demo
@@ -34,14 +35,21 @@ def run(flags, run_dir, *more):
     return train.main([str(arg) for arg in [*flags, "--dataset", "demo", "--run-dir", run_dir, *more]])
 
 
+def system_flags(system, data_dir):
+    """What to add to `flags` for one of `PARTS`."""
+    _, size, _, text = PARTS[system]
+    return ["--model", system, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+
+
 def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", [*FUSIONS, *PARTS])
 @pytest.mark.parametrize("dataset", ["demo", "mnre"])
 def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data_dir, capsys):
-    folder = run(flags, tmp_path / "run", "--dataset", dataset, "--fusion", fusion)
+    more = system_flags(fusion, data_dir) if fusion in PARTS else ["--fusion", fusion]
+    folder = run([*flags, *more], tmp_path / "run", "--dataset", dataset, "--max-len", 40)
     out = capsys.readouterr().out
     examples = load_dataset(dataset, data_dir).examples
     scored = [split for split in ("valid", "test") if split in examples]
@@ -94,6 +102,40 @@ def test_defaults_are_the_reference_settings():
     assert {key: getattr(args, key) for key in expected} == expected
     args = train.parse_args(["--dataset", "mnre", "--device", "cuda"])
     assert (args.model, args.text_encoder, args.precision) == ("bert-resnet50", "bert-base-uncased", "bfloat16")
+
+
+def test_defaults_of_the_other_systems():
+    found = {}
+    for model in PARTS:
+        args = train.parse_args(["--dataset", "mnre", "--model", model])
+        found[model] = (args.text_encoder, args.fusion, args.max_len, args.features, args.run_dir)
+    assert found == {
+        "clip-bert": ("bert-base-uncased", "film", 128, "features/mnre-clip-224.h5", "runs/mnre-clip-bert-film-s1337"),
+        "blip": ("Salesforce/blip-itm-base-coco", None, 128, "features/mnre-blip-384.h5", "runs/mnre-blip-s1337"),
+        "vilt": ("dandelin/vilt-b32-mlm", None, 40, "features/mnre-pixels-384.h5", "runs/mnre-vilt-s1337"),
+    }
+
+
+@pytest.mark.parametrize("model", ["blip", "vilt"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_is_refused_where_there_is_none_to_choose(model, fusion, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", model, "--fusion", fusion])
+    assert f"--fusion {fusion}: {model} has a fusion of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", ["bert-resnet50", *PARTS])
+def test_what_trains_and_what_is_frozen_is_said(flags, tmp_path, data_dir, cache_dir, system, capsys):
+    more = system_flags(system, data_dir) if system in PARTS else ["--model", system]
+    folder = run([*flags, *more], tmp_path / "run", "--epochs", 1)
+    out, (model, _, config) = capsys.readouterr().out, load_run(folder)
+    said = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in out.splitlines() if " parameters" in line}
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+    frozen = FeatureCache(config["features"]).attrs["parameters"]
+    assert said == counts | ({"frozen": frozen} if frozen else {}) and (system == "vilt") == (frozen == 0)
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if system == "bert-resnet50":
+        assert frozen == 23_508_032  # ResNet50 without its classifier
 
 
 def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
@@ -212,6 +254,8 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
     [
         (["--img-size", 224], "no feature file .*demo-resnet50-224.h5; make it with extract_features.py"),
         (["--features", "mnre-resnet50-64.h5"], "made for mnre, not for demo; "),
+        (["--features", "demo-clip-96.h5"], "made with --backbone clip, roberta-resnet50 needs resnet50"),
+        (["--model", "vilt", "--features", "demo-pixels-96.h5"], "it is a bert, not a vilt"),
         (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
         (["--device", "meta"], "--device meta: cannot be used here"),
         (["--data-dir", "absent"], "no train file of demo under absent/"),
@@ -313,29 +357,34 @@ def test_numbers_out_of_range_are_refused(flag, value, capsys):
 
 
 def test_the_photo_is_what_tells(tmp_path, capsys):
-    """End to end: on the demo data film reads the photo, and text alone cannot."""
+    """End to end: on the demo data every system reads the photo, and text alone cannot."""
     demo.write_dataset(tmp_path / "demo", posts=(280, 60, 80))
-    places = ["--dataset", "demo", "--data-dir", tmp_path, "--img-size", 64]
-    extract_features.main([str(arg) for arg in [*places, "--cache-dir", tmp_path, "--weights", "random", "--views", 1]])
-    flags = ["--cache-dir", tmp_path, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
-    checks = {}
-    for fusion in ("none", "film"):
-        folder = run([*flags, *places[2:]], tmp_path / fusion, "--fusion", fusion)
-        evaluate.main(["--run", str(folder), "--image-check", "--device", "cpu"])
-        checks[fusion] = json.loads((folder / "image-check-test.json").read_text())
-    out = capsys.readouterr().out
-    film, none = ({kind: main_score(check[kind]) for kind in ("true", "none")} for check in
-                  (checks["film"], checks["none"]))  # fmt: skip
-    shuffled = [main_score(metrics) for metrics in checks["film"]["shuffled"]]
-    assert film["true"] >= 0.95 and none["true"] <= 0.80
-    assert len(shuffled) == 3 and max(shuffled) <= 0.80 and film["none"] <= 0.80
-    assert none["none"] == none["true"] and "text only" in out
+    places = [*("--dataset", "demo"), *("--data-dir", tmp_path), *("--cache-dir", tmp_path)]
+    kinds = [["--weights", "random", "--img-size", 64]]
+    kinds += [["--backbone", part[0], "--weights", tmp_path / "demo" / part[2]] for part in PARTS.values()]
+    for kind in kinds:
+        extract_features.main([str(arg) for arg in [*places, *kind, "--views", 1]])
+    flags = [*places, "--img-size", 64, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
+    runs = {"none": ["--fusion", "none"], "film": ["--fusion", "film"]}
+    runs |= {system: system_flags(system, tmp_path) for system in PARTS}
+    scores = {}
+    for name, more in runs.items():
+        evaluate.main(["--image-check", "--device", "cpu", "--run", str(run([*flags, *more], tmp_path / name))])
+        check = json.loads((tmp_path / name / "image-check-test.json").read_text())
+        scores[name] = {kind: main_score(check[kind]) for kind in ("true", "none")}
+        scores[name]["shuffled"] = [main_score(metrics) for metrics in check["shuffled"]]
+    text_only = scores.pop("none")
+    assert text_only["true"] == text_only["none"] <= 0.80 and "text only" in capsys.readouterr().out
+    for name, score_of in scores.items():
+        assert score_of["true"] >= (0.95 if name == "film" else 0.90), (name, score_of)
+        assert len(score_of["shuffled"]) == 3, name
+        assert max(*score_of["shuffled"], score_of["none"]) <= text_only["true"] + 0.07, (name, score_of)
     # The check's true photos are the run's own score; a shuffle is what shuffled_photos says it is.
-    assert film["true"] == main_score(json.loads((tmp_path / "film" / "metrics-test.json").read_text()))
+    assert scores["film"]["true"] == main_score(json.loads((tmp_path / "film" / "metrics-test.json").read_text()))
     cache = FeatureCache(tmp_path / "demo-resnet50-64.h5")
     examples = load_dataset("demo", tmp_path).examples["test"]
     model, tokenizer, config = load_run(tmp_path / "film")
     rows, _ = encode(tokenizer, examples, config["labels"], 128)
     swap = shuffled_photos([example.image_id for example in examples], cache, 0)
     again = predict(model, rows, examples, config["labels"], 0, 12, "cpu", "float32", cache, swap)
-    assert main_score(score(again)) == shuffled[0]
+    assert main_score(score(again)) == scores["film"]["shuffled"][0]
