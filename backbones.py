@@ -1,4 +1,4 @@
-"""Frozen vision backbones: a photo -> the pixels of its views -> region features.
+"""Frozen backbones: a photo -> the pixels of its views -> region features; or its caption -> token states.
 
     backbone = load_backbone("clip")  # or resnet50, blip, pixels
     views, status, reason = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0).read(0)  # [V, 3, H, W]
@@ -6,6 +6,9 @@
 
 A backbone is one loader and one row of `BACKBONES`. How a transformers model wants its photos resized, cropped and
 normalised is read from its own image processor's configuration.
+
+The caption backbone sees no pixel: the regions of a photo are the states of the tokens of its caption, as much as
+alignment methods such as ITA (Wang et al., NAACL 2022) know of it.
 """
 
 import hashlib
@@ -22,30 +25,34 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import transforms as T
 
-from data import MISSING, OK, UNREADABLE
-from model import first_line, load_pretrained
+from data import MISSING, OK, UNREADABLE, special_ends
+from model import SYSTEMS, first_line, load_pretrained, load_text_encoder, longest_input
 
 # ---------------------------------------------------------------------------------------------------- backbones
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen vision model and how it wants its photos: all that decides what becomes of a photo.
+    """A frozen model and how it wants its photos: all that decides what becomes of a photo.
 
     `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole (a class
-    token), if anything, then the photo's places, row by row.
+    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D].
     """
 
     regions: nn.Module
-    resize: object  # PIL photo -> its plain view, uint8 [3, H, W]
-    resample: int  # the interpolation of `resize`, as PIL numbers them
-    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places
+    prepare: object  # PIL photo -> its plain view, uint8 [3, H, W]; or caption -> ids [n]
+    resample: int  # the interpolation of `prepare`, as PIL numbers them
+    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places; 0 = there are no places
     shape: tuple  # (most regions of a photo, D)
     same_size: bool  # whether all photos come out in one size, so that several can share a forward pass
     settings: dict  # what else the features depend on: weights, img_size, resizing, mean, std
     dtype: str = "float16"  # of the regions
     weights_sha256: str = "none"
     parameters: int = 0
+
+    def grid(self, views):
+        """(rows, columns) of the places in views [V, 3, H, W]; (0, 0) where there are none."""
+        return [-(-side // self.stride) for side in views.shape[2:]] if self.stride else [0, 0]
 
 
 class Frozen(nn.Module):
@@ -70,12 +77,12 @@ def state_hash(module):
     return digest.hexdigest()
 
 
-def frozen_backbone(model, states, weights, resize, resample, stride, shape, settings):
+def frozen_backbone(model, states, weights, prepare, resample, stride, shape, settings):
     """The `Backbone` of a model; `weights` is their name, "file" and "random" get the first digits of their SHA-256."""
     digest = state_hash(model)
     weights = f"{weights}-{digest[:12]}" if weights in ("file", "random") else weights
     return Backbone(
-        Frozen(model.eval(), states, settings["mean"], settings["std"]), resize, resample, stride, shape, True,
+        Frozen(model.eval(), states, settings["mean"], settings["std"]), prepare, resample, stride, shape, True,
         {"weights": weights, **settings}, "float16", digest, sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
 
@@ -142,7 +149,7 @@ class ProcessorResize:
 
 
 def load_processor(source, img_size):
-    """A model's own image processor as (`Backbone.resize`, `Backbone.resample`, `Backbone.settings` less weights)."""
+    """A model's own image processor as (`Backbone.prepare`, `Backbone.resample`, `Backbone.settings` less weights)."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -214,11 +221,46 @@ def load_pixels(weights, img_size, seed):
     )
 
 
+class CaptionStates(nn.Module):
+    """Ids [B, n] of captions of one length -> the last states of their tokens [B, n, D] float16, [CLS] and such left out."""
+
+    def __init__(self, encoder, prefix, suffix):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("prefix", torch.tensor(prefix, dtype=torch.long))
+        self.register_buffer("suffix", torch.tensor(suffix, dtype=torch.long))
+
+    def forward(self, ids):
+        ends = [end.expand(len(ids), -1) for end in (self.prefix, self.suffix)]
+        states = self.encoder(input_ids=torch.cat((ends[0], ids, ends[1]), 1)).last_hidden_state
+        return states[:, len(self.prefix) : len(self.prefix) + ids.shape[1]].half()
+
+
+def load_caption(weights, img_size, seed):
+    """A frozen text encoder over captions, at most `img_size` (64) sub-tokens of each."""
+    encoder, tokenizer = load_text_encoder(weights, SYSTEMS["bert-caption"], "ner", 0.0)
+    (prefix, suffix), most = special_ends(tokenizer), img_size or 64
+    longest = longest_input(encoder, tokenizer) - len(prefix) - len(suffix)
+    if most > longest:
+        raise ValueError(f"--img-size {most}: {weights} takes captions of {longest} sub-tokens at most")
+
+    def prepare(caption):
+        return torch.tensor(tokenizer(caption, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    digest = state_hash(encoder)
+    return Backbone(
+        CaptionStates(encoder.eval(), prefix, suffix), prepare, 0, 0, (most, encoder.config.hidden_size), False,
+        {"weights": f"file-{digest[:12]}" if os.path.isdir(weights) else weights, "img_size": most}, "float16", digest,
+        sum(p.numel() for p in encoder.parameters()),
+    )  # fmt: skip
+
+
 BACKBONES = {  # name: (loader, default of --weights)
     "resnet50": (load_resnet50, "imagenet"),
     "clip": (load_clip, "openai/clip-vit-base-patch32"),
     "blip": (load_blip, "Salesforce/blip-itm-base-coco"),
     "pixels": (load_pixels, "dandelin/vilt-b32-mlm"),
+    "caption": (load_caption, "bert-base-uncased"),
 }
 
 
@@ -239,7 +281,7 @@ class Photos:
 
     def __init__(self, image_ids, paths, backbone, views, seed):
         self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
-        self.resize, self.resample = backbone.resize, backbone.resample  # not the model: workers get a copy of this
+        self.prepare, self.resample = backbone.prepare, backbone.resample  # not the model: workers get a copy of this
 
     def augmented(self, photo, height, width):
         """A random part of at least 0.6 of the photo, perhaps mirrored, its colours shifted. uint8 [3, H, W]"""
@@ -253,7 +295,7 @@ class Photos:
 
     def all_views(self, photo, image_id):
         """View 0 is plain; the others depend on (seed, image id, view) and on nothing else. uint8 [V, 3, H, W]"""
-        views = [self.resize(photo)]
+        views = [self.prepare(photo)]
         for view in range(1, self.views):
             digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()
             with torch.random.fork_rng(devices=[]):
@@ -274,6 +316,32 @@ class Photos:
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
             reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
             return None, UNREADABLE, f"{type(error).__name__}: {reason}"
+
+    def __getitem__(self, rows):
+        return [self.read(row) for row in rows]
+
+    def __len__(self):
+        return len(self.image_ids)
+
+
+class Captions:
+    """What `Photos` is, for captions: item (list of rows) -> list of (ids [1, n] or None, status, reason).
+
+    `captions`: {image id: caption or None}. One equal to `placeholder` says nothing of the photo, which counts as missing.
+    """
+
+    def __init__(self, image_ids, captions, backbone, placeholder=None):
+        self.image_ids, self.captions, self.placeholder = image_ids, captions, placeholder
+        self.prepare, self.most = backbone.prepare, backbone.shape[0]
+
+    def read(self, row):
+        caption = self.captions[self.image_ids[row]]
+        if caption is None or caption == self.placeholder:
+            return None, MISSING, "no caption" if caption is None else "caption of a placeholder picture"
+        ids = self.prepare(caption)
+        if not len(ids):
+            return None, UNREADABLE, "empty caption"
+        return ids[None, : self.most], OK, f"cut: {len(ids)} sub-tokens" if len(ids) > self.most else ""
 
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]

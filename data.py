@@ -1,7 +1,8 @@
 """Data set files -> examples -> batches, and `FeatureCache`, the read side of the feature file.
 
 Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases unpack
-to. Needs torch, numpy and h5py only, and nothing else of this project: copy the file and use it.
+to, and a folder of your own named-entity data. Needs torch, numpy and h5py only, and nothing else of this project: copy
+the file and use it.
 """
 
 import argparse
@@ -41,6 +42,8 @@ DATASETS = {
     "mnre": ("relation", RELATIONS),
     "demo": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
 }
+
+OWN_DATA = ("ner", None)  # a folder of the user's own: any BIO label
 
 # Where the public releases put things, {d} = data set, {s} = split. One release really has "mnre_val .txt".
 TEXT_PLACES = [
@@ -119,8 +122,10 @@ def check_image_id(image_id, where):
 
 
 def check_label(label, allowed, where):
-    """The label if it is one of `allowed`; else a ValueError that shows what is."""
-    if label not in allowed:
+    """The label if it is one of `allowed`, or any BIO label where that is None; else a ValueError that shows what is."""
+    if allowed is None and not re.fullmatch(r"O|[BI]-\S+", label):
+        raise ValueError(f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO labels")
+    if allowed is not None and label not in allowed:
         raise ValueError(f"{where}: unknown label {label!r}; expected one of: {' '.join(allowed)}")
     return label
 
@@ -128,8 +133,9 @@ def check_label(label, allowed, where):
 def read_ner(path, allowed):
     """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines, then a blank line or the end.
 
-    `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye. A post
-    whose id has occurred before gets its line number into its `id`. Raises ValueError with file and line.
+    `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye. With None,
+    for files of one's own, any BIO label may, and spaces separate where there is no tab. A post whose id has occurred
+    before gets its line number into its `id`. Raises ValueError with file and line.
     """
     examples, ids = [], set()
     image_id, opened, words, labels = None, 0, [], []
@@ -149,7 +155,8 @@ def read_ner(path, allowed):
         if starts_post:
             image_id, opened = check_image_id(line[len("IMGID:") :].strip(" "), where), number
         elif line.strip(" "):
-            fields = line.split("\t")
+            spaced = allowed is None and "\t" not in line
+            fields = re.split(" +", line.strip(" ")) if spaced else line.split("\t")
             if len(fields) != 2:
                 raise ValueError(f"{where}: expected word<TAB>label, found {line[:80]!r}")
             if image_id is None:
@@ -199,7 +206,7 @@ def read_mnre(path, allowed):
 class Dataset:
     """A data set as read: `files` and `examples` by split (train, valid and, where there is one, test)."""
 
-    name: str
+    name: str  # one of `DATASETS`, or the name of the user's own folder
     task: str  # "ner" or "relation"
     files: dict
     examples: dict
@@ -219,6 +226,19 @@ class Dataset:
         return prints
 
 
+def dataset_name(text):
+    """argparse type: one of `DATASETS`, or a folder of the user's own data."""
+    if text not in DATASETS and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}")
+    return text
+
+
+def locate(name, data_dir):
+    """(name, parent folder) of a data set: one of `DATASETS` under `data_dir`, or the user's own folder `name`."""
+    path = Path(name).resolve()
+    return (name, data_dir) if name in DATASETS else (path.name, path.parent)
+
+
 def first_existing(places, name, data_dir, split_names=("",)):
     """The first of `places` that exists under `data_dir`, or None."""
     tried = [Path(data_dir) / place.format(d=name, s=split) for place in places for split in split_names]
@@ -226,8 +246,13 @@ def first_existing(places, name, data_dir, split_names=("",)):
 
 
 def load_dataset(name, data_dir="data"):
-    """Read all splits of a data set. Train and valid must be there; FileNotFoundError says where they were sought."""
-    task, known = DATASETS[name]
+    """Read all splits of a data set, one of `DATASETS` under `data_dir` or a folder of the user's own.
+
+    Train and valid must be there; FileNotFoundError says where they were sought. ValueError for what cannot be read, and
+    for labels of one's own that train does not have.
+    """
+    task, known = DATASETS.get(name, OWN_DATA)
+    name, data_dir = locate(name, data_dir)
     files = {split: first_existing(TEXT_PLACES, name, data_dir, names) for split, names in SPLITS.items()}
     for split in ("train", "valid"):
         if files[split] is None:
@@ -241,20 +266,23 @@ def load_dataset(name, data_dir="data"):
     examples = {"train": read(files["train"], known)}
     if task == "ner":
         present = {label[2:] for example in examples["train"] for label in example.labels if label != "O"}
-        labels = tuple(label for label in known if label == "O" or label[2:] in present)
+        labels = tuple(y for y in known or bio_labels(sorted(present)) if y == "O" or y[2:] in present)
     else:
         present = {example.label for example in examples["train"]}
         labels = tuple(label for label in known if label == NONE or label in present)
     for split in files:
         if split != "train":
-            examples[split] = read(files[split], labels)
+            examples[split] = read(files[split], known and labels)
         if not examples[split]:
             raise ValueError(f"{files[split]}: no posts in it; the {split} split cannot be empty")
+        if known is None and (new := {y for example in examples[split] for y in example.labels} - set(labels)):
+            raise ValueError(f"{files[split]}: labels that train does not have: {' '.join(sorted(new))}; correct them")
     return Dataset(name, task, files, examples, labels)
 
 
 def image_folders(name, data_dir="data", images=None):
     """Folders that hold the photos: `images` if given, else the first place a release uses, with its split folders."""
+    name, data_dir = locate(name, data_dir)
     root = Path(images) if images else first_existing(IMAGE_PLACES, name, data_dir)
     if root is None or not root.is_dir():
         plain = Path(data_dir) / name / "images"
@@ -265,18 +293,39 @@ def image_folders(name, data_dir="data", images=None):
 def find_photos(image_ids, folders):
     """{image id: path, or None where there is no photo}.
 
-    Looks ids up among the names in the folders, so that no id can lead anywhere else: `<id>` itself or `<id>.jpg` and
-    the other usual endings, exactly so or else in another case.
+    Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else.
     """
     names = {}
     for folder in folders:
         for entry in sorted(os.listdir(folder)):
             names.setdefault(entry, Path(folder) / entry)
-    for entry in list(names):
-        names.setdefault(entry.lower(), names[entry])
+    return by_name(image_ids, names)
+
+
+def by_name(image_ids, names):
+    """{image id: what `names` has for it, or None}: as `<id>` or `<id>.jpg` and such, exactly so or in another case."""
+    names = {name.lower(): value for name, value in reversed(names.items())} | names  # the first of equals
     endings = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
     candidates = {i: [stem + end for stem in (i, i.lower()) for end in endings] for i in image_ids}
     return {i: next((names[key] for key in keys if key in names), None) for i, keys in candidates.items()}
+
+
+def read_captions(path):
+    """{photo's name: caption} of a UTF-8 file with `<name> :<caption>` or `<name><TAB><caption>` lines.
+
+    Raises ValueError with file and line; a photo captioned twice is one.
+    """
+    captions = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        name, separator, caption = line.partition("\t" if "\t" in line else " :")
+        if not separator:
+            raise ValueError(f"{path}:{number}: expected '<photo> :<caption>', found {line[:80]!r}")
+        if name in captions:
+            raise ValueError(f"{path}:{number}: {name} has a caption already; keep one")
+        captions[name] = caption.strip()
+    return captions
 
 
 # ------------------------------------------------------------------------------------------------ examples -> batches

@@ -1,6 +1,6 @@
-"""Write the demo data set: posts and drawn photos, in exactly the files of Twitter-2017, and tiny models.
+"""Write the demo data set: posts, drawn photos and their captions, in exactly the files of Twitter-2017, and tiny models.
 
-    python demo.py              # data/demo/{train,valid,test}.txt, data/demo/images/, data/demo/{encoder,clip,blip,vilt}/
+    python demo.py    # data/demo/: {train,valid,test}.txt, images/, captions.txt, {encoder,clip,blip,vilt}/
 
 Half of the names can be of several types (Jordan the player, the country, the brand), and nothing but the scene in
 the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one type whatever the
@@ -39,6 +39,13 @@ TEMPLATES = (
     "no words for {} 😍", "nobody told me about {}", "{} and {} this weekend", "first {} , then {} .",
 )  # fmt: skip
 BACKGROUNDS = {"PER": (224, 176, 128), "LOC": (96, 168, 232), "ORG": (176, 40, 48), "MISC": (40, 16, 72)}
+
+CAPTIONS = {
+    "PER": ("a portrait of someone", "a face in front of a plain wall"),
+    "LOC": ("green hills under the sun", "a landscape with mountains"),
+    "ORG": ("a shop with a white sign", "the front of a red building"),
+    "MISC": ("a dark stage with two spotlights", "lights shining on an empty stage"),
+}
 
 
 def draw_scene(kind, rng):
@@ -132,7 +139,7 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
 
 def write_dataset(folder, posts=(320, 80, 160), seed=7):
     """Write the splits (so many posts each), their photos and the models under `folder`."""
-    folder, rng, train_words = Path(folder), random.Random(seed), []
+    folder, rng, train_words, captions = Path(folder), random.Random(seed), [], []
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
@@ -142,8 +149,11 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
                 lines = [f"{word}\t{label}" for word, label in zip(words, labels, strict=True)]
                 file.write("\n".join([f"IMGID:{split}_{number:04d}", *lines, "", ""]))
                 draw_scene(scene, rng).save(folder / "images" / f"{split}_{number:04d}.jpg", quality=90)
+                captions.append(f"{split}_{number:04d}.jpg :{CAPTIONS[scene][number % 2]}")
                 train_words += words if split == "train" else []
-    build_models(train_words, folder)
+    (folder / "captions.txt").write_text("\n".join([*captions, ""]), encoding="utf-8")
+    caption_words = " ".join(caption for pair in CAPTIONS.values() for caption in pair).split()
+    build_models(train_words + caption_words, folder)
 
 
 if __name__ == "__main__":
@@ -151,4 +161,4 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", default="data")
     target = Path(parser.parse_args().data_dir) / "demo"
     write_dataset(target)
-    print(f"{target}: train, valid and test posts with their photos; encoder/, clip/, blip/, vilt/: tiny random models")
+    print(f"{target}: train, valid and test posts, their photos and captions; encoder/, clip/, blip/, vilt/: tiny random models")

@@ -1,6 +1,7 @@
 """Run a frozen vision backbone over every photo of a data set, once, and keep the region features in one HDF5 file.
 
     python extract_features.py --dataset twitter2017
+    python extract_features.py --dataset twitter2017 --backbone caption --captions captions.txt    # no photo needed
 
 The file is allocated up front, and rows are written with `os.pwrite` at their offsets: regions first, `status` last.
 HDF5's own metadata is never touched again, so a run that is killed leaves a file that opens and says which rows are
@@ -19,6 +20,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -30,9 +32,9 @@ import transformers
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from backbones import BACKBONES, Photos, load_backbone
-from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, check_device, command_line, default_device
-from data import find_photos, image_folders, load_dataset, bounded, read_attrs
+from backbones import BACKBONES, Captions, Photos, load_backbone
+from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, bounded, by_name, check_device, command_line
+from data import dataset_name, default_device, find_photos, image_folders, load_dataset, read_attrs, read_captions
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
@@ -176,7 +178,7 @@ def extract(backbone, writer, loader, batches, device, progress):
             made = iter(regions.reshape(len(pixels), -1, *regions.shape[1:]))
         for row, (views, status, reason) in zip(rows, photos, strict=True):
             regions = next(made) if views is not None else None
-            grid = [-(-side // backbone.stride) for side in views.shape[2:]] if views is not None else None
+            grid = backbone.grid(views) if views is not None else None
             if writer.status[row] == 0:  # a batch computed again for one row leaves the others as they are
                 writer.write(row, regions, grid, status, reason)
         progress.update(len(rows))
@@ -188,9 +190,9 @@ def report(path):
     counts = {name: int((cache.status == code).sum()) for name, code in
               (("ok", OK), ("missing", MISSING), ("unreadable", UNREADABLE))}  # fmt: skip
     print(f"{path}: {len(cache.status)} photos, " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-    for name, code in (("missing", MISSING), ("unreadable", UNREADABLE)):
-        rows = np.flatnonzero(cache.status == code)
-        ids = list(cache.rows)
+    ids, noted = list(cache.rows), np.array([bool(reason) for reason in cache.reasons])
+    for name, code in (("missing", MISSING), ("unreadable", UNREADABLE), ("ok, but", OK)):
+        rows = np.flatnonzero((cache.status == code) & noted)
         for row in rows[:20]:
             print(f"  {name}: {ids[row]} ({cache.reasons[row]})")
         if len(rows) > 20:
@@ -201,15 +203,18 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="twitter2017")
+    add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
     add("--data-dir", default="data", help="folder that holds the data sets")
     add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
     add("--cache-dir", default="features", help="where feature files go")
     add("--backbone", choices=BACKBONES, default="resnet50", help="clip for clip-bert, blip for blip, pixels for vilt")
-    add("--weights", help="resnet50: imagenet (default), imagenet-v2, random or a .pth / .safetensors file; clip, blip,"
-        " pixels: a hub's model or a local folder (default: the published base model)")
-    add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); the others know their own")
-    add("--views", type=bounded(int, 1, 1000), default=4, help="view 0 is plain, the others are augmented")
+    add("--weights", "--text-encoder", help="resnet50: imagenet (default), imagenet-v2, random or a .pth / .safetensors"
+        " file; clip, blip, pixels, caption (a text encoder): a hub's model or a local folder (default: the published base)")
+    add("--captions", help="for --backbone caption: a file of '<photo> :<caption>' lines")
+    add("--placeholder", help="a caption that describes a placeholder picture: photos with it count as missing")
+    add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption, sub-tokens"
+        " (default: 64); the others know their own")
+    add("--views", type=bounded(int, 1, 1000), help="view 0 is plain, the others are augmented (default: 4; a caption has 1)")
     add("--seed", type=bounded(int, 0, 2**32), default=1337, help="of the augmented views and of random weights")
     add("--batch-size", type=bounded(int, 1), default=32, help="images per forward pass, views counted")
     add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
@@ -217,35 +222,60 @@ def parse_args(argv):
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    captions = args.backbone == "caption"
+    if captions != bool(args.captions):
+        parser.error("--backbone caption and --captions FILE go together")
+    args.views = args.views or (1 if captions else 4)
+    if captions and args.views > 1:
+        parser.error("--views: a caption has one view; leave it out")
+    return args
+
+
+def find_inputs(args, image_ids):
+    """{image id: the photo's path, or its caption, or None where there is none}. FileNotFoundError if none is there."""
+    if args.captions:
+        place, inputs = args.captions, by_name(image_ids, read_captions(args.captions))
+    else:
+        folders = image_folders(args.dataset, args.data_dir, args.images)
+        place, inputs = folders[0], find_photos(image_ids, folders)
+    found = [value for value in inputs.values() if value is not None]
+    if not found:
+        raise FileNotFoundError(f"none of the {len(image_ids)} photos is in {place}; name another with --images or --captions")
+    if args.captions:
+        said, count = Counter(found).most_common(1)[0]
+        if count > max(10, len(found) / 100) and not args.placeholder:
+            print(f"WARNING: {count} of {len(found)} captions are {said!r}; if it describes a placeholder picture, name it"
+                  " with --placeholder, and these photos count as missing")  # fmt: skip
+        if args.placeholder and args.placeholder not in found:
+            raise ValueError(f"--placeholder {args.placeholder!r}: no caption is that; copy it as it stands in the file")
+    return inputs
 
 
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    image_ids = load_dataset(args.dataset, args.data_dir).image_ids()[: args.limit]
-    folders = image_folders(args.dataset, args.data_dir, args.images)
-    paths = find_photos(image_ids, folders)
-    found = sum(path is not None for path in paths.values())
-    if not found:
-        raise FileNotFoundError(
-            f"none of the {len(image_ids)} photos is in {folders[0]}; name their folder with --images"
-        )
+    dataset = load_dataset(args.dataset, args.data_dir)
+    image_ids = dataset.image_ids()[: args.limit]
+    inputs = find_inputs(args, image_ids)
+    found = sum(value is not None for value in inputs.values())
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
-    img_size = backbone.settings["img_size"]
     shape = (len(image_ids), args.views, *backbone.shape)
     settings = {
-        "format": FORMAT, "dataset": args.dataset, "backbone": args.backbone, **backbone.settings,
+        "format": FORMAT, "dataset": dataset.name, "backbone": args.backbone, **backbone.settings,
         "views": args.views, "seed": args.seed,
         "images_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
     }  # fmt: skip
+    if args.captions:
+        settings |= {"captions_sha256": hashlib.sha256(Path(args.captions).read_bytes()).hexdigest()}
+        settings |= {"placeholder": args.placeholder or "none"}
     recorded = {  # said in the file, not compared
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip
 
     part = f"-first{args.limit}" if args.limit else ""
-    path = Path(args.cache_dir) / f"{args.dataset}-{args.backbone}-{img_size}{part}.h5"
+    path = Path(args.cache_dir) / f"{dataset.name}-{args.backbone}-{settings['img_size']}{part}.h5"
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not args.overwrite:
@@ -253,14 +283,16 @@ def main(argv=None):
         print(f"{path} is finished; left alone (--overwrite makes it anew)")
         report(path)
         cache = FeatureCache(path)
-        if back := [i for i in image_ids if paths[i] is not None and cache.status[cache.rows[i]] == MISSING]:
+        absent = [i for i in image_ids if cache.status[cache.rows[i]] == MISSING]
+        if back := [i for i in absent if inputs[i] is not None and inputs[i] != args.placeholder]:
             print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")
         return path
 
     size = int(np.prod(shape)) * np.dtype(backbone.dtype).itemsize
     held = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(path.parent).free
-    print(f"{args.dataset}: {len(image_ids)} photos, {found} found, x {args.views} views; {path} takes {size:,} bytes")
+    what = "captions" if args.captions else "found"
+    print(f"{dataset.name}: {len(image_ids)} photos, {found} {what}, x {args.views} views; {path} takes {size:,} bytes")
     if size - held > free:
         raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
     with alone_in(path.parent):
@@ -282,10 +314,11 @@ def main(argv=None):
         worked = sum(map(len, todo))
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
-        loader = DataLoader(
-            Photos(image_ids, paths, backbone, args.views, args.seed),
-            batch_size=None, sampler=todo, collate_fn=list, num_workers=min(args.workers, len(todo)),
-        )  # fmt: skip
+        if args.captions:
+            reader, workers = Captions(image_ids, inputs, backbone, args.placeholder), 0
+        else:
+            reader, workers = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
+        loader = DataLoader(reader, batch_size=None, sampler=todo, collate_fn=list, num_workers=workers)
         backbone.regions.to(args.device, memory_format=torch.channels_last)
         started = time.perf_counter()
         every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines

@@ -166,7 +166,7 @@ def with_cls(mask):
 class System:
     text_encoder: str  # default of --text-encoder
     backbone: str  # of extract_features.py
-    img_size: int  # of its feature file, by default
+    img_size: int  # of its feature file, by default: pixels, or sub-tokens of a caption
     model: type
     max_len: int = 128  # sub-tokens a post, by default
     checkpoint: str = ""  # the model type its text encoder is a part of; "" = any plain text encoder
@@ -177,6 +177,8 @@ SYSTEMS = {
     "bert-resnet50": System("bert-base-uncased", "resnet50", 224, TextRegions),
     "clip-bert": System("bert-base-uncased", "clip", 224, TextRegions),
     "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
+    "roberta-caption": System("roberta-base", "caption", 64, TextRegions),
+    "bert-caption": System("bert-base-uncased", "caption", 64, TextRegions),
     "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
 

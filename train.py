@@ -23,11 +23,12 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from data import DATASETS, IGNORE, FeatureCache, check_device, collate, command_line, default_device, encode
-from data import length_batches, load_dataset, bounded
-from evaluate import format_scores, main_score, predict, score, write_json, write_json_lines
+from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, bounded, check_device, collate, command_line, dataset_name
+from data import default_device, encode, length_batches, load_dataset, locate
+from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import SYSTEMS, TextRegions, autocast, load_text_encoder, longest_input, save_weights, to_device
+from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
 def parse_args(argv):
@@ -36,7 +37,7 @@ def parse_args(argv):
     )
     # fmt: off
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="twitter2017")
+    add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
     add("--fusion", choices=FUSIONS, help="none = text only; default: film. blip and vilt bring their own")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
@@ -56,16 +57,18 @@ def parse_args(argv):
         " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
     add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
+    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always: the control"
+        " that tells what the photos are worth")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda")
     add("--device", default=default_device())
     add("--data-dir", default="data")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>-<fusion>-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>-<fusion>[-shuffled]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     # fmt: on
     args = parser.parse_args(argv)
-    task = DATASETS[args.dataset][0]
+    (task, _), (dataset, _) = DATASETS.get(args.dataset, OWN_DATA), locate(args.dataset, args.data_dir)
     args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
     system = SYSTEMS[args.model]
     if system.model is TextRegions:
@@ -74,9 +77,11 @@ def parse_args(argv):
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
-    args.features = args.features or f"{args.cache_dir}/{args.dataset}-{system.backbone}-{args.img_size}.h5"
-    name = f"{args.model}-{args.fusion}" if args.fusion else args.model
-    args.run_dir = args.run_dir or f"runs/{args.dataset}-{name}-s{args.seed}"
+    args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
+    name = "-".join([dataset, args.model, *filter(None, [args.fusion]), *["shuffled"] * args.shuffle_photos])
+    args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
+    if args.shuffle_photos and args.fusion == "none":
+        parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
     if args.precision == "auto":
         args.precision = "bfloat16" if args.device.startswith("cuda") else "float32"
     return args
@@ -87,7 +92,7 @@ def open_features(args, dataset):
     if args.fusion == "none":
         return None
     cache = FeatureCache(args.features)
-    cache.require(dataset.image_ids(), args.dataset)
+    cache.require(dataset.image_ids(), dataset.name)
     made, backbone = cache.attrs, SYSTEMS[args.model].backbone
     if made["backbone"] != backbone:
         raise ValueError(
@@ -96,12 +101,13 @@ def open_features(args, dataset):
     print(f"features   {args.features}: {cache.views} views")
     if made["parameters"]:
         print(f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that file")
+    what = "caption" if backbone == "caption" else "photo"
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
-        print(f"           {split}: {with_photo} of {len(examples)} posts have a photo")
+        print(f"           {split}: {with_photo} of {len(examples)} posts have a {what}")
         if not with_photo:
-            print(f"WARNING    no post of {split} has a photo: its scores are those of text only")
-    if args.augment and cache.views == 1:
+            print(f"WARNING    no post of {split} has a {what}: its scores are those of text only")
+    if args.augment and cache.views == 1 and what == "photo":
         print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
     return cache
 
@@ -185,10 +191,16 @@ def main(argv=None):
     encoder.config.save_pretrained(run_dir / "encoder")
     tokenizer.save_pretrained(run_dir / "encoder")
 
+    wrong, known = {}, mentions(dataset.examples["train"])
+    if args.shuffle_photos:
+        for split, examples in dataset.examples.items():
+            wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed)
+        print("photos     SHUFFLED: each post is shown another's, in every split")
+
     def answers(split):
         return predict(
             model, rows[split], dataset.examples[split], dataset.labels, tokenizer.pad_token_id, args.eval_batch_size,
-            args.device, args.precision, cache,
+            args.device, args.precision, cache, wrong.get(split), known,
         )  # fmt: skip
 
     best, best_epoch = -1.0, 0
@@ -199,7 +211,8 @@ def main(argv=None):
         loss_sum, labelled = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
         for chosen in length_batches(lengths, args.batch_size, rng):
             hidden = rng.random(len(chosen)) < args.photo_dropout
-            photos = [None if h else dataset.examples["train"][i].image_id for i, h in zip(chosen, hidden, strict=True)]
+            own = [None if h else dataset.examples["train"][i].image_id for i, h in zip(chosen, hidden, strict=True)]
+            photos = [wrong["train"].get(photo) for photo in own] if wrong else own
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
             batch = collate([rows["train"][i] for i in chosen], tokenizer.pad_token_id, cache, photos, views)
             batch = to_device(batch, args.device)
@@ -251,7 +264,7 @@ def main(argv=None):
     load_model(model, str(run_dir / "model.safetensors"))  # the best epoch on valid; test is scored once, with it
     for split in ("valid", "test"):
         if split not in rows:
-            print(f"{args.dataset} has no {split} file: no {split} scores")
+            print(f"{dataset.name} has no {split} file: no {split} scores")
             continue
         records = answers(split)
         metrics = score(records) | {"data": prints[split]}

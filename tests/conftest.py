@@ -14,13 +14,22 @@ import demo
 import extract_features
 
 torch.set_num_threads(2)
-# Per system: its backbone, its photos' size here, and the folders of the demo's models that hold its two parts.
+# Per system: its backbone, its features' size here, and the folders of the demo's models that hold its two parts.
 PARTS = {
+    "bert-caption": ("caption", 64, "encoder", "encoder"),
     "clip-bert": ("clip", 96, "clip", "encoder"),
     "blip": ("blip", 96, "blip", "blip"),
     "vilt": ("pixels", 96, "vilt", "vilt"),
 }
 RELATIONS = ("None", "/per/per/peer", "/per/org/member_of")
+
+
+def backbone_flags(data_dir, views=2):
+    """Arguments of extract_features.py for each backbone, with the demo's models as weights."""
+    kinds = [["--weights", "random", "--img-size", 64]]
+    kinds += [["--backbone", part[0], "--weights", data_dir / "demo" / part[2]] for part in PARTS.values()]
+    captions = ["--captions", data_dir / "demo" / "captions.txt"]
+    return [kind + (captions if "caption" in kind else ["--views", views]) for kind in kinds]
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +73,7 @@ def cache_dir(data_dir, tmp_path_factory):
     weights, and those of `PARTS`."""
     folder = tmp_path_factory.mktemp("features")
     for dataset in ("demo", "mnre"):
-        fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", folder, "--views", 2, "--workers", 0]
-        kinds = [["--weights", "random", "--img-size", 64]]
-        kinds += [["--backbone", part[0], "--weights", data_dir / "demo" / part[2]] for part in PARTS.values()]
-        for kind in kinds:
+        fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", folder, "--workers", 0]
+        for kind in backbone_flags(data_dir):
             extract_features.main([str(arg) for arg in fixed + kind])
     return folder

@@ -39,7 +39,7 @@ def make_system(system, data_dir, cache_dir, dataset):
     """(model, tokenizer, cache) of one of `PARTS`."""
     backbone, size, _, text = PARTS[system]
     cache = FeatureCache(cache_dir / f"{dataset.name}-{backbone}-{size}.h5")
-    fusion = "cross-attention" if system == "clip-bert" else None
+    fusion = "cross-attention" if system in ("clip-bert", "bert-caption") else None
     return *make(data_dir / "demo" / text, dataset, fusion, system, cache), cache
 
 
@@ -193,6 +193,8 @@ def test_every_system_names_its_parts():
         "roberta-resnet50": ("roberta-base", "resnet50", 224),
         "bert-resnet50": ("bert-base-uncased", "resnet50", 224),
         "clip-bert": ("bert-base-uncased", "clip", 224),
+        "roberta-caption": ("roberta-base", "caption", 64),
+        "bert-caption": ("bert-base-uncased", "caption", 64),
         "blip": ("Salesforce/blip-itm-base-coco", "blip", 384),
         "vilt": ("dandelin/vilt-b32-mlm", "pixels", 384),
     }

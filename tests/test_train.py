@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PARTS
+from conftest import PARTS, backbone_flags
 from safetensors.torch import load_file
 
 import demo
@@ -16,9 +16,10 @@ import evaluate
 import extract_features
 import train
 from data import FeatureCache, encode, load_dataset
-from evaluate import main_score, predict, read_predictions, score, shuffled_photos
+from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import load_run
+from scores import main_score, read_predictions, score
 
 PROJECT = Path(__file__).parents[1]
 
@@ -58,7 +59,8 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
         f"{kind}-{split}.json{'l' * (kind == 'predictions')}" for kind in ("metrics", "predictions") for split in scored
     }
     assert ("mnre has no test file" in out) == ("test" not in examples)
-    assert ("photo" in out) == (fusion != "none")
+    assert ("posts have a photo" in out) == (fusion not in ("none", "bert-caption"))
+    assert ("posts have a caption" in out) == (fusion == "bert-caption")
     for split in scored:
         records = read_predictions(folder / f"predictions-{split}.jsonl")
         assert [r["id"] for r in records] == [example.id for example in examples[split]]
@@ -110,6 +112,7 @@ def test_defaults_of_the_other_systems():
         args = train.parse_args(["--dataset", "mnre", "--model", model])
         found[model] = (args.text_encoder, args.fusion, args.max_len, args.features, args.run_dir)
     assert found == {
+        "bert-caption": ("bert-base-uncased", "film", 128, "features/mnre-caption-64.h5", "runs/mnre-bert-caption-film-s1337"),
         "clip-bert": ("bert-base-uncased", "film", 128, "features/mnre-clip-224.h5", "runs/mnre-clip-bert-film-s1337"),
         "blip": ("Salesforce/blip-itm-base-coco", None, 128, "features/mnre-blip-384.h5", "runs/mnre-blip-s1337"),
         "vilt": ("dandelin/vilt-b32-mlm", None, 40, "features/mnre-pixels-384.h5", "runs/mnre-vilt-s1337"),
@@ -360,10 +363,8 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
     """End to end: on the demo data every system reads the photo, and text alone cannot."""
     demo.write_dataset(tmp_path / "demo", posts=(280, 60, 80))
     places = [*("--dataset", "demo"), *("--data-dir", tmp_path), *("--cache-dir", tmp_path)]
-    kinds = [["--weights", "random", "--img-size", 64]]
-    kinds += [["--backbone", part[0], "--weights", tmp_path / "demo" / part[2]] for part in PARTS.values()]
-    for kind in kinds:
-        extract_features.main([str(arg) for arg in [*places, *kind, "--views", 1]])
+    for kind in backbone_flags(tmp_path, views=1):
+        extract_features.main([str(arg) for arg in [*places, *kind]])
     flags = [*places, "--img-size", 64, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
     runs = {"none": ["--fusion", "none"], "film": ["--fusion", "film"]}
     runs |= {system: system_flags(system, tmp_path) for system in PARTS}

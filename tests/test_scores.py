@@ -1,4 +1,4 @@
-"""The scores of evaluate.py against seqeval, scikit-learn and hand-computed values; its readers against bad files."""
+"""The scores against seqeval, scikit-learn and hand-computed values; its readers against bad files."""
 
 import itertools
 import json
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
-from evaluate import (
-    check_row, entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, main, one_label_warnings,
-    read_predictions, relation_scores, score, shuffled_photos, write_json_lines,
+from evaluate import check_row, main, shuffled_photos
+from scores import (
+    entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, one_label_warnings, read_predictions,
+    relation_scores, score, write_json_lines,
 )  # fmt: skip
 
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
@@ -298,6 +299,6 @@ def test_shuffled_photos(count):
 def test_check_row(task, main, level, shuffled, fusion, mean, said):
     true, none, *others = [{"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in (0.9, 0.6, *shuffled)]
     photos = 1 if fusion == "one photo" else 9
-    row = check_row("run", fusion, {"photos": photos, "true": true, "none": none, "shuffled": others})
+    row = check_row("run", {"fusion": fusion}, {"photos": photos, "true": true, "none": none, "shuffled": others})
     spread = " ±0.000" * (len(shuffled) > 1)
     assert " ".join(row.split()) == f"run 0.900 {mean} 0.600 0.500 0.500{spread} 0.500 {said}".rstrip()

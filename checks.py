@@ -1,0 +1,195 @@
+"""Checks that tell whether to believe a score: is a difference more than chance, and does metadata give labels away?
+
+Neither needs a model. The third check, whether a run uses its photos, is `evaluate.image_check`.
+"""
+
+import re
+from collections import Counter
+
+import numpy as np
+from PIL import Image
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
+
+from data import NONE, find_photos
+from scores import entity_spans, gold_fingerprint
+
+# ------------------------------------------------------------------------------------------------- comparing runs
+
+
+def f1_of(counts):
+    """F1 from correct, predicted, gold [..., 3]; 0 where there is nothing."""
+    correct, predicted, gold = np.moveaxis(counts, -1, 0)
+    return 2 * correct / np.maximum(predicted + gold, 1)
+
+
+def accuracy_of(counts):
+    """Accuracy from correct, all [..., 2]."""
+    return counts[..., 0] / np.maximum(counts[..., 1], 1)
+
+
+def weighted_f1_of(counts):
+    """F1 of each label, weighted by its share of gold, from each label's correct, predicted, gold [..., 3 * labels]."""
+    by_label = counts.reshape(*counts.shape[:-1], -1, 3)
+    gold = by_label[..., 2]
+    return (f1_of(by_label) * gold).sum(-1) / np.maximum(gold.sum(-1), 1)
+
+
+SCORES = {"f1": f1_of, "strict-f1": f1_of, "accuracy": accuracy_of, "weighted-f1": weighted_f1_of}
+
+
+def post_counts(records, name, labels):
+    """What adds up over posts to the score `name`: [posts, K], as its function of `SCORES` takes it.
+
+    f1: of entities, lenient, or micro without `None`; strict-f1: of entities, strict IOB2; accuracy and weighted-f1: of
+    tokens, or rows, over all `labels`.
+    """
+    rows = []
+    for record in records:
+        gold, predicted = record["gold"], record["predicted"]
+        ner = isinstance(gold, list)
+        if name == "strict-f1" and not ner:
+            raise ValueError("strict-f1 is of named entities; relations have f1, accuracy and weighted-f1")
+        if ner and name in ("f1", "strict-f1"):
+            a, b = (entity_spans(side, name == "strict-f1") for side in (gold, predicted))
+            rows.append([len(a & b), len(b), len(a)])
+        elif name == "f1":
+            rows.append([gold == predicted != NONE, predicted != NONE, gold != NONE])
+        else:
+            pairs = list(zip(gold, predicted, strict=True)) if ner else [(gold, predicted)]
+            correct = Counter(a for a, b in pairs if a == b)
+            if name == "accuracy":
+                rows.append([correct.total(), len(pairs)])
+            else:
+                counts = correct, Counter(b for _, b in pairs), Counter(a for a, _ in pairs)
+                rows.append([count[label] for label in labels for count in counts])
+    return np.array(rows, float)
+
+
+def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
+    """Is system A better than B on the same posts? Paired bootstrap (Efron & Tibshirani 1993; Koehn, EMNLP 2004).
+
+    `a_runs`, `b_runs`: the records of each seed's run; a system's score is the mean over its seeds, all of them scored
+    on the same resampled posts (photos for relations, since rows that share a photo are not independent). Returns a
+    dict: a, b, difference, low and high (95% percentile interval of a - b), p (two-sided: twice the smaller share of
+    resamples on either side of 0), units, resamples. What differs between seeds is averaged, not resampled.
+    ValueError if the runs were not scored on the same posts with the same gold.
+    """
+    order = [record["id"] for record in a_runs[0]]
+    everything = [{record["id"]: record for record in run} for run in (*a_runs, *b_runs)]
+    for run in everything:
+        if run.keys() != everything[0].keys() or gold_fingerprint(run.values()) != gold_fingerprint(a_runs[0]):
+            raise ValueError("the runs were scored on other posts or other gold labels; compare runs of one split")
+    relations = not isinstance(a_runs[0][0]["gold"], list)
+    keys = [record.get("image_id", record["id"]) if relations else record["id"] for record in a_runs[0]]
+    unit = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    labels = sorted({y for run in everything for r in run.values() for side in (r["gold"], r["predicted"])
+                     for y in ([side] if relations else side)})  # fmt: skip
+    counts = []  # [units, K] a run
+    for run in everything:
+        rows = post_counts([run[i] for i in order], name, labels)
+        counts.append(np.zeros((len(unit), rows.shape[1])))
+        np.add.at(counts[-1], [unit[key] for key in keys], rows)
+
+    def difference(drawn):
+        """a and b from how often each unit was drawn [n, units]: [n] each."""
+        values = np.stack([SCORES[name](drawn @ count) for count in counts])
+        return values[: len(a_runs)].mean(0), values[len(a_runs) :].mean(0)
+
+    a, b = (float(side[0]) for side in difference(np.ones((1, len(unit)))))
+    rng, drawn = np.random.default_rng(seed), []
+    for start in range(0, resamples, 500):  # a slice at a time: [500, units] in memory
+        sides = difference(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), min(500, resamples - start)))
+        drawn.append(sides[0] - sides[1])
+    drawn = np.concatenate(drawn)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return {
+        "score": name, "a": a, "b": b, "difference": a - b, "low": float(low), "high": float(high),
+        "p": min(1.0, 2 * float(tail + 1) / (resamples + 1)), "units": len(unit), "resamples": resamples,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ metadata
+
+PHOTO_COLUMNS = ("has a photo", "width", "height", "bytes", "files named after it")
+TEXT_COLUMNS = ("words", "characters")
+FEWEST = 20  # positives in train and in the split scored, below which an AUC says little
+
+
+def files_named_after(image_ids, folders):
+    """{image id: how many files, in the folders and below, have it as the start or the end of their name}.
+
+    Object crops are named so, and how many an annotator's detector found can tell the label.
+    """
+    stems = {image_id.rpartition(".")[0] or image_id: image_id for image_id in image_ids}
+    counts = Counter()
+    for path in {path for folder in folders for path in folder.rglob("*")}:
+        name = path.name.rpartition(".")[0] or path.name
+        cuts = [match.start() for match in re.finditer("[^0-9A-Za-z]", name)]
+        parts = {name} | {name[:cut] for cut in cuts} | {name[cut + 1 :] for cut in cuts}
+        counts.update(stems[part] for part in parts & stems.keys())
+    return counts
+
+
+def metadata(examples, paths, counts):
+    """What is known of posts without reading a word or seeing a pixel: [posts, columns], NaN where there is no photo."""
+    rows, sizes = [], {}
+    for example in examples:
+        path = paths[example.image_id]
+        if path is not None and path not in sizes:
+            try:
+                with Image.open(path) as photo:
+                    sizes[path] = (*photo.size, path.stat().st_size)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not a picture: no size
+                sizes[path] = (np.nan,) * 3
+        size = sizes[path] if path is not None else (np.nan,) * 3
+        text = (len(example.words), sum(map(len, example.words)))
+        rows.append((path is not None, *size, counts[example.image_id], *text))
+    return np.array(rows, float)
+
+
+def leak_targets(examples):
+    """{what could be given away: [posts] of bool}: a post's relation, or whether it has an entity of each type."""
+    if not hasattr(examples[0], "labels"):
+        labels = [{example.label} for example in examples]
+    else:
+        labels = [{kind for kind, _, _ in entity_spans(example.labels)} for example in examples]
+        labels = [kinds | ({"any entity"} if kinds else set()) for kinds in labels]
+    return {name: np.array([name in present for present in labels]) for name in sorted(set().union(*labels))}
+
+
+def leak_check(dataset, split, folders):
+    """How well labels are predicted from metadata alone: {target: {"posts", "photo", "text", "column"}}.
+
+    "photo" and "text" are (AUC, half of its 95% interval) on `split` of boosted trees trained on train, from what is
+    known of the photo's files and from the text's length; 0.5 is chance. "column": the photo column with the highest
+    AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left out.
+    """
+    ids = dataset.image_ids()
+    paths, counts = find_photos(ids, folders) if folders else dict.fromkeys(ids), files_named_after(ids, folders)
+    tables = {name: metadata(dataset.examples[name], paths, counts) for name in ("train", split)}
+    goals = {name: leak_targets(dataset.examples[name]) for name in ("train", split)}
+    photo = len(PHOTO_COLUMNS)
+    found = {}
+    for target, gold in goals[split].items():
+        trained = goals["train"].get(target, np.zeros(1, bool))
+        if min(trained.sum(), (~trained).sum(), gold.sum(), (~gold).sum()) < FEWEST:
+            continue
+        found[target] = {"posts": int(gold.sum())}
+        for name, columns in (("photo", slice(photo)), ("text", slice(photo, None))):
+            trees = HistGradientBoostingClassifier(max_iter=50, random_state=0, early_stopping=False)
+            trees.fit(tables["train"][:, columns], trained)
+            found[target][name] = auc(gold, trees.predict_proba(tables[split][:, columns])[:, 1])
+        alone = [auc(gold, np.nan_to_num(column, nan=-1))[0] for column in tables[split][:, :photo].T]
+        best = int(np.argmax(np.abs(np.array(alone) - 0.5)))
+        found[target]["column"] = (PHOTO_COLUMNS[best], max(alone[best], 1 - alone[best]))
+    return found
+
+
+def auc(gold, scores):
+    """(area under the ROC curve, half of its 95% interval by Hanley & McNeil, 1982)."""
+    area, positive = float(roc_auc_score(gold, scores)), int(gold.sum())
+    negative, a, b = len(gold) - positive, area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (positive - 1) * (a - area**2) + (negative - 1) * (b - area**2)
+    return area, 1.96 * (max(variance, 0) / (positive * negative)) ** 0.5

@@ -1,0 +1,293 @@
+"""Predictions -> scores, with no model: the files of predictions, and what is counted in them.
+
+Two families of scores, always both and always named. Token level: accuracy and weighted precision, recall and F1 over
+all labels, `O` included. Entity level: precision, recall and F1 of whole spans. They differ by 0.1 and more, and
+published tables mix them. For relations: the same over rows, and micro scores without `None`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from sklearn.metrics import precision_recall_fscore_support
+
+from data import NONE, read_lines
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def entity_spans(labels, strict=False):
+    """Entities of one BIO sequence as a set of (type, start, end), end exclusive.
+
+    Lenient, as the CoNLL-2000 evaluation script and seqeval's default mode count: an entity is a run of one type that
+    begins at B, or at an I that does not continue one. Strict IOB2: only B begins an entity; an orphan I is none.
+    """
+    spans, kind, start = set(), None, 0
+    for i, label in enumerate([*labels, "O"]):
+        prefix, _, next_kind = label.partition("-")
+        if kind is not None and (prefix != "I" or next_kind != kind):
+            spans.add((kind, start, i))
+            kind = None
+        if kind is None and (prefix == "B" or (prefix == "I" and not strict)):
+            kind, start = next_kind, i
+    return spans
+
+
+def ratio_scores(correct, predicted, gold):
+    """Precision, recall and F1 from counts; 0 where the denominator is 0."""
+    return {
+        "precision": correct / predicted if predicted else 0.0,
+        "recall": correct / gold if gold else 0.0,
+        "f1": 2 * correct / (predicted + gold) if predicted + gold else 0.0,
+        "gold": gold,
+        "predicted": predicted,
+        "correct": correct,
+    }
+
+
+def span_scores(gold, predicted):
+    """Micro scores of whole entities over posts (sets of `entity_spans`), and `types`, the same for each type."""
+    counts = {"gold": Counter(), "predicted": Counter(), "correct": Counter()}
+    for a, b in zip(gold, predicted, strict=True):
+        for name, spans in (("gold", a), ("predicted", b), ("correct", a & b)):
+            counts[name].update(kind for kind, _, _ in spans)
+    per_type = {
+        kind: ratio_scores(*(counts[name][kind] for name in ("correct", "predicted", "gold")))
+        for kind in sorted(counts["gold"] | counts["predicted"])
+    }
+    return ratio_scores(*(counts[name].total() for name in ("correct", "predicted", "gold"))) | {"types": per_type}
+
+
+def entity_scores(gold, predicted, strict=False):
+    """`span_scores` of label sequences, one a post."""
+    return span_scores(*([entity_spans(labels, strict) for labels in side] for side in (gold, predicted)))
+
+
+def mentions(examples):
+    """Every entity of `examples`, as its words in lower case: what counts as seen. Relations have none."""
+    marked = [example for example in examples if hasattr(example, "labels")]
+    return {
+        tuple(word.lower() for word in example.words[start:end])
+        for example in marked for _, start, end in entity_spans(example.labels)
+    }  # fmt: skip
+
+
+def seen_spans(words, known):
+    """Spans [start, end) of `words` that are `mentions` of train, whatever their label."""
+    words, longest = [word.lower() for word in words], max(map(len, known), default=0)
+    spans = ((i, j) for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1))
+    return [[i, j] for i, j in spans if tuple(words[i:j]) in known]
+
+
+def seen_scores(records):
+    """(scores of entities whose words are a mention of train, scores of all others), lenient, from records with `seen`."""
+    sides = {True: ([], []), False: ([], [])}
+    for record in records:
+        seen = set(map(tuple, record["seen"]))
+        for side, key in enumerate(("gold", "predicted")):
+            for part in sides:
+                spans = {span for span in entity_spans(record[key]) if (span[1:] in seen) == part}
+                sides[part][side].append(spans)
+    return span_scores(*sides[True]), span_scores(*sides[False])
+
+
+def label_scores(gold, predicted):
+    """Accuracy and weighted precision, recall, F1 over all labels. Weighted recall is accuracy, by definition."""
+    precision, recall, f1, _ = precision_recall_fscore_support(gold, predicted, average="weighted", zero_division=0)
+    accuracy = sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
+    return {"accuracy": accuracy, "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+def relation_scores(gold, predicted):
+    """Micro scores without `None`, and `types`, the same for each relation."""
+    correct = Counter(a for a, b in zip(gold, predicted, strict=True) if a == b)
+    counts = [correct, Counter(predicted), Counter(gold)]
+    kinds = sorted((set(gold) | set(predicted)) - {NONE})
+    micro = ratio_scores(*(sum(count[kind] for kind in kinds) for count in counts))
+    return micro | {"types": {kind: ratio_scores(*(count[kind] for count in counts)) for kind in kinds}}
+
+
+def score(records):
+    """All scores of a list of predictions (see `read_predictions`): a plain dict, ready for JSON."""
+    ner = isinstance(records[0]["gold"], list)
+    gold, predicted = [r["gold"] for r in records], [r["predicted"] for r in records]
+    flat_gold, flat = ([y for labels in side for y in labels] if ner else side for side in (gold, predicted))
+    if not flat_gold:
+        raise ValueError("no words to score: every post is empty")
+    majority, _ = Counter(flat_gold).most_common(1)[0]
+    metrics = {"task": "ner" if ner else "relation", "posts": len(records)}
+    if ner:
+        metrics |= {"words": len(flat), "entity": entity_scores(gold, predicted)}
+        metrics |= {"entity_strict": entity_scores(gold, predicted, strict=True)}
+        if all("seen" in record for record in records):
+            metrics["entity_seen"], metrics["entity_unseen"] = seen_scores(records)
+    else:
+        metrics["relation"] = relation_scores(gold, predicted)
+    metrics["token" if ner else "row"] = label_scores(flat_gold, flat)
+    constant = [[majority] * len(labels) for labels in gold] if ner else [majority] * len(gold)
+    without = entity_scores(gold, constant) if ner else relation_scores(gold, constant)
+    metrics["baseline"] = label_scores(flat_gold, [majority] * len(flat)) | {
+        "label": majority,
+        "main_f1": without["f1"],
+    }
+    metrics["posts_without_photo"] = sum(record.get("photo") is False for record in records)
+    if ner:
+        metrics["words_answered_without_model"] = sum(
+            p is None for record in records for p in record.get("probability", [])
+        )
+    metrics["gold_fingerprint"] = gold_fingerprint(records)
+    metrics["warnings"] = one_label_warnings(flat, metrics["entity" if ner else "relation"])
+    return metrics
+
+
+def one_label_warnings(predicted, main):
+    """What to say of predictions that are (nearly) one label: such a run can look good in accuracy."""
+    label, count = Counter(predicted).most_common(1)[0]
+    share, found = count / len(predicted), main["predicted"]
+    if share >= 0.99 or found < 0.1 * main["gold"]:
+        return [
+            f"{share:.1%} of the answers are {label!r}, and {found} entities or relations were answered where gold has"
+            f" {main['gold']}: the accuracy measures the data set, not the model"
+        ]
+    return []
+
+
+def main_score(metrics):
+    """The one number that chooses an epoch: entity F1, or micro-F1 without `None`."""
+    return metrics["entity" if metrics["task"] == "ner" else "relation"]["f1"]
+
+
+def gold_fingerprint(records):
+    """Digits that two prediction files share exactly when they hold the same posts with the same gold labels."""
+    posts = sorted(json.dumps([r.get(key) for key in ("words", "head", "tail", "gold")]) for r in records)
+    return hashlib.sha256("\n".join(posts).encode()).hexdigest()[:16]
+
+
+def format_scores(metrics, title):
+    """The scores as text: both families, per type, beside the majority baseline; warnings last."""
+    ner = metrics["task"] == "ner"
+    main, level = ("entity", "token") if ner else ("relation", "row")
+    what = f"{metrics['posts']} posts, {metrics['words']} words, {metrics['entity']['gold']} entities" if ner else (
+        f"{metrics['posts']} rows, {metrics['relation']['gold']} not {NONE}")  # fmt: skip
+    width = max([38, *(len(kind) + 4 for kind in metrics[main]["types"])])
+
+    def line(name, s, accuracy=None):
+        shown = f"{accuracy:9.4f}" if accuracy is not None else " " * 9
+        count = f"{s['gold']:8d}{s['predicted']:11d}" if "gold" in s else ""
+        return f"{name:<{width}}{shown}{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}{count}".rstrip()
+
+    base = metrics["baseline"]
+    lines = [f"{title}: {what}", f"{'':<{width}} accuracy  precision   recall       F1    gold  predicted"]
+    if ner:
+        lines += [line("entity level, whole spans (lenient)", metrics["entity"])]
+        lines += [line(f"    {kind}", s) for kind, s in metrics["entity"]["types"].items()]
+        for name in ("seen", "unseen") if "entity_seen" in metrics else ():
+            lines += [line(f"    mentions {name} in train", metrics[f"entity_{name}"])]
+        lines += [line("entity level, strict IOB2", metrics["entity_strict"])]
+    else:
+        lines += [line(f"relations, micro without {NONE}", metrics["relation"])]
+        lines += [line(f"    {kind}", s) for kind, s in metrics["relation"]["types"].items()]
+    lines += [line("token level, weighted, O included" if ner else f"all rows, weighted, {NONE} included",
+                   metrics[level], metrics[level]["accuracy"])]  # fmt: skip
+    lines += [line(f"always {base['label']!r} (its {main} F1: {base['main_f1']:.4f})", base, base["accuracy"])]
+    if metrics["posts_without_photo"]:
+        lines += [f"posts without a photo: {metrics['posts_without_photo']}"]
+    if metrics.get("words_answered_without_model"):
+        lines += [f"words cut off or without a sub-token, answered O: {metrics['words_answered_without_model']}"]
+    return "\n".join(lines + [f"WARNING: {warning}" for warning in metrics["warnings"]])
+
+
+# -------------------------------------------------------------------------------------------------- predictions
+
+
+def write_text(path, text):
+    """A UTF-8 file in place of what was there, whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path, records):
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_predictions(path):
+    """Records {id, words, gold, predicted, ...} from JSON lines as train.py writes them, or from plain CoNLL.
+
+    CoNLL: `word ... gold predicted` a line, tab or spaces between, a blank line between posts, an `IMGID:<id>` line
+    where there is one. Labels are lists for named entities, one string for relations. ValueError with file and line.
+    """
+    lines = read_lines(path)
+    first = next((line for _, line in lines if line.strip()), "")
+    is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace too, but not so and without a tab
+    records = (json_records if is_json else conll_records)(path, lines)
+    if not records:
+        raise ValueError(f"{path}: no predictions in it")
+    return records
+
+
+def json_records(path, lines):
+    records, ids = [], set()
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            post_id, gold, predicted = record["id"], record["gold"], record["predicted"]
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be written
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not a JSON object with id, gold and predicted ({error})") from None
+        ner, where = isinstance(gold, list), f"{path}:{number}: post {post_id!r}"
+        if records and ner != isinstance(records[0]["gold"], list):
+            raise ValueError(f"{where}: named entities and relations in one file; split them")
+        if not isinstance(predicted, type(gold)) or (ner and len(predicted) != len(gold)):
+            raise ValueError(f"{where}: gold and predicted must be two label lists of one length, or two labels")
+        for key in ("words", "probability") if ner else ():
+            if key in record and not (isinstance(record[key], list) and len(record[key]) == len(gold)):
+                raise ValueError(f"{where}: {key} must be a list as long as gold")
+        seen = record.get("seen", [])
+        if not (isinstance(seen, list) and all(isinstance(s, list) and len(s) == 2 for s in seen)):
+            raise ValueError(f"{where}: seen must be a list of spans [start, end]")
+        for label in [*gold, *predicted] if ner else [gold, predicted]:
+            check_form(label, ner, where)
+        if str(post_id) in ids:
+            raise ValueError(f"{where}: this id stands twice; each post is predicted once")
+        ids.add(str(post_id))
+        records.append(record)
+    return records
+
+
+def conll_records(path, lines):
+    records, post_id, words = [], None, []
+    for number, line in [*lines, (len(lines) + 1, "")]:
+        if re.fullmatch(r"IMGID:[^\t ]*", line) or not line.strip(" \t"):
+            if words:
+                names = ("words", "gold", "predicted")
+                columns = dict(zip(names, map(list, zip(*words, strict=True)), strict=True))
+                records.append({"id": post_id or f"post {len(records) + 1}", **columns})
+            post_id, words = line[len("IMGID:") :] or None, []
+            continue
+        # The last two columns count, as in the CoNLL evaluation script.
+        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
+        if len(fields) < 3:
+            raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {line[:80]!r}")
+        for label in fields[-2:]:
+            check_form(label, True, f"{path}:{number}")
+        words.append([fields[0], *fields[-2:]])
+    return records
+
+
+def check_form(label, ner, where):
+    """ValueError unless `label` is text and, for named entities, O, B-TYPE or I-TYPE."""
+    if not isinstance(label, str) or (ner and not re.fullmatch(r"O|[BI]-.+", label)):
+        raise ValueError(f"{where}: label {label!r} is not {'O, B-TYPE or I-TYPE' if ner else 'text'}")
