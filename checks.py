@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 from PIL import Image
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 from data import NONE, find_photos
@@ -133,7 +133,7 @@ def files_named_after(image_ids, folders):
 
 
 def metadata(examples, paths, counts):
-    """What is known of posts without reading a word or seeing a pixel: [posts, columns], NaN where there is no photo."""
+    """What is known of posts without reading a word or seeing a pixel: [posts, columns], -1 where there is no photo."""
     rows, sizes = [], {}
     for example in examples:
         path = paths[example.image_id]
@@ -142,8 +142,8 @@ def metadata(examples, paths, counts):
                 with Image.open(path) as photo:
                     sizes[path] = (*photo.size, path.stat().st_size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not a picture: no size
-                sizes[path] = (np.nan,) * 3
-        size = sizes[path] if path is not None else (np.nan,) * 3
+                sizes[path] = (-1,) * 3
+        size = sizes[path] if path is not None else (-1,) * 3
         text = (len(example.words), sum(map(len, example.words)))
         rows.append((path is not None, *size, counts[example.image_id], *text))
     return np.array(rows, float)
@@ -178,10 +178,10 @@ def leak_check(dataset, split, folders):
             continue
         found[target] = {"posts": int(gold.sum())}
         for name, columns in (("photo", slice(photo)), ("text", slice(photo, None))):
-            trees = HistGradientBoostingClassifier(max_iter=50, random_state=0, early_stopping=False)
+            trees = GradientBoostingClassifier(n_estimators=50, random_state=0)
             trees.fit(tables["train"][:, columns], trained)
             found[target][name] = auc(gold, trees.predict_proba(tables[split][:, columns])[:, 1])
-        alone = [auc(gold, np.nan_to_num(column, nan=-1))[0] for column in tables[split][:, :photo].T]
+        alone = [auc(gold, column)[0] for column in tables[split][:, :photo].T]
         best = int(np.argmax(np.abs(np.array(alone) - 0.5)))
         found[target]["column"] = (PHOTO_COLUMNS[best], max(alone[best], 1 - alone[best]))
     return found

@@ -1,0 +1,175 @@
+"""The paired bootstrap against a direct computation; the leak check on data that leak and data that do not."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from checks import FEWEST, SCORES, auc, files_named_after, leak_check, paired_bootstrap
+from data import Dataset, NerExample, RelationExample
+from scores import entity_scores, label_scores, relation_scores, write_json_lines
+
+LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+RELATIONS = ["None", "None", "/a", "/b"]
+
+
+def make_runs(task, seeds, posts=30, kept=0.6):
+    """Predictions of several runs on the same posts; photos are shared by up to three rows of a relation."""
+    rng = random.Random(1)
+    gold = [rng.choices(LABELS, k=rng.randint(1, 9)) if task == "ner" else rng.choice(RELATIONS) for _ in range(posts)]
+    runs = []
+    for seed in seeds:
+        rng = random.Random(seed)
+        noisy = [[y if rng.random() < kept else rng.choice(LABELS) for y in labels] if task == "ner" else
+                 (labels if rng.random() < kept else rng.choice(RELATIONS)) for labels in gold]  # fmt: skip
+        runs.append([{"id": str(i), "image_id": str(i // 3), "gold": a, "predicted": b}
+                     for i, (a, b) in enumerate(zip(gold, noisy, strict=True))])  # fmt: skip
+    return runs
+
+
+def direct_score(records, name):
+    """The score called `name` of records, by the functions that score a run."""
+    gold, predicted = [r["gold"] for r in records], [r["predicted"] for r in records]
+    if name == "strict-f1":
+        return entity_scores(gold, predicted, strict=True)["f1"]
+    if name == "f1":
+        return (entity_scores if isinstance(gold[0], list) else relation_scores)(gold, predicted)["f1"]
+    flat = [sum(side, []) if isinstance(gold[0], list) else side for side in (gold, predicted)]
+    return label_scores(*flat)["accuracy" if name == "accuracy" else "f1"]
+
+
+@pytest.mark.parametrize("task, name", [(task, name) for task in ("ner", "relation") for name in SCORES
+                                        if (task, name) != ("relation", "strict-f1")])  # fmt: skip
+def test_bootstrap_is_what_resampling_posts_one_by_one_gives(task, name):
+    a_runs, b_runs = make_runs(task, (2, 3), kept=0.7), make_runs(task, (4, 5, 6), kept=0.6)
+    resamples = 60
+    found = paired_bootstrap(a_runs, [list(reversed(run)) for run in b_runs], name, resamples, seed=9)
+    posts = a_runs[0]
+    unit_of = [r["id"] if task == "ner" else r["image_id"] for r in posts]
+    units = list(dict.fromkeys(unit_of))
+    rng, differences = np.random.default_rng(9), []
+
+    def mean_score(runs, times):
+        drawn = [[r for r, unit in zip(run, unit_of, strict=True) for _ in range(times[unit])] for run in runs]
+        return np.mean([direct_score(records, name) for records in drawn])
+
+    for draw in rng.multinomial(len(units), np.full(len(units), 1 / len(units)), resamples):
+        times = dict(zip(units, draw, strict=True))
+        differences.append(mean_score(a_runs, times) - mean_score(b_runs, times))
+    once = dict.fromkeys(units, 1)
+    assert found["a"] == pytest.approx(mean_score(a_runs, once)) and found["b"] == pytest.approx(mean_score(b_runs, once))
+    assert found["difference"] == pytest.approx(found["a"] - found["b"]) and found["units"] == len(units)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(differences, (2.5, 97.5))))
+    smaller = min(sum(d <= 1e-12 for d in differences), sum(d >= -1e-12 for d in differences))
+    assert found["p"] == pytest.approx(min(1, 2 * (smaller + 1) / (resamples + 1)))
+    assert len(units) == (30 if task == "ner" else 10)
+
+
+def test_bootstrap_at_its_ends():
+    run, = make_runs("ner", (1,))
+    same = paired_bootstrap([run], [run], resamples=500)
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    perfect = [record | {"predicted": record["gold"]} for record in run]
+    clear = paired_bootstrap([perfect], [run], resamples=999)
+    assert clear["a"] == 1 and clear["low"] > 0 and clear["p"] == pytest.approx(2 / 1000)
+    back = paired_bootstrap([run], [perfect], resamples=999)
+    assert (back["low"], back["high"]) == pytest.approx((-clear["high"], -clear["low"])) and back["p"] == clear["p"]
+
+
+def test_bootstrap_refuses_other_posts_and_other_gold():
+    (run,), (other,) = make_runs("ner", (1,)), make_runs("ner", (2,))
+    for changed in (other[1:], [other[0] | {"id": "x"}, *other[1:]], [other[0] | {"gold": ["O"], "predicted": ["O"]}, *other[1:]]):
+        with pytest.raises(ValueError, match="other posts or other gold"):
+            paired_bootstrap([run], [changed])
+    with pytest.raises(ValueError, match="strict-f1 is of named entities"):
+        paired_bootstrap(*[make_runs("relation", (1,))] * 2, "strict-f1")
+
+
+def test_auc_interval_is_about_that_of_a_bootstrap():
+    rng = np.random.default_rng(0)
+    gold = rng.random(400) < 0.3
+    scores = gold + rng.normal(size=400)
+    area, half = auc(gold, scores)
+    draws = [rng.integers(400, size=400) for _ in range(2000)]
+    areas = [auc(gold[d], scores[d])[0] for d in draws]
+    pairs = scores[gold][:, None] - scores[~gold]
+    assert area == pytest.approx((pairs > 0).mean())  # the share of pairs in the right order
+    assert half == pytest.approx(1.96 * np.std(areas), rel=0.2)
+
+
+def make_dataset(folder, leak, task="relation", posts=300):
+    """Posts with a photo each; with `leak`, rows that are not None have crops beside them, and those with PER are wide."""
+    rng, examples = random.Random(0), {"train": [], "valid": []}
+    for split in examples:
+        for i in range(posts):
+            photo, some, words = f"{split}_{i}.jpg", rng.random() < 0.5, ("w",) * rng.randint(2, 20)
+            size = (40, 20) if (leak and task == "ner" and some) else rng.choice([(20, 20), (40, 20)])
+            Image.new("RGB", size).save(folder / photo)
+            if task == "relation":
+                crops = rng.randint(1, 3) if leak and some else 0
+                for crop in range(crops):
+                    (folder / f"{split}_{i}_crop{crop}.jpg").touch()
+                examples[split].append(RelationExample(str(i), photo, words, (0, 1), (1, 2), "/a" if some else "None"))
+            else:
+                labels = ("B-PER" if some else "O",) + ("O",) * (len(words) - 1)
+                examples[split].append(NerExample(str(i), photo.removesuffix(".jpg"), words, labels))
+    return Dataset("made", task, {}, examples, ())
+
+
+@pytest.mark.parametrize("task, target", [("relation", "None"), ("ner", "PER")])
+def test_leaks_are_found_where_they_are_and_only_there(tmp_path, task, target):
+    for leak in (True, False):
+        folder = tmp_path / str(leak)
+        folder.mkdir()
+        found = leak_check(make_dataset(folder, leak, task), "valid", [folder])[target]
+        photo, text = found["photo"], found["text"]
+        assert (photo[0] - photo[1] > 0.55) == leak and (not leak or photo[0] > 0.7)
+        assert text[0] - text[1] < 0.55 and found["posts"] > FEWEST
+        if leak:
+            assert found["column"][0] in ("files named after it", "width", "bytes")
+    bare = leak_check(make_dataset(tmp_path / "True", True, task), "valid", [])[target]
+    assert bare["photo"] == pytest.approx((0.5, bare["photo"][1]))  # no folder, nothing to tell by
+
+
+def test_files_are_counted_once_and_by_whole_names(tmp_path):
+    (tmp_path / "crops").mkdir()
+    for name in ("1.jpg", "12.jpg", "crops/1_0.jpg", "crops/crop-1.png", "crops/12_1x.jpg", "crops/21.jpg"):
+        (tmp_path / name).touch()
+    assert files_named_after(["1.jpg", "12.jpg", "3"], [tmp_path, tmp_path / "crops"]) == {"1.jpg": 3, "12.jpg": 2}
+
+
+def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
+    runs = make_runs("ner", (1, 2, 3))
+    for name, records in zip(("x-s1", "x-s2", "y-s1"), runs, strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"dataset": "d", "model": "m", "fusion": "f", "labels": [], "data": {}}')
+        write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
+    evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])
+    out, found = capsys.readouterr().out, paired_bootstrap(runs[:2], runs[2:], "accuracy")
+    assert "token accuracy" in out and "x-s* (n = 2)" in out and f"{found['difference']:+.4f}" in out
+    assert f"p = {found['p']:.4f} (paired bootstrap over 30 posts, 10000 resamples)" in out
+    for pattern, message in (("z-s*", "no such run folder"), ("z", "no config.json")):
+        with pytest.raises(FileNotFoundError, match=message):
+            evaluate.main(["--compare", str(tmp_path / pattern), str(tmp_path / "y-s1")])
+
+
+def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):
+    images = tmp_path / "mine" / "images"
+    images.mkdir(parents=True)
+    dataset = make_dataset(images, leak=True, task="ner")
+    for split, examples in dataset.examples.items():
+        posts = ("\n".join([f"IMGID:{e.image_id}", *(f"{w} {y}" for w, y in zip(e.words, e.labels, strict=True)), ""])
+                 for e in examples)  # fmt: skip
+        (tmp_path / "mine" / f"{split}.txt").write_text("\n".join(posts))
+    evaluate.main(["--leak-check", str(tmp_path / "mine")])
+    out = capsys.readouterr().out
+    assert "AUC on valid" in out and "WARNING: 'PER' can be told from the photo's files" in out
+    with pytest.raises(ValueError, match="has no test file"):
+        evaluate.main(["--leak-check", str(tmp_path / "mine"), "--split", "test"])
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        evaluate.main(["--leak-check", str(tmp_path / "mine"), "--images", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--leak-check", str(tmp_path / "absent")])
+    assert "is neither a folder nor one of twitter2015" in capsys.readouterr().err
