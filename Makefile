@@ -5,10 +5,14 @@ RUN = $(VENV)/bin/python
 DEMO = --dataset demo --img-size 96
 FUSIONS = none film attention cross-attention bimodal
 
-.PHONY: test demo clean
+.PHONY: test test-browser demo clean
 
 test: $(VENV)/dev
 	$(RUN) -m pytest
+
+# Opens report pages in Debian's chromium (apt-get install chromium chromium-driver), headless.
+test-browser: $(VENV)/dev
+	$(RUN) -m pytest tests/browser_report.py
 
 demo: $(VENV)/run
 	$(RUN) demo.py

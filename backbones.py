@@ -276,6 +276,14 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
 # ------------------------------------------------------------------------------------------------------- photos
 
 
+def upright(file):
+    """An open picture of any kind -> RGB photo, turned as its EXIF data say."""
+    photo = ImageOps.exif_transpose(file)
+    if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
+        photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
+    return photo.convert("RGB")
+
+
 class Photos:
     """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason)."""
 
@@ -309,10 +317,7 @@ class Photos:
             return None, MISSING, "no such file"
         try:
             with Image.open(path) as file:
-                photo = ImageOps.exif_transpose(file)
-                if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
-                    photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
-                return self.all_views(photo.convert("RGB"), image_id), OK, ""
+                return self.all_views(upright(file), image_id), OK, ""
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
             reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
             return None, UNREADABLE, f"{type(error).__name__}: {reason}"

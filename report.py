@@ -1,0 +1,329 @@
+"""A finished run -> one HTML file to look at: scores, confusions, training curves, every post with its photo.
+
+    python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
+
+The page works offline, from the file alone; its template is report.html. What came from posts is data in it: JSON that
+no markup can end, shown as text.
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from backbones import upright
+from data import NONE, FeatureCache, NerExample, RelationExample, check_device, collate, command_line, default_device
+from data import encode, find_photos, image_folders, length_batches
+from evaluate import predictions_file
+from model import autocast, load_run, read_config, to_device
+from scores import entity_spans, main_score, read_predictions, score, write_text
+
+KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
+NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
+SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
+PLACES = 256  # most places of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
+MISSING = "no such file"
+NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+
+def compare_spans(gold, predicted):
+    """[(start, end, gold type or None, predicted type or None, kind)] of two sets of spans, one a span, in order.
+
+    kind: "correct", or of `KINDS`: "wrong type" = the same span with another type; "wrong boundary" = not that, but a
+    span of the other side overlaps; else "missed" (gold) or "spurious" (predicted).
+    """
+    types = [{(start, end): kind for kind, start, end in spans} for spans in (gold, predicted)]
+    compared = []
+    for start, end in sorted(types[0] | types[1]):
+        a, b = (side.get((start, end)) for side in types)
+        if a is not None and b is not None:
+            kind = "correct" if a == b else "wrong type"
+        elif any(s < end and start < e for s, e in types[0 if a is None else 1]):
+            kind = "wrong boundary"
+        else:
+            kind = "missed" if b is None else "spurious"
+        compared.append((start, end, a, b, kind))
+    return compared
+
+
+def relation_kind(gold, predicted):
+    """The error kind of a relation, or "correct". Its two entities are given, so no boundary can be wrong."""
+    if gold == predicted:
+        return "correct"
+    return "missed" if predicted == NONE else "spurious" if gold == NONE else "wrong type"
+
+
+def post_of(record):
+    """What the page holds of one prediction.
+
+    `spans`: rows of `compare_spans`, each with the probability of what was predicted, None where there is none to tell;
+    of a relation one row, start and end 0, and its `ends`, the spans of head and tail.
+    """
+    post = {"id": str(record["id"]), "photo": str(record["image_id"]), "words": record["words"]}
+    post["blind"] = record.get("photo") is False
+    gold, predicted, chance = record["gold"], record["predicted"], record.get("probability")
+    if isinstance(gold, str):
+        spans = [(0, 0, gold, predicted, relation_kind(gold, predicted), chance)]
+        return post | {"spans": spans, "ends": [record["head"], record["tail"]]}
+    post["spans"] = []
+    for span in compare_spans(entity_spans(gold), entity_spans(predicted)):
+        start, end, _, answer, _ = span
+        known = [p for p in (chance or [])[start:end] if p is not None and answer is not None]
+        post["spans"].append((*span, min(known, default=None)))  # an entity is as sure as its least sure word
+    return post
+
+
+def confusion(posts, order):
+    """{"labels", "counts"}: counts[i][j] of gold label i answered with label j; those of `order` that occur."""
+    counted = Counter((gold or NOTHING, said or NOTHING) for post in posts for _, _, gold, said, _, _ in post["spans"])
+    labels = [label for label in order if any(label in pair for pair in counted)]
+    return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
+
+
+# ------------------------------------------------------------------------------------------------ photos, attention
+
+
+def thumbnail(path):
+    """RGB photo of at most `SIDE` pixels, turned upright, from a file of any kind that Pillow reads."""
+    with Image.open(path) as file:
+        file.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size: several times as fast
+        photo = upright(file)
+    photo.thumbnail((SIDE, SIDE))
+    return photo
+
+
+def seen_part(width, height, resizing):
+    """[left, top, width, height] of what the model saw of a photo, in shares of the photo.
+
+    `resizing`: as the feature file tells it. All of the photo, unless an image processor crops the centre.
+    """
+    made = json.loads(resizing) if resizing.startswith("{") else {}
+    if not made.get("do_center_crop"):
+        return [0, 0, 1, 1]
+    size, crop = made["size"], made["crop_size"]
+    short = size.get("shortest_edge")
+    if short:
+        resized = width * short / min(width, height), height * short / min(width, height)
+    else:
+        resized = size["width"], size["height"]
+    across, down = crop["width"] / resized[0], crop["height"] / resized[1]
+    return [round(share, 4) for share in ((1 - across) / 2, (1 - down) / 2, across, down)]
+
+
+def load_photos(image_ids, folders, resizing):
+    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}."""
+    photos = {}
+    for image_id, path in find_photos(image_ids, folders).items():
+        if path is None:
+            photos[image_id] = MISSING
+            continue
+        try:
+            photo, buffer = thumbnail(path), io.BytesIO()
+            photo.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
+            photos[image_id] = f"cannot be read ({type(error).__name__})"
+            continue
+        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, resizing)]
+    return photos
+
+
+def place_maps(weights, grid):
+    """weights [n, R] over all regions of a photo -> maps uint8 [n, h, w], shares of places [n] and of the whole [n].
+
+    `grid`: rows and columns that the last rows * columns regions stand for; the regions before them are of the photo as
+    a whole. A map has at most `PLACES` places, each in 255ths of the map's own maximum.
+    """
+    rows, columns = grid
+    whole, places = weights.split([weights.shape[1] - rows * columns, rows * columns], 1)
+    step = math.ceil(math.sqrt(rows * columns / PLACES))
+    maps = places.unflatten(1, (rows, columns))
+    maps = F.adaptive_avg_pool2d(maps, (math.ceil(rows / step), math.ceil(columns / step)))
+    maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return maps.round().byte(), places.sum(1), whole.sum(1)
+
+
+def attention(run, config, records, features, device):
+    """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
+
+    Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
+    without a photo are left out, and all where regions have no places (captions). ValueError if the features are not
+    those the run was trained on.
+    """
+    cache = FeatureCache(features or config["features"])
+    cache.require([record["image_id"] for record in records], config["features_made"]["dataset"])
+    if cache.sha256 != config["features_made"]["sha256"]:
+        raise ValueError(f"{cache.path}: not the features {run} was trained on; restore them")
+    if not cache.grid.any():
+        return {}
+    model, tokenizer, _ = load_run(run, device)
+    label = config["labels"][0]  # `encode` wants labels, what a word attends to does not depend on them
+    ner = config["task"] == "ner"
+    examples = [
+        NerExample(r["id"], r["image_id"], tuple(r["words"]), (label,) * len(r["words"])) if ner else
+        RelationExample(r["id"], r["image_id"], tuple(r["words"]), tuple(r["head"]), tuple(r["tail"]), label)
+        for r in records
+    ]  # fmt: skip
+    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
+    found = {}
+    for chosen in length_batches([len(row["input_ids"]) for row in rows], config["eval_batch_size"]):
+        photos = [records[i]["image_id"] for i in chosen]
+        batch = to_device(collate([rows[i] for i in chosen], tokenizer.pad_token_id, cache, photos), device)
+        with torch.inference_mode(), autocast(device, config["precision"]):
+            _, weights = model(batch, return_weights=True)
+        for i, photo, weight in zip(chosen, photos, weights.float().cpu(), strict=True):  # [T, R]
+            if not cache.has_photo(photo):
+                continue
+            row = cache.rows[photo]
+            starts = rows[i]["word_starts"] if ner else [rows[i]["head_index"], rows[i]["tail_index"]]
+            starts = torch.tensor(starts)
+            weight = weight[starts.clamp(min=0), : cache.num_regions[row]] * (starts >= 0)[:, None]  # 0: not read
+            maps, places, whole = place_maps(weight, cache.grid[row].tolist())
+            found[i] = {
+                "rows": maps.shape[1], "columns": maps.shape[2], "bytes": base64.b64encode(maps.numpy()).decode(),
+                "places": [round(share, 3) for share in places.tolist()],
+                "whole": [round(share, 3) for share in whole.tolist()],
+            }  # fmt: skip
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def table(title, note, columns, rows):
+    """A table for the page; `rows` {name: scores}, numbers as text, empty where a score is not there."""
+    shown = {name: [scores.get(column, "") for column in columns] for name, scores in rows.items()}
+    text = [[name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)] for name, row in shown.items()]
+    return {"title": title, "note": note, "columns": [column.replace("f1", "F1") for column in columns], "rows": text}
+
+
+def score_tables(metrics):
+    """Both families of scores, each headed by its baseline, then the types."""
+    ner, base = metrics["task"] == "ner", metrics["baseline"]
+    main, level = ("entity", "token") if ner else ("relation", "row")
+    spans, labels = ("precision", "recall", "f1", "gold", "predicted"), ("accuracy", "precision", "recall", "f1")
+    names = {
+        "entity": "lenient (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
+        "entity_seen": "mentions seen in train", "entity_unseen": "mentions not seen in train",
+    }  # fmt: skip
+    always = f"baseline: always {base['label']}"
+    rows = {names[key]: metrics[key] for key in names if key in metrics}
+    counted = "An entity counts when its whole span and its type are right." if ner else f"{NONE} earns nothing here."
+    weighted = (
+        f"The label of each {'word' if ner else 'row'}, {base['label']} included, weighted by how often it occurs (so"
+        " weighted recall is accuracy). High from the start: compare it with its baseline, not with the other table."
+    )
+    return [
+        table("Entity level" if ner else f"Relations without {NONE}", f"{counted} What the literature reports.", spans,
+              {always: {"f1": float(base["main_f1"])}} | rows),
+        table("Token level" if ner else "All rows", weighted, labels, {always: base, "this run": metrics[level]}),
+        table("By type", "Entity level, lenient." if ner else "", spans, metrics[main]["types"]),
+    ]  # fmt: skip
+
+
+def image_check_line(check):
+    """What `evaluate.py --image-check` found, as a sentence."""
+    true, none, *shuffled = [main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])]
+    spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
+    name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
+    return (
+        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with another's"
+        f" (n = {len(shuffled)}), {none:.3f} with none"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of train.py")
+    add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
+    add("--output", type=Path, help="default: RUN/report-<split>.html")
+    add("--data-dir", help="where the photos' data set is now; default: where the run was trained")
+    add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
+    add("--features", help="where the run's feature file is now")
+    add("--device", default=default_device())
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_device(args.device)
+    run, config = args.run, read_config(args.run)
+    path = predictions_file(run, args.split)
+    split = path.stem.removeprefix("predictions-")
+    check = run / f"image-check-{split}.json"
+    records = read_predictions(path)
+    metrics, made, data = score(records), config["features_made"], config["data"][split]
+    warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    try:
+        folders = image_folders(config["dataset"], args.data_dir or config["data_dir"], args.images)
+    except FileNotFoundError as error:
+        if args.images:
+            raise
+        folders = []
+        warnings.append(f"Photos not shown: {error}.")
+    posts = [post_of(record) for record in records]
+    photos = load_photos(dict.fromkeys(post["photo"] for post in posts), folders, (made or {}).get("resizing", ""))
+    absent = Counter("missing" if why == MISSING else "unreadable" for why in photos.values() if isinstance(why, str))
+    maps = {} if config["fusion"] in NO_WEIGHTS else attention(run, config, records, args.features, args.device)
+    for i, post in enumerate(posts):
+        if i in maps and isinstance(photos[post["photo"]], list):
+            post["maps"] = maps[i]
+    posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
+
+    counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
+    cut, blind = metrics.get("words_answered_without_model"), metrics["posts_without_photo"]
+    warnings += [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."] if counts else []
+    warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
+    warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
+    facts = {
+        "Data": f"{config['dataset']} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
+        f" {data['sha256'][:16]})",
+        "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
+        f" {config['text_encoder']}, seed {config['seed']}",
+        "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
+        "not used",
+        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+    }
+    if check.exists():
+        facts["Image check"] = image_check_line(json.loads(check.read_text(encoding="utf-8")))
+    page = {
+        "title": f"{run.resolve().name}, {split}", "ner": ner, "facts": facts, "warnings": warnings,
+        "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
+        "confusion": confusion(posts, [*metrics["entity"]["types"], NOTHING] if ner else
+                               [NONE, *metrics["relation"]["types"]]),
+        "log": log, "photos": photos, "posts": posts,
+    }  # fmt: skip
+    text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    output = args.output or run / f"report-{split}.html"
+    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+    print(
+        f"{output}: {len(posts)} {'posts' if ner else 'rows'}, {sum('maps' in post for post in posts)} with attention;"
+        f" {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
+    )
+    return output
+
+
+
+if __name__ == "__main__":
+    command_line(main)

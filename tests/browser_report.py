@@ -1,0 +1,234 @@
+"""Reports in a real browser (Debian's chromium, headless): `make test-browser`. `make test` does not collect them."""
+
+import shutil
+import time
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from test_report import HOSTILE, embedded, predictions, train_run
+
+import report
+from data import RELATIONS
+from scores import write_json_lines
+
+COPIES = 9  # of the 8 posts: more than are drawn at once
+# What is predicted of the first four words, B-PER I-PER O B-LOC in gold: nothing wrong, then one kind of error each.
+ANSWERS = ("B-PER I-PER O B-LOC", "B-PER O O B-LOC", "O O O O", "B-ORG I-ORG O B-LOC", "B-PER I-PER B-MISC B-LOC")
+KINDS = ("all", "with errors", "missed", "spurious", "wrong type", "wrong boundary", "all correct")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
+    """{name: report} of two runs, their predictions changed so that every kind of error and hostile text are there."""
+    root, made = tmp_path_factory.mktemp("pages"), {}
+    for name in ("clip-bert", "mnre"):
+        run = train_run(name, root / name, data_dir, cache_dir, encoder_dir)
+        split, records = predictions(run)
+        changed = []
+        for copy in range(COPIES):
+            for i, record in enumerate(records):
+                record = record | {"id": f"{record['id']}+{copy}"}
+                if name == "mnre":
+                    record |= {"gold": RELATIONS[i], "predicted": RELATIONS[(i * (copy % 3) + copy // 3) % 12]}
+                else:
+                    words = [*record["words"], *(HOSTILE if copy == 0 else ["long" * 20])]
+                    rest = ["O"] * (len(words) - 4)
+                    record |= {"words": words, "gold": [*ANSWERS[0].split(), *rest]}
+                    record["predicted"] = [*ANSWERS[(i + copy) % 5].split(), *rest]
+                    record["probability"] = [0.5] * len(words)
+                changed.append(record)
+        write_json_lines(run / f"predictions-{split}.jsonl", changed)
+        made[name] = report.main(["--run", str(run), "--output", str(root / f"{name}.html")])
+    return made
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless chromium that counts what alert() is given."""
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.fail("no chromium here: apt-get install chromium chromium-driver", pytrace=False)
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    source = "window.alerts = []; window.alert = text => alerts.push(text);"
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(params=["clip-bert", "mnre"])
+def page(request, chromium, pages):
+    """(driver with a report open, the JSON in it); afterwards its console is empty and no post has run anything."""
+    chromium.get(f"file://{pages[request.param]}")
+    yield chromium, embedded(pages[request.param])
+    assert chromium.get_log("browser") == []
+    assert chromium.execute_script("return alerts") == []
+    assert len(chromium.find_elements(By.TAG_NAME, "script")) == 2
+    fetched = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in fetched if not name.startswith("data:")] == []
+
+
+def expected(content, kind, type_):
+    """How many posts a filter should show, counted from the spans."""
+    count = 0
+    for post in content["posts"]:
+        spans = [span for span in post["spans"] if not type_ or type_ in span[2:4]]
+        found = {span[4] for span in spans}
+        if kind == "all":
+            count += not type_ or bool(spans)
+        elif kind == "all correct":
+            count += {span[4] for span in post["spans"]} <= {"correct"} and (not type_ or bool(spans))
+        else:
+            count += bool(found - {"correct"}) if kind == "with errors" else kind in found
+    return count
+
+
+def choose(driver, kind):
+    driver.find_element(By.XPATH, f"//label[input/@value='{kind}']").click()
+
+
+def test_every_filter_shows_what_it_says(page):
+    driver, content = page
+    kinds = [kind for kind in KINDS if content["ner"] or kind != "wrong boundary"]
+    select = Select(driver.find_element(By.TAG_NAME, "select"))
+    types = [option.get_attribute("value") for option in select.options]
+    spans = [span for post in content["posts"] for span in post["spans"]]
+    assert types[0] == "" and set(types[1:]) == {type_ for span in spans for type_ in span[2:4]} - {None}
+    for kind in kinds:
+        choose(driver, kind)
+        for type_ in types:
+            select.select_by_value(type_)
+            count = expected(content, kind, type_)
+            said = driver.find_element(By.TAG_NAME, "output").text
+            assert said == f"{count} of {len(content['posts'])} {'posts' if content['ner'] else 'rows'}"
+            label = driver.find_element(By.XPATH, f"//label[input/@value='{kind}']").text
+            assert label == f"{kind} {count}" and select.first_selected_option.text == f"{type_ or 'any'} ({count})"
+            assert len(driver.find_elements(By.TAG_NAME, "article")) >= min(count, 30)
+        assert expected(content, kind, "") > 0, kind  # the test has something to tell apart
+        select.select_by_value("")
+    assert expected(content, "with errors", "") < len(content["posts"])
+
+
+def test_posts_are_drawn_as_they_are_reached(page):
+    driver, content = page
+    titles = "return [...document.querySelectorAll('article h3')].map(node => node.firstChild.textContent)"
+    assert len(driver.execute_script(titles)) < len(content["posts"])
+    for _ in range(20):
+        driver.execute_script("scrollTo(0, document.body.scrollHeight)")
+        time.sleep(0.1)
+    assert driver.execute_script(titles) == [post["id"] for post in content["posts"]]
+    assert not driver.find_element(By.ID, "more").is_displayed()
+    texts = (
+        "return [...document.querySelectorAll('%s')].map("
+        "node => [...node.querySelectorAll('%s')].map(part => part.textContent))"
+    )
+    shown = driver.execute_script(texts % (".words", ".word"))
+    assert shown == [post["words"] for post in content["posts"]]
+    kinds = [[span[4] for span in post["spans"]] for post in content["posts"]]
+    if content["ner"]:  # correct entities need no line
+        kinds = [[kind for kind in post if kind != "correct"] for post in kinds]
+    assert driver.execute_script(texts % (".lines", "b")) == kinds
+
+
+def test_gold_and_predicted_are_marked_on_their_words(page):
+    driver, content = page
+    for article, post in zip(driver.find_elements(By.TAG_NAME, "article")[:10], content["posts"], strict=False):
+        cells = article.find_elements(By.CLASS_NAME, "cell")
+        for row, side in ((0, "gold"), (1, "pred")):
+            tags = [cell.find_element(By.CLASS_NAME, f"row{row}") for cell in cells]
+            classes = [set(tag.get_attribute("class").split()) for tag in tags]
+            if content["ner"]:
+                spans = [span for span in post["spans"] if span[2 + row] is not None]
+                signs = [("", {True: " ✓", False: " ✗"}[span[4] == "correct"])[row] for span in spans]
+                said = {s[0]: f"{side} {s[2 + row]}{sign}" for s, sign in zip(spans, signs, strict=True)}
+            else:
+                spans = [post["ends"][row]]
+                said = {spans[0][0]: ("head", "tail")[row]}
+            marked = [any(span[0] <= i < span[1] for span in spans) for i in range(len(cells))]
+            assert [bool({"gold", "correct", "error", "tail"} & names) for names in classes] == marked
+            assert [tag.text for tag in tags] == [said.get(i, "") for i in range(len(cells))]
+
+
+def test_a_picked_word_shows_what_it_attended_to(page):
+    driver, content = page
+    cropped = [i for i, post in enumerate(content["posts"]) if content["photos"][post["photo"]][1] != [0, 0, 1, 1]]
+    assert bool(cropped) == content["ner"]  # CLIP's features, and ResNet50's
+    index = (cropped or [0])[0]
+    post = content["posts"][index]
+    article = driver.find_elements(By.TAG_NAME, "article")[index]
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", article)
+    buttons = article.find_elements(By.CSS_SELECTOR, "button.word")
+    button = buttons[-1]
+    assert not article.find_elements(By.TAG_NAME, "canvas")
+    button.click()
+    canvas, image = article.find_element(By.TAG_NAME, "canvas"), article.find_element(By.TAG_NAME, "img")
+    maps, part = post["maps"], content["photos"][post["photo"]][1]
+    assert [int(canvas.get_attribute(side)) for side in ("width", "height")] == [maps["columns"], maps["rows"]]
+    for side, extent, share in (("x", "width", part[0]), ("y", "height", part[1])):  # on the part that the model saw
+        assert canvas.rect[side] == pytest.approx(image.rect[side] + share * image.rect[extent], abs=1)
+        assert canvas.rect[extent] == pytest.approx(part[2 + (side == "y")] * image.rect[extent], abs=1)
+    assert button.get_attribute("aria-pressed") == "true" and article.find_elements(By.CLASS_NAME, "peak")
+    caption = article.find_element(By.TAG_NAME, "figcaption")
+    assert button.text in caption.text and "of its attention on places" in caption.text
+    others = [b for b in buttons if b.get_attribute("aria-pressed") == "true"]
+    assert {b.get_attribute("value") for b in others} == {button.get_attribute("value")}
+    buttons[0].click()
+    assert len(article.find_elements(By.TAG_NAME, "canvas")) == 1 and button.get_attribute("aria-pressed") == "false"
+    buttons[0].click()
+    assert not article.find_elements(By.TAG_NAME, "canvas") and "Pick a word" in caption.text
+
+
+def test_words_can_be_picked_with_the_keyboard(page):
+    driver, _ = page
+    article = driver.find_element(By.TAG_NAME, "article")
+    buttons = article.find_elements(By.CSS_SELECTOR, "button.word")
+    assert [b.get_attribute("tabindex") for b in buttons] == ["0", *["-1"] * (len(buttons) - 1)]
+    buttons[0].send_keys(Keys.ARROW_RIGHT)
+    assert driver.switch_to.active_element == buttons[1]
+    buttons[1].send_keys(Keys.ENTER)
+    assert buttons[1].get_attribute("aria-pressed") == "true" and article.find_elements(By.TAG_NAME, "canvas")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_on_a_phone(page, scheme):
+    driver, content = page
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    try:
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        for _ in range(10):
+            driver.execute_script("scrollTo(0, document.body.scrollHeight)")
+            time.sleep(0.05)
+        widths = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert widths == [360, 360]
+        colours = "return ['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])"
+        ink, paper = (sum(map(int, text[4:-1].split(","))) for text in driver.execute_script(colours))
+        assert paper - ink > 400 if scheme == "light" else ink - paper > 400
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_tables_and_curves_are_there(page):
+    driver, content = page
+    tables = driver.find_elements(By.TAG_NAME, "table")
+    assert len(tables) == 4
+    for table, wanted in zip(tables[:3], content["tables"], strict=True):
+        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
+        assert [[cell.text for cell in row.find_elements(By.XPATH, "*")] for row in rows] == wanted["rows"]
+    counts = [[int(cell.text) for cell in row.find_elements(By.TAG_NAME, "td")]
+              for row in tables[3].find_elements(By.CSS_SELECTOR, "tbody tr")]  # fmt: skip
+    assert counts == content["confusion"]["counts"]
+    charts = driver.find_elements(By.TAG_NAME, "svg")
+    assert [len(chart.find_elements(By.TAG_NAME, "circle")) for chart in charts] == 2 * [len(content["log"])]
+    best = f"best on valid: epoch {content['log'][-1]['best_epoch']}"
+    assert all({best, "epoch"} <= set(chart.text.split("\n")) for chart in charts)
+    assert content["facts"]["Data"] in driver.find_element(By.ID, "facts").text

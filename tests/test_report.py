@@ -1,0 +1,394 @@
+"""The page of a run, in-process on tiny data: what is embedded in it against the run's own files."""
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARTS
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from seqeval.metrics.sequence_labeling import get_entities
+
+import report
+import train
+from backbones import load_processor
+from data import DATASETS, FeatureCache, collate, encode, load_dataset
+from model import load_run
+from report import compare_spans, place_maps, relation_kind, score_tables, seen_part, thumbnail
+from scores import entity_spans, score, write_json, write_json_lines
+
+RUNS = {  # name: (data set, what to add to a quick run's arguments)
+    "film": ("demo", ["--fusion", "film"]),
+    "none": ("demo", ["--fusion", "none"]),
+    "cross-attention": ("demo", ["--fusion", "cross-attention", "--epochs", 2]),
+    "clip-bert": ("demo", ["--fusion", "attention"]),
+    "blip": ("demo", []),
+    "vilt": ("demo", []),
+    "bert-caption": ("demo", ["--fusion", "bimodal"]),
+    "mnre": ("mnre", ["--fusion", "cross-attention"]),
+    "mnre-none": ("mnre", ["--fusion", "none"]),
+}
+WITH_MAPS = ("cross-attention", "clip-bert", "blip", "vilt", "mnre")
+HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028", "&lt;b&gt;"]
+
+
+def train_run(name, folder, data_dir, cache_dir, encoder_dir):
+    """A quick run of `RUNS`; returns its folder."""
+    dataset, more = RUNS[name]
+    flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder, "--epochs", 1]
+    flags += ["--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--max-len", 40, *more]
+    if name in PARTS:
+        _, size, _, text = PARTS[name]
+        flags += ["--model", name, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+    return train.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_dir, cache_dir, encoder_dir):
+    """{name: run folder} of `RUNS`."""
+    root = tmp_path_factory.mktemp("runs")
+    return {name: train_run(name, root / name, data_dir, cache_dir, encoder_dir) for name in RUNS}
+
+
+def embedded(path):
+    """The JSON in a report."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def page_of(run, output, *more):
+    return embedded(report.main([str(arg) for arg in ["--run", run, "--output", output, *more]]))
+
+
+def predictions(run):
+    """(split, records) of the split that a report is of by default."""
+    split = "test" if (run / "predictions-test.jsonl").exists() else "valid"
+    lines = (run / f"predictions-{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return split, [json.loads(line) for line in lines]
+
+
+def copy_run(run, folder, records):
+    """A run folder with other predictions: enough for a page without attention."""
+    folder.mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    write_json_lines(folder / "predictions-test.jsonl", records)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+
+@pytest.mark.parametrize("gold, predicted, expected", [
+    ("", "", []),
+    ("A 0 2", "A 0 2", ["correct A A"]),
+    ("A 0 2", "B 0 2", ["wrong type A B"]),
+    ("A 0 2", "", ["missed A -"]),
+    ("", "B 3 4", ["spurious - B"]),
+    ("A 0 2", "A 2 3", ["missed A -", "spurious - A"]),  # neighbours do not overlap
+    ("A 0 2", "A 1 2", ["wrong boundary A -", "wrong boundary - A"]),
+    ("A 0 2", "B 1 3", ["wrong boundary A -", "wrong boundary - B"]),
+    ("A 0 4", "A 0 1, B 3 4", ["wrong boundary - A", "wrong boundary A -", "wrong boundary - B"]),
+    ("A 0 1, B 1 2", "A 0 2", ["wrong boundary A -", "wrong boundary - A", "wrong boundary B -"]),
+    ("A 0 1, B 2 3, C 4 5", "A 0 1, C 2 3, B 6 7", ["correct A A", "wrong type B C", "missed C -", "spurious - B"]),
+])  # fmt: skip
+def test_kinds_of_spans(gold, predicted, expected):
+    def parse(text):
+        spans = [span.split() for span in text.split(", ") if span]
+        return {(kind, int(start), int(end)) for kind, start, end in spans}
+
+    compared = compare_spans(parse(gold), parse(predicted))
+    assert [f"{kind} {a or '-'} {b or '-'}" for _, _, a, b, kind in compared] == expected
+
+
+labels = st.sampled_from(DATASETS["demo"][1])
+
+
+@given(st.integers(0, 12).flatmap(lambda n: st.tuples(*2 * [st.lists(labels, min_size=n, max_size=n)])))
+def test_every_span_has_one_kind(pair):
+    gold, predicted = (entity_spans(side) for side in pair)
+    compared = compare_spans(gold, predicted)
+    assert [row[:2] for row in compared] == sorted({span[1:] for span in gold | predicted})
+    for spans, column, alone in ((gold, 2, "missed"), (predicted, 3, "spurious")):
+        assert {(row[column], *row[:2]) for row in compared if row[column] is not None} == spans
+        other = predicted if spans is gold else gold
+        covered = {i for _, start, end in other for i in range(start, end)}  # word by word, not by comparing ends
+        for row in compared:
+            if row[column] is not None:
+                meets = not covered.isdisjoint(range(*row[:2]))
+                assert (row[4] == alone) == (not meets)
+                assert (row[4] == "correct") == ((row[column], *row[:2]) in other)
+    if gold | predicted:
+        records = [{"gold": pair[0], "predicted": pair[1]}]
+        assert sum(row[4] == "correct" for row in compared) == score(records)["entity"]["correct"]
+    swap = {"missed": "spurious", "spurious": "missed"}
+    mirrored = [(start, end, b, a, swap.get(kind, kind)) for start, end, a, b, kind in compared]
+    assert mirrored == compare_spans(predicted, gold)
+
+
+def test_kinds_of_relations():
+    cases = {("None", "None"): "correct", ("x", "x"): "correct", ("x", "y"): "wrong type", ("x", "None"): "missed",
+             ("None", "x"): "spurious"}  # fmt: skip
+    assert {pair: relation_kind(*pair) for pair in cases} == cases
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
+    page, (split, records) = page_of(runs[name], tmp_path / "page.html"), predictions(runs[name])
+    out = capsys.readouterr().out
+    posts = {post["id"]: post for post in page["posts"]}
+    assert len(posts) == len(page["posts"]) == len(records) and page["title"] == f"{name}, {split}"
+    assert f"{len(records)} {'posts' if page['ner'] else 'rows'}" in out and " MB\n" in out
+    wrong = [sum(span[4] != "correct" for span in post["spans"]) for post in page["posts"]]
+    assert wrong == sorted(wrong, reverse=True)
+    pairs = Counter()
+    for record in records:
+        post = posts[record["id"]]
+        assert post["words"] == record["words"] and post["photo"] == record["image_id"] in page["photos"]
+        if page["ner"]:  # seqeval's chunker, its ends inclusive
+            sides = (get_entities(record[key]) for key in ("gold", "predicted"))
+            gold, predicted = ({(start, end + 1): kind for kind, start, end in side} for side in sides)
+            for span in post["spans"]:
+                chances = [p for p in record["probability"][span[0] : span[1]] if p is not None]
+                assert span[5] == (min(chances) if chances and span[3] else None)
+        else:
+            gold, predicted = {(0, 0): record["gold"]}, {(0, 0): record["predicted"]}
+            assert post["ends"] == [record["head"], record["tail"]] and post["spans"][0][5] == record["probability"]
+        assert [tuple(span[:2]) for span in post["spans"]] == sorted(gold | predicted)
+        for start, end, a, b, _, _ in post["spans"]:
+            assert (a, b) == (gold.get((start, end)), predicted.get((start, end)))
+            pairs[a or "(none)", b or "(none)"] += 1
+    matrix = page["confusion"]
+    assert {(a, b): n for a, row in zip(matrix["labels"], matrix["counts"], strict=True)
+            for b, n in zip(matrix["labels"], row, strict=True) if n} == pairs  # fmt: skip
+    assert matrix["labels"][-1] == "(none)" if page["ner"] else matrix["labels"][0] == "None"
+
+    metrics = json.loads((runs[name] / f"metrics-{split}.json").read_text())
+    main = metrics["entity" if page["ner"] else "relation"]
+    assert sum(n for (a, b), n in pairs.items() if a == b != "None") == main["correct"]
+    first, second, types = page["tables"]
+    baseline = metrics["baseline"]
+    assert first["rows"][0] == [f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", ""]
+    assert first["rows"][1][1:] == [f"{main[key]:.4f}" for key in ("precision", "recall", "f1")] + [
+        str(main["gold"]), str(main["predicted"])]  # fmt: skip
+    assert [row[1] for row in second["rows"]] == [
+        f"{baseline['accuracy']:.4f}", f"{metrics['token' if page['ner'] else 'row']['accuracy']:.4f}"]  # fmt: skip
+    assert {row[0]: row[3] for row in types["rows"]} == {kind: f"{s['f1']:.4f}" for kind, s in main["types"].items()}
+    assert set(metrics["warnings"]) <= set(page["warnings"])
+    assert page["log"] == [json.loads(line) for line in (runs[name] / "log.jsonl").read_text().splitlines()]
+    assert ("wrong boundary" in page["kinds"]) == page["ner"]
+    assert all("maps" in post for post in posts.values()) if name in WITH_MAPS else "maps" not in str(posts)
+
+
+@pytest.mark.parametrize("name", WITH_MAPS)
+def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
+    """Against each post alone, unpadded, with its own example from the data set."""
+    page, (split, _) = page_of(runs[name], tmp_path / "page.html"), predictions(runs[name])
+    posts = {post["id"]: post for post in page["posts"]}
+    model, tokenizer, config = load_run(runs[name])
+    cache = FeatureCache(config["features"])
+    examples = load_dataset(config["dataset"], data_dir).examples[split]
+    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
+    for example, row in zip(examples, rows, strict=True):
+        maps = posts[example.id]["maps"]
+        height, width = cache.grid[cache.rows[example.image_id]].tolist()
+        with torch.inference_mode():
+            _, weights = model(collate([row], 0, cache, [example.image_id]), return_weights=True)
+        starts = row["word_starts"] if "word_starts" in row else [row["head_index"], row["tail_index"]]
+        values = np.frombuffer(base64.b64decode(maps["bytes"]), np.uint8).reshape(len(starts), height, width)
+        assert (maps["rows"], maps["columns"]) == (height, width)  # small grids are not averaged
+        for k, start in enumerate(starts):
+            real = weights[0, start, : cache.num_regions[cache.rows[example.image_id]]].numpy() * (start >= 0)
+            before, places = np.split(real, [len(real) - height * width])
+            places = places.reshape(height, width)
+            assert np.allclose([maps["places"][k], maps["whole"][k]], [places.sum(), before.sum()], atol=1e-3)
+            assert np.allclose(values[k] / 255 * places.max(), places, atol=places.max() / 255)
+        if name == "blip":
+            assert max(maps["whole"]) > 0 and np.allclose(np.add(maps["places"], maps["whole"]), 1, atol=2e-3)
+        assert name != "vilt" or max(maps["places"]) < 1
+
+
+def test_fine_grids_are_averaged_down():
+    weights = torch.zeros(2, 1 + 24 * 24)
+    weights[:, 0] = 0.25  # the class token
+    weights[0, 1 + 24 * 5 + 7] = 0.75  # row 5, column 7 -> row 2, column 3 of 12 x 12
+    weights[1, 1:] = 0.75 / 576
+    maps, places, whole = place_maps(weights, [24, 24])
+    assert maps.shape == (2, 12, 12) and maps.dtype == torch.uint8
+    assert maps[0, 2, 3] == 255 == maps[0].sum() and (maps[1] == 255).all()
+    assert torch.allclose(places, torch.tensor(0.75)) and torch.allclose(whole, torch.tensor(0.25))
+    assert place_maps(torch.rand(1, 240), [12, 20])[0].shape == (1, 12, 20)  # ViLT's largest
+    assert place_maps(torch.rand(1, 1 + 25 * 31), [25, 31])[0].shape == (1, 13, 16)
+    assert not place_maps(torch.zeros(1, 9), [3, 3])[0].any()
+
+
+# --------------------------------------------------------------------------------------------------------- photos
+
+
+@pytest.mark.parametrize("size", [(300, 100), (64, 200), (120, 120)])
+def test_the_part_seen_is_what_the_processor_keeps(data_dir, size):
+    """A photo whose red is the place across and whose green is the place down tells what is left of it."""
+    width, height = size
+    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    pixels = np.stack([255 * across, 255 * down, 0 * down], -1).round().astype(np.uint8)
+    for folder, crops in (("clip", True), ("blip", False), ("vilt", False)):
+        resize, _, settings = load_processor(str(data_dir / "demo" / folder), None)
+        made = resize(Image.fromarray(pixels)).float() / 255
+        left, top, part_width, part_height = seen_part(width, height, settings["resizing"])
+        for found, start, share in ((made[0].mean(0), left, part_width), (made[1].mean(1), top, part_height)):
+            half = share / len(found) / 2  # colours are those of the pixels' centres
+            assert found[0].item() == pytest.approx(start + half, abs=0.02), folder
+            assert found[-1].item() == pytest.approx(start + share - half, abs=0.02), folder
+        assert ([left, top, part_width, part_height] == [0, 0, 1, 1]) == (not crops or width == height)
+
+
+def test_the_part_seen_in_numbers():
+    def part(width, height, size, crops=True):
+        crop = {"do_center_crop": crops, "crop_size": {"height": 224, "width": 224}, "size": size}
+        return seen_part(width, height, json.dumps(crop))
+
+    assert part(400, 200, {"shortest_edge": 224}) == [0.25, 0, 0.5, 1]
+    assert part(100, 400, {"shortest_edge": 256}) == [0.0625, 0.3906, 0.875, 0.2188]
+    assert part(400, 200, {"height": 256, "width": 256}) == [0.0625, 0.0625, 0.875, 0.875]
+    assert part(400, 200, {"shortest_edge": 224}, crops=False) == [0, 0, 1, 1]
+    assert seen_part(400, 200, "bilinear to 224 x 224") == seen_part(400, 200, "") == [0, 0, 1, 1]
+
+
+def test_thumbnails(tmp_path):
+    turned = Image.new("RGB", (600, 300), "red")
+    turned.paste("blue", (0, 0, 300, 300))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right: the left half is the upper one
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    photo = thumbnail(tmp_path / "a.jpg")
+    assert photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200 and photo.getpixel((60, 200))[0] > 200
+    Image.new("RGBA", (50, 30), (0, 255, 0, 0)).save(tmp_path / "b.png")
+    assert thumbnail(tmp_path / "b.png").size == (50, 30)  # small ones are not blown up
+    Image.fromarray(np.full((40, 40), 128 * 256, np.uint16)).save(tmp_path / "c.png")
+    assert thumbnail(tmp_path / "c.png").getpixel((9, 9)) == (128, 128, 128)
+
+
+def test_photos_that_are_not_here_are_said_and_counted(runs, tmp_path, data_dir, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("test_0001", "test_0002"):
+        (images / f"{name}.jpg").write_bytes((data_dir / "demo" / "images" / f"{name}.jpg").read_bytes())
+    (images / "test_0003.jpg").write_bytes(b"no picture")
+    page = page_of(runs["cross-attention"], tmp_path / "page.html", "--images", images)
+    assert "8 photos, 5 missing, 1 unreadable;" in capsys.readouterr().out
+    assert "5 missing and 1 unreadable of 8 photos: their posts say 'no photo here'." in page["warnings"]
+    assert page["photos"]["test_0000"] == "no such file"
+    assert page["photos"]["test_0003"] == "cannot be read (UnidentifiedImageError)"
+    shown = {post["photo"] for post in page["posts"] if "maps" in post}
+    assert shown == {"test_0001", "test_0002"} == {i for i, photo in page["photos"].items() if isinstance(photo, list)}
+    page = page_of(runs["film"], tmp_path / "page.html", "--data-dir", tmp_path)
+    assert set(page["photos"].values()) == {"no such file"}
+    assert any(warning.startswith("Photos not shown: no image folder") for warning in page["warnings"])
+    with pytest.raises(FileNotFoundError, match="no image folder .*absent"):
+        page_of(runs["film"], tmp_path / "page.html", "--images", tmp_path / "absent")
+
+
+def test_rows_that_share_a_photo_embed_it_once(runs, tmp_path):
+    output = tmp_path / "page.html"
+    page = page_of(runs["mnre"], output)
+    assert len(page["photos"]) == 4 and len(page["posts"]) == 8
+    assert output.read_text(encoding="utf-8").count(next(iter(page["photos"].values()))[0]) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
+    _, records = predictions(runs["film"])
+    outside = ["O"] * len(HOSTILE)
+    hostile = {"id": HOSTILE[0], "image_id": HOSTILE[1], "words": HOSTILE, "gold": outside, "predicted": outside}
+    plain = page_of(copy_run(runs["film"], tmp_path / "plain", records), tmp_path / "plain.html")
+    page = page_of(copy_run(runs["film"], tmp_path / "hostile", [*records, hostile]), tmp_path / "hostile.html")
+    post = next(post for post in page["posts"] if post["words"] == HOSTILE)
+    assert (post["id"], post["photo"]) == tuple(HOSTILE[:2]) and len(plain["posts"]) + 1 == len(page["posts"])
+    found = []
+    for name in ("plain", "hostile"):
+        parser, text = Tags(), (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        parser.feed(text)
+        found.append(parser.found)
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), ""))
+    assert found[0] == found[1]  # no tag more
+    assert [tag for tag, _ in found[0]].count("script") == 2
+    for _, attrs in found[0]:
+        for name in ("src", "href"):
+            assert re.match(r"#|data:", attrs.get(name, "#"))
+    policy = next(attrs["content"] for _, attrs in found[0] if "http-equiv" in attrs)
+    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+
+
+def test_where_it_is_written(runs, tmp_path):
+    report.main(["--run", str(runs["film"]), "--split", "valid"])
+    report.main(["--run", str(runs["film"])])
+    valid, test = (embedded(runs["film"] / f"report-{split}.html") for split in ("valid", "test"))
+    assert valid["posts"][0]["id"].startswith("valid") and test["posts"][0]["id"].startswith("test")
+
+
+def test_scores_that_are_there_are_shown(runs, tmp_path):
+    """The image check where it was made, scores of seen and unseen mentions where the predictions tell them."""
+    _, records = predictions(runs["film"])
+    folder, metrics = copy_run(runs["film"], tmp_path / "run", records), score(records)
+    assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
+    shuffled = [metrics | {"entity": {"f1": f1}} for f1 in (0.25, 0.75)]
+    check = {"photos": 8, "true": metrics, "shuffled": shuffled, "none": metrics | {"entity": {"f1": 0.125}}}
+    write_json(folder / "image-check-test.json", check)
+    said = page_of(folder, tmp_path / "page.html")["facts"]["Image check"]
+    own = f"{metrics['entity']['f1']:.3f} with each post's own photo"
+    assert f"{own}, 0.500 ± 0.354 with another's (n = 2), 0.125 with none" in said
+    plain = {key: value for key, value in metrics.items() if key not in ("entity_seen", "entity_unseen")}
+    more = plain | {"entity_seen": metrics["entity"] | {"f1": 0.0625}, "entity_unseen": metrics["entity"]}
+    names = [[row[0] for row in score_tables(m)[0]["rows"]] for m in (plain, more)]
+    assert names[1] == [*names[0], "mentions seen in train", "mentions not seen in train"]
+    assert score_tables(more)[0]["rows"][-2][3] == "0.0625"
+
+
+def test_one_answer_for_all_is_called_out(runs, tmp_path):
+    _, records = predictions(runs["film"])
+    records = [record | {"predicted": ["O"] * len(record["gold"]), "photo": False} for record in records]
+    warnings = page_of(copy_run(runs["film"], tmp_path / "run", records), tmp_path / "page.html")["warnings"]
+    assert "the accuracy measures the data set, not the model" in warnings[0]
+    assert "8 posts were answered without a photo" in warnings[1]
+
+
+def test_what_cannot_be_shown_is_one_clear_line(runs, tmp_path, cache_dir):
+    run, output = runs["cross-attention"], tmp_path / "page.html"
+    other = copy_run(run, tmp_path / "other", predictions(run)[1])
+    config = json.loads((run / "config.json").read_text())
+    write_json(other / "config.json", config | {"features_made": config["features_made"] | {"sha256": "0"}})
+    for folder, more, message in (
+        (tmp_path, [], "no config.json, so no run of train.py"),
+        (runs["mnre"], ["--split", "test"], "predictions-test.jsonl: not there"),
+        (run, ["--features", tmp_path / "absent.h5"], "no feature file"),
+        (run, ["--features", cache_dir / "mnre-resnet50-64.h5"], "made for mnre, not for demo"),
+        (other, [], "not the features .*other was trained on; restore them"),
+        (run, ["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            page_of(folder, output, *more)
+        assert "\n" not in str(error.value)
+    assert not output.exists()
