@@ -1,0 +1,480 @@
+"""Entities or relations of new posts, by a finished run.
+
+    python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --text "Kevin Durant in Oakland" --image kd.jpg
+    python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
+
+A post is a JSON object: `text` as it was typed, or `words`, a list; `image`, the file of its photo, where it has one,
+its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
+spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back. Other keys are
+ignored.
+
+An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
+`cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
+end), chars [start, end) if the post came as text, and probability, that of the least probable of its words' labels; or
+one `relation` and its probability. A broken post has an `error` instead. With --input also `line`, the post's in its
+file, counted from 1, and `check`, digits by which a restart knows run and post.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from backbones import Captions, Photos, load_backbone
+from data import MISSING, NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, check_device, command_line
+from data import default_device, encode
+from evaluate import predict
+from model import load_run
+from scores import entity_spans
+
+WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
+LINE = 2**20  # bytes of a post's line, and of all lines of a window, at most
+PHOTOS = 16  # that share a forward pass of the backbone
+MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
+
+# -------------------------------------------------------------------------------------------------------- words
+
+# Words as the data sets have them. Both: links whole, a word's accents with it (`\w` has no combining marks; Hindi and
+# Arabic do), any other character by itself. Twitter-2015/2017: "#", "@", "'" and every dot apart, letters split from
+# digits before them ("2 nd"). MNRE: "@user" whole, "'s" and "n't" apart from their word, runs of dots whole, "U.S." and
+# "John J. Quinn" as they are.
+W = rf"[\w{''.join(chr(c) for c in range(0x300, 0x2000) if unicodedata.category(chr(c))[0] == 'M')}]"
+LINK = r"(?:[Hh]ttps?://|www\.)\S*[^\s.,!?;:…)\]}'\"’”]"
+ENDING = rf"(?:['’](?:[sSmMdD]|re|ve|ll|RE|VE|LL)|n['’]t|N['’]T)(?!{W})"
+WORDS = {
+    "ner": re.compile(rf"{LINK} | :-?[()/] | \d+[.,]\d+ | \d+ | [^\W\d_]{W}* | \S", re.VERBOSE),
+    "relation": re.compile(
+        rf"""{LINK} | \.?@\w*[^\W_] | :'?-?[()] | \.\.+ | //+ | --+ | \|\|+
+        | (?:[A-Za-z]\.){{2,}} | (?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|Rep|Sen|Gov|Gen|Prof|[A-Z])\.(?=\s+\S)
+        | {ENDING} | [^\W_]{W}*?(?={ENDING}) | \d+(?:[.,:/]\d+)*(?:{W}*[^\W_])? | [^\W_](?:['’]?{W})*(?<!_) | \S""",
+        re.VERBOSE,
+    ),
+}
+
+
+def split_words(text, task, cuts=()):
+    """[(start, end)] of the words of a text, no more than one over `MOST_WORDS`. No word goes across one of `cuts`."""
+    edges = [0, *sorted(cuts), len(text)]
+    found = (match.span() for a, b in itertools.pairwise(edges) for match in WORDS[task].finditer(text, a, b))
+    return list(itertools.islice(found, MOST_WORDS + 1))
+
+
+# -------------------------------------------------------------------------------------------------------- posts
+
+
+def load_line(line):
+    """The post on a line of JSON (bytes; None stands for one that is too long). ValueError says what is wrong."""
+    if line is None:
+        raise ValueError(f"longer than {LINE:,} bytes")
+    try:
+        post = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(post, dict):
+        raise ValueError("not a JSON object")
+    return post
+
+
+def check_text(value, name):
+    """The value if it is text; else a ValueError. Half a surrogate pair is a str, but no UTF-8 can hold it."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not text")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def read_post(post, task, source=None, folder=""):
+    """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
+
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder`, or its "caption". Its
+    labels mean nothing.
+    """
+    text, words, offsets = post.get("text"), post.get("words"), None
+    if (text is None) == (words is None):
+        raise ValueError("needs either text or words")
+    photo = post.get(source)
+    if photo is not None:
+        photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
+        photo = os.path.join(folder, photo) if source == "image" else photo
+    if words is None:
+        unit, size = "characters", len(check_text(text, "text"))
+    elif isinstance(words, list):
+        unit, size = "words", len([check_text(word, "a word") for word in words])
+    else:
+        raise ValueError("words is not a list")
+    spans = []
+    for name in ("head", "tail") if task == "relation" else ():
+        span = post.get(name)
+        whole = isinstance(span, list | tuple) and len(span) == 2 and all(type(i) is int for i in span)
+        if not (whole and 0 <= span[0] < span[1] <= size):
+            raise ValueError(f"{name} is not a span [start, end) of its {size} {unit}")
+        spans.append(tuple(span))
+    if words is None:
+        offsets = split_words(text, task, itertools.chain(*spans))
+        words = [text[start:end] for start, end in offsets]
+    if not words:
+        raise ValueError("no words in it")
+    if len(words) > MOST_WORDS:
+        raise ValueError(f"more than {MOST_WORDS} words")
+    if task == "ner":
+        return NerExample("", photo, tuple(words), ("O",) * len(words)), offsets
+    if offsets:  # from characters to words: those that lie within
+        inside = [[i for i, (a, b) in enumerate(offsets) if start <= a and b <= end] for start, end in spans]
+        if not all(inside):
+            raise ValueError("no words in head or tail")
+        spans = [(indices[0], indices[-1] + 1) for indices in inside]
+    return RelationExample("", photo, tuple(words), *spans, NONE), offsets
+
+
+# ------------------------------------------------------------------------------------------------------- photos
+
+
+def run_backbone(made, weights=None):
+    """The backbone that made a run's features, from what the run knows of them (`features_made`).
+
+    `weights`: where they are, if the run knows them by their digits alone. ValueError if they are absent, or others.
+    """
+    named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
+    kind = made["weights"].split("-")[0]
+    if weights is None and kind == "file":
+        raise ValueError(
+            f"the run's features were made with a local {made['backbone']} ({made['weights']}); name it with --weights"
+        )
+    weights = weights or ("random" if kind == "random" else named(made["weights"], made["weights"]))
+    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
+    here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
+    del here["weights"]  # a name; what counts is the hash
+    pairs = [(key, made.get(key), value) for key, value in here.items()]
+    differing = [f"{key} (run: {theirs}, here: {ours})" for key, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise ValueError(
+            f"--weights {weights or 'default'}: not what the run's features were made with: {'; '.join(differing)}"
+        )
+    return backbone
+
+
+class NewPhotos(FeatureCache):
+    """A `FeatureCache` of photos that no feature file holds, given by path, or of captions: one view, in memory."""
+
+    def __init__(self, sources, made, backbone, device, pool):
+        count = len(sources)
+        self.rows, self.shape = {source: row for row, source in enumerate(sources)}, (count, 1, *backbone.shape)
+        self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((count, 2), int)
+        self.status, self.num_regions, self.reasons = np.zeros(count, int), np.zeros(count, int), [""] * count
+        if made["backbone"] == "caption":
+            placeholder = None if made["placeholder"] == "none" else made["placeholder"]
+            read = Captions(sources, {source: source for source in sources}, backbone, placeholder).read
+        else:
+            photos = Photos(sources, {source: Path(source) for source in sources}, backbone, 1, made["seed"])
+
+            def read(row):
+                if os.path.isfile(sources[row]):
+                    return photos.read(row)
+                # To open a pipe would be to wait for ever.
+                return None, MISSING, "not a file" if os.path.exists(sources[row]) else "no such file"
+
+        waiting, together = [], PHOTOS if backbone.same_size else 1
+        for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
+            waiting += [] if views is None else [(row, views)]
+            if waiting and (len(waiting) == together or row == count - 1):
+                with torch.inference_mode():
+                    pixels = torch.cat([views for _, views in waiting]).to(device)
+                    made_of = backbone.regions(pixels).cpu().numpy()  # [together, n, D]
+                for (row, views), regions in zip(waiting, made_of, strict=True):
+                    if np.isfinite(regions).all():
+                        self.regions[row, 0, : len(regions)] = regions
+                        self.num_regions[row], self.grid[row] = len(regions), backbone.grid(views)
+                    else:
+                        self.status[row], self.reasons[row] = UNREADABLE, "its features do not fit float16"
+                waiting = []
+
+
+# ------------------------------------------------------------------------------------------------------ answers
+
+
+class Predictor:
+    """A finished run, ready for new posts.
+
+        from predict import Predictor
+        predictor = Predictor("runs/twitter2017-roberta-resnet50-film-s1337")
+        predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
+
+    `weights`: of the backbone, as extract_features.py takes them; needed only if they were a local file. ValueError if
+    they are not those the run's features were made with.
+    """
+
+    def __init__(self, run_dir, device="cpu", weights=None):
+        self.model, self.tokenizer, self.config = load_run(run_dir, device)
+        self.device, self.made = device, self.config["features_made"]
+        self.source = self.backbone = None  # text only
+        if self.made:
+            self.source = "caption" if self.made["backbone"] == "caption" else "image"
+            self.backbone = run_backbone(self.made, weights)
+            self.backbone.regions.to(device, memory_format=torch.channels_last)
+        # A tokenizer is not for several threads at once.
+        self.pool = ThreadPoolExecutor(1 if self.source == "caption" else min(4, os.cpu_count() or 1))
+
+    def __call__(self, posts, folder="."):
+        """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order. Paths of photos start at `folder`."""
+        parts = (posts[i : i + WINDOW] for i in range(0, len(posts), WINDOW))
+        return [answer for part in parts for answer in self.answer(part, folder)]
+
+    def answer(self, posts, folder):
+        """`__call__` for one window of posts."""
+        config, answers, read = self.config, [], []
+        for post in posts:
+            answers.append(answer := {"id": None})
+            try:
+                post = post if isinstance(post, dict) else load_line(post)
+                post_id = post.get("id")
+                answer["id"] = post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
+                example, offsets = read_post(post, config["task"], self.source, folder)
+            except ValueError as error:
+                answer["error"] = str(error)
+                continue
+            (row,), counts = encode(self.tokenizer, [example], config["labels"], config["max_len"])
+            answer |= {"photo": False} | ({"cut_words": counts["cut_words"]} if counts["cut_words"] else {})
+            read.append((answer, post, example, offsets, row))
+        examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
+        if self.source:
+            named = dict.fromkeys(example.image_id for example in examples if example.image_id is not None)
+            photos = NewPhotos(list(named), self.made, self.backbone, self.device, self.pool)
+        records = predict(
+            self.model, rows, examples, config["labels"], self.tokenizer.pad_token_id, config["eval_batch_size"],
+            self.device, config["precision"], photos,
+        )  # fmt: skip
+        for (answer, post, example, offsets, _), record in zip(read, records, strict=True):
+            if photos and example.image_id is not None:
+                answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
+                if reason:
+                    answer["note"] = f"{post['image'] if self.source == 'image' else 'caption'}: {reason}"
+            elif self.source == "caption" and post.get("image") is not None:
+                answer["note"] = "the run looks at captions, not at images; give the post its caption"
+            if config["task"] == "relation":
+                answer |= {"relation": record["predicted"], "probability": record["probability"]}
+            else:
+                answer["entities"] = entities(record, offsets, post.get("text"))
+        return answers
+
+
+def entities(record, offsets, text):
+    """The entities of one record of `predict`, in order; `offsets` of the words in `text`, where the post had one."""
+    found = []
+    for kind, start, end in sorted(entity_spans(record["predicted"]), key=lambda span: span[1]):
+        entity = {"type": kind, "text": " ".join(record["words"][start:end]), "words": [start, end]}
+        if offsets:
+            first, last = offsets[start][0], offsets[end - 1][1]
+            entity |= {"text": text[first:last], "chars": [first, last]}
+        found.append(entity | {"probability": min(record["probability"][start:end])})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ a file of posts
+
+
+def bounded_lines(file, most):
+    """Lines of an open binary file with their ends; None for one of more than `most` bytes, which is never held."""
+    while line := file.readline(most + 1):
+        if len(line) <= most or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most)
+        yield None
+
+
+def numbered_lines(file, shard):
+    """(number from 1 on, line) of the posts of an open file that are of `shard` (i, n): every n-th from the i-th on."""
+    file.seek(0)
+    file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
+    for number, line in itertools.islice(enumerate(bounded_lines(file, LINE), 1), shard[0] - 1, None, shard[1]):
+        yield number, line and line.rstrip(b"\r\n")
+
+
+def windows(lines):
+    """Lists of numbered lines, `WINDOW` at most, and no more than a line over `LINE` bytes."""
+    window, size = [], 0
+    for number, line in lines:
+        window.append((number, line))
+        size += len(line or b"")
+        if len(window) == WINDOW or size > LINE:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def run_digits(run_dir):
+    """A digest of a run's configuration and weights."""
+    digest = hashlib.sha256((Path(run_dir) / "config.json").read_bytes())
+    with open(Path(run_dir) / "model.safetensors", "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.digest()
+
+
+def check_digits(run, line):
+    return hashlib.sha256(run + (line or b"")).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def lock(path):
+    """The file at `path`, made if need be, open for reading and writing and for this process alone."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing it; wait for it or name another --output") from None
+        yield file
+
+
+def resume(out, path, lines, run):
+    """How many of the numbered `lines` are answered in the open file `out`; a line that a kill tore is cut off its end.
+
+    ValueError if it holds anything but answers of this run to these lines, in order; it is then left as it was.
+    """
+    done = end = 0
+    for kept in bounded_lines(out, 100 * LINE):
+        number, line = next(lines, (0, None))
+        begins = b'{"line": %d, ' % number
+        if kept and not kept.endswith(b"\n") and number and kept[: len(begins)] == begins[: len(kept)]:
+            break
+        try:
+            answer = json.loads(kept or b"")
+            ours = (answer["line"], answer["check"]) == (number, check_digits(run, line))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"{path}:{done + 1}: not what this run answers to this --input and --shard there; name another --output"
+            )
+        done, end = done + 1, end + len(kept)
+    out.truncate(end)
+    out.seek(end)
+    return done
+
+
+def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
+    """Answer the posts of one JSONL file into another, a window at a time; goes on where an earlier call stopped.
+
+    `run`: its `run_digits`. Windows are the same however often it is stopped, and so are answers, to the last digit.
+    """
+    folder = os.path.dirname(path) if folder is None else folder
+    counts, first, passed = Counter(), {}, 0
+    with open(path, "rb") as source, lock(output) as out:
+        if os.path.samestat(os.fstat(source.fileno()), os.fstat(out.fileno())):
+            raise ValueError(f"{output}: it is the --input; name another --output")
+        total = sum(1 for _ in numbered_lines(source, shard))
+        done = resume(out, output, numbered_lines(source, shard), run)
+        if done == total:
+            print(f"{output}: it is finished, {total} posts are answered", file=sys.stderr)
+            return
+        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
+        with tqdm(total=total, initial=done, unit="post", mininterval=every) as progress:
+            for window in windows(numbered_lines(source, shard)):
+                passed += len(window)
+                if passed <= done:
+                    continue
+                answers, written = predictor([line for _, line in window], folder), []
+                for (number, line), answer in list(zip(window, answers, strict=True))[-(passed - done) :]:
+                    record = {"line": number} | answer | {"check": check_digits(run, line)}
+                    written.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    counts["photo"] += answer.get("photo", False)
+                    for kind in {"error", "note"} & answer.keys():
+                        counts[kind] += 1
+                        first.setdefault(kind, f"line {number}: {answer[kind]}")
+                out.write(b"".join(written))
+                out.flush()
+                progress.update(len(written))
+    said = [f"{output}: {total - done} posts answered" + f" after {done} before" * bool(done)]
+    said += [f"{counts['photo']} with {predictor.source}"] * bool(predictor.source)
+    for kind, name in (("note", "with a note"), ("error", "broken")):
+        said += [f"{counts[kind]} {name} (first: {first[kind]})"] if counts[kind] else []
+    print(", ".join(said), file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def shard(text):
+    """argparse type: "i/n", 1 <= i <= n."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of train.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="one post, as it was typed")
+    what.add_argument("--words", nargs="+", help="one post, as words")
+    what.add_argument("--input", help="many posts: JSON lines with text or words, image, head and tail, id")
+    add("--image", help="the photo of --text or --words")
+    add("--caption", help="the caption of its photo, for runs on captions")
+    add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
+    add("--tail", nargs=2, type=int, metavar=("START", "END"))
+    add("--json", action="store_true", help="print the answer as JSON")
+    add("--output", help="of --input: a JSON line a post, in order. The same command goes on where it was stopped")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="of --input: every N-th post from the I-th on; each"
+        " shard has an --output of its own")
+    add("--images", help="of --input: the folder that relative paths of photos start at; default: the input's")
+    add("--weights", help="of the backbone, where they were a local file or folder")
+    add("--device", default=default_device())
+    # fmt: on
+    args = parser.parse_args(argv)
+    many = args.input is not None
+    if many != (args.output is not None):
+        parser.error("--input and --output go together")
+    for name, of_many in (("image", False), ("caption", False), ("head", False), ("tail", False), ("images", True)):
+        if getattr(args, name) is not None and many != of_many:
+            parser.error(f"--{name} does not go with {'--input' if many else '--text or --words'}")
+    return args
+
+
+def format_answer(answer):
+    """One post's answer, for people."""
+    if "relation" in answer:
+        lines = [f"{answer['probability']:.3f}  {answer['relation']}"]
+    else:
+        lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}" for e in answer["entities"]] or ["no entities"]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_device(args.device)
+    predictor = Predictor(args.run, args.device, args.weights)
+    if predictor.source is None and (args.input or args.image or args.caption):
+        print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
+    if args.input is not None:
+        return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
+    names = ("text", "words", "image", "caption", "head", "tail")
+    (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
+    if "error" in answer:
+        raise ValueError(f"the post: {answer['error']}")
+    if "note" in answer:
+        print(answer["note"], file=sys.stderr)
+    print(json.dumps(answer, ensure_ascii=False) if args.json else format_answer(answer))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,537 @@
+"""A finished run on new posts: words, photos, answers, and files of posts that survive whatever is in them."""
+
+import fcntl
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARTS
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import predict
+import train
+from data import FeatureCache, load_dataset
+from predict import Predictor
+from scores import entity_spans, read_predictions
+
+# Text as typed, its words as Twitter-2015/2017 has them, and as MNRE has them.
+TYPED = [
+    ("RT @jehnny_b: What a day! #NewYorkMets VS #Sa…", "RT @ jehnny_b : What a day ! # NewYorkMets VS # Sa …",
+     "RT @jehnny_b : What a day ! # NewYorkMets VS # Sa …"),
+    ("I don't know Donald's $10,000.", "I don ' t know Donald ' s $ 10,000 .", "I do n't know Donald 's $ 10,000 ."),
+    ("2nd, 7:30 pm (Q-polls) ...", "2 nd , 7 : 30 pm ( Q - polls ) . . .", "2nd , 7:30 pm ( Q - polls ) ..."),
+    (".@POTUS met J. Cole in the U.S. :)", ". @ POTUS met J . Cole in the U . S . :)",
+     ".@POTUS met J. Cole in the U.S. :)"),
+    ("see https://t.co/aB-c?d=1, ok", "see https://t.co/aB-c?d=1 , ok", "see https://t.co/aB-c?d=1 , ok"),
+    ("في نيويورك اليوم مَدينة", "في نيويورك اليوم مَدينة", "في نيويورك اليوم مَدينة"),
+    ("हिन्दी 東京へ", "हिन्दी 東京へ", "हिन्दी 東京へ"),
+    ("go🔥🔥👍🏽❤️", "go 🔥 🔥 👍 🏽 ❤ ️", "go 🔥 🔥 👍 🏽 ❤ ️"),
+]  # fmt: skip
+TASKS = ("ner", "relation")
+
+
+def words_of(text, task, cuts=()):
+    return [text[start:end] for start, end in predict.split_words(text, task, cuts)]
+
+
+@pytest.mark.parametrize("text, twitter, mnre", TYPED)
+def test_words_are_those_of_the_data_sets(text, twitter, mnre):
+    assert words_of(text, "ner") == twitter.split(" ") and words_of(text, "relation") == mnre.split(" ")
+
+
+@given(st.one_of(st.text(max_size=60), st.text("aZ1_@#'’.n t:/-|)(😀\u0301\u200d", max_size=30),
+                 st.sampled_from([row[0] for row in TYPED])), st.sampled_from(TASKS))  # fmt: skip
+def test_no_character_is_lost_and_words_split_no_further(text, task):
+    words = words_of(text, task)
+    assert "".join(words) == re.sub(r"\s", "", text) and not any(re.search(r"\s", word) for word in words)
+    assert words_of(" ".join(words), task) == words
+
+
+@given(st.text("ab .'@1", min_size=2, max_size=20), st.data(), st.sampled_from(TASKS))
+def test_no_word_goes_across_a_cut(text, data, task):
+    cut = data.draw(st.integers(1, len(text) - 1))
+    assert not any(start < cut < end for start, end in predict.split_words(text, task, [cut]))
+    assert "".join(words_of(text, task, [cut])) == text.replace(" ", "")
+
+
+def test_long_nonsense_is_split_in_no_time():
+    started = time.perf_counter()
+    for part in ("a", "@_", "x'", "www.", "A. ", "http://", "1.", "1_", "_", ".", "n't"):
+        for task in TASKS:
+            assert len(predict.split_words(part + part[-1:] * 10**5 + part * 10**5, task)) <= predict.MOST_WORDS + 1
+    assert time.perf_counter() - started < 10
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, cache_dir, encoder_dir, tmp_path_factory):
+    """A function (system or fusion, data set) -> (run folder, its --weights or None), trained at the first call."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(system="film", dataset="demo"):
+        name, weights = f"{dataset}-{system}", None
+        more = ["--text-encoder", encoder_dir, "--img-size", 64, "--fusion", system]
+        if system in PARTS:
+            _, size, part, text = PARTS[system]
+            more = ["--model", system, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+            weights = str(data_dir / "demo" / part)
+        if name not in made:
+            flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder / name]
+            train.main([str(arg) for arg in [*flags, *more, "--epochs", 2, "--lr", 1e-3, "--max-len", 40]])
+            made[name] = folder / name
+        return made[name], weights
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def film(runs):
+    return Predictor(runs()[0])
+
+
+@pytest.fixture(scope="module")
+def clip(runs):
+    """A quicker one: the demo's CLIP has two small layers."""
+    run, weights = runs("clip-bert")
+    return Predictor(run, weights=weights)
+
+
+def posts_of(data_dir, split="test"):
+    """The demo's posts as `predict` takes them."""
+    lines = (data_dir / "demo" / "captions.txt").read_text().splitlines()
+    captions, images = dict(line.split(" :") for line in lines), data_dir / "demo" / "images"
+    posts = []
+    for example in load_dataset("demo", data_dir).examples[split]:
+        name = f"{example.image_id}.jpg"
+        post = {"id": example.id, "words": list(example.words), "image": str(images / name), "caption": captions[name]}
+        posts.append(post)
+    return posts
+
+
+def expected(record):
+    """What an answer must say of a record of predictions-test.jsonl."""
+    words, probability = record["words"], record["probability"]
+    spans = sorted(entity_spans(record["predicted"]), key=lambda span: span[1])
+    return [
+        {"type": kind, "text": " ".join(words[a:b]), "words": [a, b], "probability": min(probability[a:b])}
+        for kind, a, b in spans
+    ]
+
+
+def about(entities):
+    return [entity | {"probability": pytest.approx(entity["probability"], abs=1e-4)} for entity in entities]
+
+
+@pytest.mark.parametrize("system", ["film", "none", *PARTS])
+def test_new_posts_get_the_answers_that_training_wrote(runs, data_dir, system):
+    run, weights = runs(system)
+    answers = Predictor(run, weights=weights)(posts_of(data_dir))
+    records = read_predictions(run / "predictions-test.jsonl")
+    assert [a["id"] for a in answers] == [r["id"] for r in records] and any(a["entities"] for a in answers)
+    for answer, record in zip(answers, records, strict=True):
+        assert answer["photo"] is (system != "none") and "note" not in answer
+        assert answer["entities"] == about(expected(record))
+
+
+@pytest.mark.parametrize("system", ["film", *PARTS])
+def test_regions_are_those_of_the_feature_file(runs, data_dir, cache_dir, system):
+    run, weights = runs(system)
+    predictor, posts = Predictor(run, weights=weights), posts_of(data_dir)
+    sources = [post[predictor.source] for post in posts]
+    cache = FeatureCache(predictor.config["features"])
+    there = cache.read([post["id"] for post in posts])
+    named = list(dict.fromkeys(sources))
+    here = predict.NewPhotos(named, predictor.made, predictor.backbone, "cpu", predictor.pool).read(sources)
+    assert all(torch.equal(here[name], there[name]) for name in ("region_mask", "region_grid"))
+    assert here["regions"].dtype == there["regions"].dtype and here["regions"].any()
+    torch.testing.assert_close(here["regions"], there["regions"], rtol=2e-3, atol=2e-3)
+
+
+def test_relations_by_words_and_by_characters(runs, data_dir):
+    run, weights = runs("clip-bert", "mnre")
+    predictor, examples = Predictor(run, weights=weights), load_dataset("mnre", data_dir).examples["valid"]
+    posts, typed = [], []
+    for e in examples:
+        image = str(data_dir / "mnre" / "images" / e.image_id)
+        posts.append({"words": list(e.words), "head": list(e.head), "tail": list(e.tail), "image": image})
+        starts = [len(" ".join([*e.words[:i], ""])) for i in range(len(e.words))]
+        ends = [start + len(word) for start, word in zip(starts, e.words, strict=True)]
+        head, tail = ([starts[a], ends[b - 1]] for a, b in (e.head, e.tail))
+        typed.append({"text": " ".join(e.words), "image": image, "head": head, "tail": tail})
+    for answer, record in zip(predictor(posts), read_predictions(run / "predictions-valid.jsonl"), strict=True):
+        assert answer == {"id": None, "photo": True, "relation": record["predicted"],
+                          "probability": pytest.approx(record["probability"], abs=1e-4)}  # fmt: skip
+    assert predictor(typed) == predictor(posts)
+    # A span within a word is a word of its own, and spaces do not count.
+    inside = predict.read_post({"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation")
+    assert inside[0].words == ("Anti", "Messi", "of", "BBC") and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4))
+
+
+def test_entities_of_typed_text_have_their_characters(clip, data_dir):
+    for post in posts_of(data_dir):
+        text = "  " + " ".join(post["words"]).replace("@ ", "@").replace(" !", "!") + " \n"
+        answer, by_words = clip([post | {"text": text, "words": None}, post | {"words": words_of(text, "ner")}])
+        assert [e["probability"] for e in answer["entities"]] == [e["probability"] for e in by_words["entities"]]
+        for entity, other in zip(answer["entities"], by_words["entities"], strict=True):
+            start, end = entity["chars"]
+            assert entity["text"] == text[start:end] and "chars" not in other
+            assert words_of(text, "ner")[slice(*entity["words"])] == entity["text"].split()
+
+
+def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
+    """And no picture in its place: all of these are answered exactly as a post that names none."""
+    (tmp_path / "text.jpg").write_text("not a photo")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    whole = Path(posts_of(data_dir)[0]["image"])
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
+    Image.open(whole).save(tmp_path / "png.jpg", "png")
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.jpg")
+    words = next(post["words"] for post in posts_of(data_dir) if film([post | {"image": None}])[0]["entities"])
+    names = ["none.jpg", "text.jpg", "empty.jpg", "folder.jpg", "pipe.jpg", "cut.jpg", "x" * 5000, "a\0b", ""]
+    plain, *answers = film([{"words": words}, *({"words": words, "image": name} for name in names)], tmp_path)
+    assert plain["photo"] is False and "note" not in plain
+    for name, answer in zip(names, answers, strict=True):
+        assert answer.pop("note").startswith(f"{name}: ") and answer["photo"] is False
+        assert answer["entities"] == about(plain["entities"])
+    images = ("png.jpg", tmp_path / "png.jpg", "grey.jpg")
+    good, as_path, grey = film([{"words": words, "image": image} for image in images], tmp_path)
+    assert good["photo"] and as_path == good and grey["photo"]
+    assert good["entities"] != plain["entities"] != grey["entities"]
+
+
+def test_features_that_do_not_fit_are_no_photo(runs, data_dir, monkeypatch):
+    predictor, (post, *_) = Predictor(runs()[0]), posts_of(data_dir)
+    endless = torch.full((1, 4, 2048), torch.inf).half()
+    monkeypatch.setattr(predictor.backbone.regions, "forward", lambda photos: endless)
+    answer, plain = predictor([post, post | {"image": None}])
+    assert answer["note"] == f"{post['image']}: its features do not fit float16" and answer["photo"] is False
+    assert answer["entities"] == about(plain["entities"])
+
+
+def test_captions_stand_for_photos(runs):
+    run, weights = runs("bert-caption")
+    predictor = Predictor(run, weights=weights)
+    predictor.made = predictor.made | {"placeholder": "an error page"}
+    words = {"words": ["Jordan", "today"]}
+    plain, *rest = predictor([
+        words, words | {"caption": "a portrait of someone"}, words | {"caption": "an error page"},
+        words | {"caption": ""}, words | {"caption": "hills " * 99}, words | {"image": "x.jpg"},
+    ])  # fmt: skip
+    assert [answer["photo"] for answer in rest] == [True, False, False, True, False]
+    assert [answer.get("note") for answer in rest] == [
+        None, "caption: caption of a placeholder picture", "caption: empty caption", "caption: cut: 99 sub-tokens",
+        "the run looks at captions, not at images; give the post its caption",
+    ]  # fmt: skip
+    assert all(answer["entities"] == about(plain["entities"]) for answer in rest if not answer["photo"])
+    assert plain == {"id": None, "photo": False, "entities": plain["entities"]}
+
+
+def test_words_that_were_cut_off_or_have_no_piece(film):
+    long, bare = film([{"words": ["Jordan", "!"] * 60}, {"text": "\ufe0f \u200d"}])
+    assert long["cut_words"] == 120 - 38 and max(e["words"][1] for e in long["entities"]) <= 38
+    assert bare == {"id": None, "photo": False, "entities": []}
+
+
+@pytest.mark.parametrize("system, weights, changed, message", [
+    ("clip-bert", None, {}, "were made with a local clip .file-[0-9a-f]{12}.; name it with --weights"),
+    ("clip-bert", "other", {}, "--weights .*other: not what the run's features were made with: weights_sha256 .run: "),
+    ("vilt", "vilt", {"mean": [0.0, 0.0, 0.0]}, "made with: mean .run: .0.0, 0.0, 0.0., here: "),
+    ("vilt", "vilt", {"resizing": "other"}, "made with: resizing .run: other, here: "),
+    ("film", None, {"seed": 1}, "--weights random: not what .* weights_sha256 "),
+    ("film", "absent.pth", {}, "--weights absent.pth: no such file"),
+])  # fmt: skip
+def test_another_backbone_is_refused(runs, data_dir, tmp_path, system, weights, changed, message):
+    made = json.loads((runs(system)[0] / "config.json").read_text())["features_made"] | changed
+    if weights == "other":
+        (tmp_path / "other").mkdir()
+        for file in (data_dir / "demo" / "clip").iterdir():
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+        raw = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+        raw[-3] ^= 1
+        (tmp_path / "other" / "model.safetensors").write_bytes(raw)
+        weights = str(tmp_path / "other")
+    elif weights == "vilt":
+        weights = str(data_dir / "demo" / "vilt")
+    with pytest.raises(ValueError, match=message) as error:
+        predict.run_backbone(made, weights)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("recorded, asked", [
+    ("IMAGENET1K_V1", "imagenet"), ("IMAGENET1K_V2", "imagenet-v2"), ("random-0123456789ab", "random"), ("none", None),
+    ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+])  # fmt: skip
+def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked):
+    calls = []
+
+    def load(*args):
+        calls.append(args)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(predict, "load_backbone", load)
+    with pytest.raises(ValueError, match="enough"):
+        predict.run_backbone({"backbone": "clip", "weights": recorded, "img_size": 224, "seed": 5})
+    assert calls == [("clip", asked, 224, 5)]
+
+
+# ----------------------------------------------------------------------------------------------- files of posts
+
+BROKEN = [
+    (b"", "not JSON"), (b"{", "not JSON"), (b'{"words": ' + b"[" * 10**5, "not JSON"), (b"[1]", "not a JSON object"),
+    (b'{"text": "\xff"}', "not UTF-8 (byte 10)"), (b'{"text": "' + b"a" * 2**20, "longer than 1,048,576 bytes"),
+    (b'{"image": "a.jpg"}', "needs either text or words"), (b'{"text": "a", "words": ["a"]}', "needs either text or"),
+    (b'{"text": 3}', "text is not text"), (b'{"text": "\\ud83d"}', "text holds half a character"),
+    (b'{"text": " "}', "no words in it"), (b'{"words": []}', "no words in it"),
+    (b'{"words": "a"}', "words is not a list"), (b'{"words": ["a", 3]}', "a word is not text"),
+    (b'{"text": "a", "image": 3}', "image is not text"), (b'{"text": "a", "id": [1]}', "id is not text"),
+    (b'{"text": "a", "id": "\\udc00"}', "id holds half a character"), (b'{"text": "a", "id": true}', "id is not text"),
+    (b'{"text": "' + b"a " * 2001 + b'"}', "more than 2000 words"),
+]  # fmt: skip
+SPANS = [
+    (None, "head"), ([0], "head"), ([0, 0], "head"), ([2, 1], "head"), ([-1, 1], "head"), ([0, 6], "head"),
+    (["0", 1], "head"), ([False, True], "head"), ("01", "head"), ([1, 2], "no words in head or tail"),
+]  # fmt: skip
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+
+
+@pytest.fixture
+def posts_file(tmp_path, data_dir):
+    """A function (number of posts) -> JSONL file of them, every seventh broken, photos beside it by relative name."""
+    (tmp_path / "photos").symlink_to(data_dir / "demo" / "images")
+
+    def make(count, name="posts.jsonl"):
+        rng, posts = random.Random(count), posts_of(data_dir, "train")
+        lines = []
+        for i in range(count):
+            post = rng.choice(posts)
+            text, image = " ".join(post["words"] * rng.randint(1, 3)), f"photos/{Path(post['image']).name}"
+            lines.append(json.dumps({"id": f"p{i}", "text": text, "image": image}) if i % 7 else '{"id": "broken"}')
+        (tmp_path / name).write_text("\n".join(lines) + "\n" * (count % 2))
+        return tmp_path / name
+
+    return make
+
+
+def command(run, path, out, *more):
+    run, weights = run
+    flags = ["--run", run, "--input", path, "--output", out, "--device", "cpu", *more]
+    return [str(arg) for arg in [*flags, *(["--weights", weights] if weights else [])]]
+
+
+def answer(run, path, out, *more):
+    predict.main(command(run, path, out, *more))
+    return out
+
+
+def test_a_broken_post_is_an_error_in_its_place(runs, tmp_path, capsys):
+    good = b'{"id": 7, "text": "Jordan today"}'
+    lines = [good + b"\r\n" + line + b"\n" for line, _ in BROKEN]
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(lines) + good)
+    answers = jsonl(answer(runs("clip-bert"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+    assert [a["line"] for a in answers] == list(range(1, 2 * len(BROKEN) + 2))
+    assert all(a["id"] == 7 and a["entities"] == about(answers[0]["entities"]) for a in answers[::2])
+    for a, (line, message) in zip(answers[1::2], BROKEN, strict=True):
+        assert a["error"].startswith(message) and a["id"] is None, line[:50]
+        assert a.keys() == {"line", "id", "error", "check"}
+    assert f"{len(BROKEN)} broken (first: line 2: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("span, message", SPANS)
+def test_a_broken_span_is_an_error(runs, span, message):
+    with pytest.raises(ValueError, match=message):
+        predict.read_post({"text": "a b c", "head": span, "tail": [0, 1]}, "relation")
+
+
+def test_a_file_is_answered_as_its_posts_are(runs, posts_file, clip, tmp_path, capsys):
+    path = posts_file(300)
+    answers = jsonl(answer(runs("clip-bert"), path, tmp_path / "out.jsonl"))
+    direct = clip([json.loads(line) for line in path.read_text().split("\n")], tmp_path)
+    assert [{k: v for k, v in a.items() if k not in ("line", "check")} for a in answers] == direct
+    assert sum(a.get("photo", False) for a in answers) == 300 - 43
+    err = capsys.readouterr().err
+    assert "300 posts answered, 257 with image, 43 broken (first: line 1: needs either text or words)" in err
+    answer(runs("clip-bert"), path, tmp_path / "other.jsonl", "--images", tmp_path / "nowhere")
+    assert "0 with image, 257 with a note (first: line 2: photos/" in capsys.readouterr().err
+
+
+def test_wherever_it_was_stopped_it_goes_on(runs, posts_file, tmp_path, capsys):
+    path = posts_file(301)
+    whole = answer(runs("clip-bert"), path, tmp_path / "whole.jsonl").read_bytes()
+    rng, out = random.Random(1), tmp_path / "out.jsonl"
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for size in [0, 5, ends[0], ends[127], ends[130], ends[-1] - 1, *rng.sample(range(len(whole)), 3)]:
+        out.write_bytes(whole[:size])
+        answer(runs("clip-bert"), path, out)
+        assert out.read_bytes() == whole, size
+    capsys.readouterr()
+    answer(runs("clip-bert"), path, out)
+    assert "it is finished, 301 posts are answered" in capsys.readouterr().err and out.read_bytes() == whole
+
+
+def test_what_is_not_its_own_output_is_left_alone(runs, posts_file, tmp_path):
+    path, other, out = posts_file(20), posts_file(21, "other.jsonl"), tmp_path / "out.jsonl"
+    answer(runs("clip-bert"), path, out, "--shard", "1/2")
+    made = out.read_bytes()
+    first, second, all_of_it = ["--shard", "1/2"], ["--shard", "2/2"], []
+    for content, source, run, more in [
+        (made, other, "clip-bert", first), (made, path, "clip-bert", second), (made, path, "clip-bert", all_of_it),
+        (made, path, "none", first), (made + made, path, "clip-bert", first), (b"thesis", path, "clip-bert", first),
+        (b"thesis\n", path, "clip-bert", first), (b'{"line": 2', path, "clip-bert", first),
+        (b"[]\n", path, "clip-bert", first), (made + b"{", path, "clip-bert", first),
+    ]:  # fmt: skip
+        out.write_bytes(content)
+        with pytest.raises(ValueError, match=r"out.jsonl:\d+: not what this run answers to this --input and --shard"):
+            answer(runs(run), source, out, *more)
+        assert out.read_bytes() == content
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="posts.jsonl: it is the --input; name another --output"):
+        answer(runs("clip-bert"), path, path)
+    assert path.read_bytes() == before
+
+
+def test_shards_are_the_whole(runs, posts_file, tmp_path):
+    path, run = posts_file(150), runs("clip-bert")
+    whole = jsonl(answer(run, path, tmp_path / "whole.jsonl"))
+    parts = [jsonl(answer(run, path, tmp_path / f"{i}.jsonl", "--shard", f"{i}/4")) for i in (1, 2, 3, 4)]
+    assert [len(part) for part in parts] == [38, 38, 37, 37] and [a["line"] for a in parts[1][:3]] == [2, 6, 10]
+    for a, b in zip(whole, sorted(itertools.chain(*parts), key=lambda a: a["line"]), strict=True):
+        assert b == a | ({"entities": about(a["entities"])} if "entities" in a else {})
+
+
+def test_one_process_an_output(runs, posts_file, tmp_path):
+    with open(tmp_path / "out.jsonl", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="out.jsonl: another process is writing it; wait for it or name another"):
+            answer(runs("clip-bert"), posts_file(3), tmp_path / "out.jsonl")
+
+
+def test_killed_anywhere_no_finished_line_is_lost(runs, posts_file, tmp_path):
+    run, path, out, rng = runs("clip-bert"), posts_file(1500), tmp_path / "out.jsonl", random.Random(3)
+    whole = answer(run, path, tmp_path / "whole.jsonl").read_bytes()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["predict"])
+    killed, kept = 0, b""
+    for _ in range(5):
+        process = context.Process(target=predict.main, args=(command(run, path, out),))
+        process.start()
+        goal = len(kept) + rng.randint(1, len(whole) // 12)
+        while process.is_alive() and (not out.exists() or out.stat().st_size < goal):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.03)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        now = out.read_bytes()
+        assert whole.startswith(now) and now.startswith(kept)
+        kept = now[: now.rfind(b"\n") + 1]
+    assert killed >= 3
+    assert answer(run, path, out).read_bytes() == whole
+
+
+def test_nothing_grows(clip, posts_file, tmp_path):
+    """Neither open files and threads nor memory: four times the posts take no more of it."""
+    few, many, peaks, held = posts_file(260, "few.jsonl"), posts_file(1040, "many.jsonl"), [], []
+    for path in (few, few, many):  # the first warms up
+        tracemalloc.start()
+        predict.answer_file(clip, b"run", str(path), tmp_path / f"{len(peaks)}.jsonl")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        open_files = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+        held.append((threading.active_count(), len(open_files)))
+    assert held[0] == held[1] == held[2] and len(jsonl(tmp_path / "2.jsonl")) == 1040
+    assert peaks[2] < 1.2 * peaks[1] + 2**19, peaks
+
+
+def test_a_line_is_never_held_whole():
+    class Endless(io.RawIOBase):
+        left = 64 * 2**20
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            count = min(len(buffer), self.left)
+            buffer[:count] = b"a" * count
+            self.left -= count
+            return count
+
+    tracemalloc.start()
+    assert list(predict.bounded_lines(io.BufferedReader(Endless()), 2**20)) == [None]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+    lines = predict.bounded_lines(io.BytesIO(b"aaaa\naaaaa\naaaaaa\n\naaaaaaaaaaaa\na"), 5)
+    assert list(lines) == [b"aaaa\n", b"aaaaa\n", None, b"\n", None, b"a"]
+
+
+def test_windows_hold_no_more_than_their_bounds():
+    lines = [(i, b"x" * np.random.default_rng(i).integers(0, 2**18)) for i in range(400)]
+    made = list(predict.windows(iter(lines)))
+    assert list(itertools.chain(*made)) == lines and max(map(len, made)) <= predict.WINDOW
+    assert all(sum(len(line) for _, line in window) <= predict.LINE + 2**18 for window in made)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def test_one_post_on_the_command_line(runs, data_dir, clip, capsys):
+    (run, weights), (post, *_) = runs("clip-bert"), posts_of(data_dir)
+    text, flags = " ".join(post["words"]), ["--weights", weights, "--device", "cpu"]
+    capsys.readouterr()
+    predict.main(["--run", str(run), "--text", text, "--image", post["image"], "--json", *flags])
+    out, err = capsys.readouterr()
+    assert json.loads(out) == clip([{"text": text, "image": post["image"]}])[0] and err == ""
+    predict.main(["--run", str(run), "--words", *post["words"], "--image", "absent.jpg", *flags])
+    out, err = capsys.readouterr()
+    entities = clip([{"words": post["words"]}])[0]["entities"]
+    assert err == "absent.jpg: no such file\n"
+    assert out == "".join(f"{e['probability']:.3f}  {e['type']:<5} {e['text']}\n" for e in entities) or "no entities\n"
+    with pytest.raises(ValueError, match="the post: no words in it"):
+        predict.main(["--run", str(run), "--text", " ", *flags])
+    run, _ = runs("clip-bert", "mnre")
+    predict.main(["--run", str(run), "--text", "Messi at BBC", "--head", "0", "5", "--tail", "9", "12", *flags])
+    assert re.fullmatch(r"0\.\d{3}  (None|/per/.*)", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_text_only_run_says_once_that_it_looks_at_no_image(runs, posts_file, tmp_path, capsys):
+    run = runs("none")
+    capsys.readouterr()
+    answers = jsonl(answer(run, posts_file(30), tmp_path / "out.jsonl"))
+    err = capsys.readouterr().err
+    assert err.count("text only; no image is looked at") == 1 and "with image" not in err
+    assert all(not a.get("photo") and "note" not in a for a in answers)
+
+
+@pytest.mark.parametrize("more, message", [
+    ([], "one of the arguments --text --words --input is required"),
+    (["--text", "a", "--input", "b"], "not allowed with"),
+    (["--input", "a"], "--input and --output go together"),
+    (["--text", "a", "--output", "b"], "--input and --output go together"),
+    (["--input", "a", "--output", "b", "--image", "c"], "--image does not go with --input"),
+    (["--text", "a", "--images", "b"], "--images does not go with --text or --words"),
+    *((["--input", "a", "--output", "b", "--shard", s], f"{s} is not i/n") for s in ("0/2", "3/2", "1", "a/b", "²/3")),
+])  # fmt: skip
+def test_arguments_that_contradict_are_refused(more, message, capsys):
+    with pytest.raises(SystemExit):
+        predict.parse_args(["--run", "r", *more])
+    assert message in capsys.readouterr().err
