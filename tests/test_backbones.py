@@ -9,10 +9,10 @@ import torch
 from conftest import PARTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, BlipForImageTextRetrieval, CLIPVisionModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval, CLIPVisionModel
 
-from backbones import BACKBONES, Photos, load_backbone
-from data import UNREADABLE, FeatureCache
+from backbones import BACKBONES, Captions, Photos, load_backbone
+from data import MISSING, OK, UNREADABLE, FeatureCache, read_captions
 
 
 def reference_states(name, folder, photo):
@@ -54,6 +54,33 @@ def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
         grids.add((rows, columns))
     assert len(grids) > 2 and len({rows * columns for rows, columns in grids}) > 2
     assert cache.shape[2] >= max(cache.num_regions) and cache.attrs["parameters"] == 0
+
+
+def test_cached_captions_are_the_encoders_states(data_dir, cache_dir):
+    """Those of transformers' own forward pass over each caption alone, without [CLS] and [SEP]."""
+    cache, folder = FeatureCache(cache_dir / "demo-caption-64.h5"), data_dir / "demo" / "encoder"
+    captions, encoder = read_captions(data_dir / "demo" / "captions.txt"), AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert cache.shape == (40, 1, 64, 64) and not cache.grid.any() and len(set(cache.num_regions.tolist())) > 1
+    for image_id in cache.rows:
+        given = tokenizer(captions[f"{image_id}.jpg"], return_tensors="pt")
+        with torch.no_grad():
+            expected = encoder(**given).last_hidden_state[0, 1:-1]
+        regions, mask, _ = (value[0] for value in cache.read([image_id]).values())
+        assert mask.sum() == len(expected) and not regions[~mask].any()
+        np.testing.assert_allclose(regions[mask], expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
+
+
+def test_captions_that_say_nothing(data_dir):
+    backbone = load_backbone("caption", str(data_dir / "demo" / "encoder"), 4)
+    captions = {"a": "green hills", "b": "a shop with a white sign", "c": "", "d": None, "e": "no picture"}
+    read = Captions(list(captions), captions, backbone, placeholder="no picture")[range(5)]
+    assert [(None if views is None else tuple(views.shape), status) for views, status, _ in read] == [
+        ((1, 2), OK), ((1, 4), OK), (None, UNREADABLE), (None, MISSING), (None, MISSING)]  # fmt: skip
+    assert [reason for _, _, reason in read] == [
+        "", "cut: 6 sub-tokens", "empty caption", "no caption", "caption of a placeholder picture"]  # fmt: skip
+    with pytest.raises(ValueError, match="takes captions of 510 sub-tokens at most"):
+        load_backbone("caption", str(data_dir / "demo" / "encoder"), 511)
 
 
 @pytest.mark.parametrize("size", [96, 160, 384])

@@ -1,5 +1,6 @@
 """The promises of data.py: hand-written files and what is read of them, batches against a second way to make them."""
 
+import argparse
 import hashlib
 import itertools
 import math
@@ -519,3 +520,75 @@ print(data.__file__)
     run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / run.stdout.strip()).resolve() == (tmp_path / "data.py").resolve()
+
+
+# -------------------------------------------------------------------------------------------------- your own data
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder in the CoNLL-with-IMGID form with labels of its own; returns a function that writes a split."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+
+    def write(split, *posts, separator=" "):
+        text = "\n".join(f"IMGID:{split}{i}\n" + "".join(f"{w}{separator}{y}\n" for w, y in post) for i, post in enumerate(posts))
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+        return str(folder)
+
+    write("train", [("東京", "B-地名"), ("が", "O")], [("Ада", "B-персона"), ("Лавлейс", "I-персона")])
+    write("valid", [("x", "O")])
+    return write
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", "   "])
+def test_own_folder_has_labels_of_its_own(own, separator):
+    folder = own("test", [("東京", "I-地名"), ("/", "O")], separator=separator)
+    dataset = data.load_dataset(folder, "no such folder")
+    assert (dataset.name, dataset.task) == ("mine", "ner")
+    assert dataset.labels == ("O", "B-персона", "I-персона", "B-地名", "I-地名")  # in the order of their names
+    assert dataset.examples["test"][0].words == ("東京", "/") and dataset.examples["test"][0].image_id == "test0"
+    assert all(variant["variant"] == "not a file of a known release" for variant in dataset.fingerprints().values())
+    Path(folder, "images").mkdir()
+    assert data.image_folders(folder)[0] == Path(folder, "images")
+
+
+def test_labels_that_train_does_not_have_are_named(own):
+    folder = own("test", [("a", "B-新"), ("b", "I-他"), ("c", "B-地名")])
+    with pytest.raises(ValueError, match="test.txt: labels that train does not have: B-新 I-他; correct them"):
+        data.load_dataset(folder)
+
+
+@pytest.mark.parametrize("label", ["S-地名", "E-x", "b-PER", "PER", "B-", "", "B-a b"])
+def test_labels_that_are_not_bio_are_refused(own, label):
+    folder = own("test", [("a", "O"), ("b", label)], separator="\t")
+    with pytest.raises(ValueError, match="test.txt:3: label .* is not O, B-TYPE or I-TYPE"):
+        data.load_dataset(folder)
+
+
+def test_a_word_and_label_too_few_or_many(own):
+    for line in ("a", "a b O"):
+        folder = own("test", [("x", "O")])
+        with open(Path(folder, "test.txt"), "a", encoding="utf-8") as file:
+            file.write(line)
+        with pytest.raises(ValueError, match="test.txt:3: expected word<TAB>label"):
+            data.load_dataset(folder)
+
+
+def test_dataset_name(tmp_path):
+    assert data.dataset_name("mnre") == "mnre" and data.dataset_name(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of twitter2015, "):
+        data.dataset_name(str(tmp_path / "absent"))
+
+
+def test_read_captions(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_bytes("\ufeff1.jpg :a dog : brown\r\n\n2.PNG\ta\u00a0cat :x\n3.jpg :\n".encode())
+    captions = data.read_captions(path)
+    assert captions == {"1.jpg": "a dog : brown", "2.PNG": "a\u00a0cat :x", "3.jpg": ""}
+    assert data.by_name(["1", "2", "3.jpg", "4"], captions) == {
+        "1": "a dog : brown", "2": "a\u00a0cat :x", "3.jpg": "", "4": None}  # fmt: skip
+    for text, message in (("x", ":1: expected '<photo> :<caption>'"), ("a :b\na :c", ":2: a has a caption already")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.read_captions(path)

@@ -276,3 +276,69 @@ def test_imagenet_is_torchvisions_v1_and_needs_the_network_once(run, monkeypatch
         with pytest.raises(ValueError, match="cannot download .*no route.*--weights PATH"):
             run("--weights", weights)
     assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
+
+
+@pytest.fixture
+def run_captions(data_dir, tmp_path):
+    """A function that extracts the demo's captions, changed by `edit` before."""
+
+    def extract(*more, edit=lambda lines: lines):
+        lines = (data_dir / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
+        (tmp_path / "captions.txt").write_text("\n".join(edit(lines)), encoding="utf-8")
+        given = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--backbone", "caption", "--captions",
+                 tmp_path / "captions.txt", "--text-encoder", data_dir / "demo" / "encoder", "--overwrite", *more]  # fmt: skip
+        return main([str(arg) for arg in given])
+
+    return extract
+
+
+def test_captions_need_no_photo_and_are_counted(run_captions, capsys):
+    def edit(lines):
+        return [*lines[3:-1], lines[-1].split(":")[0] + ":nothing to see"]
+
+    path = run_captions("--images", "absent", "--placeholder", "nothing to see", edit=edit)
+    cache, out = FeatureCache(path), capsys.readouterr().out
+    assert path.name == "demo-caption-64.h5" and "demo: 40 photos, 37 captions, x 1 views" in out
+    assert cache.status.tolist() == [MISSING] * 3 + [OK] * 36 + [MISSING]
+    assert "36 ok, 4 missing" in out and "(no caption)" in out and "(caption of a placeholder picture)" in out
+    again = path.read_bytes()
+    run_captions("--images", "absent", "--placeholder", "nothing to see", edit=edit)
+    assert path.read_bytes() == again
+
+
+def test_a_caption_that_stands_often_is_pointed_out_and_kept(run_captions, capsys):
+    cache = FeatureCache(run_captions(edit=lambda lines: [line.split(":")[0] + ":a wall" for line in lines]))
+    assert "WARNING: 40 of 40 captions are 'a wall'; if it describes a placeholder" in capsys.readouterr().out
+    assert (cache.status == OK).all()
+
+
+def test_long_captions_are_cut_and_counted(run_captions, capsys):
+    cache = FeatureCache(run_captions("--img-size", 6))
+    assert cache.shape[2] == 6 and cache.num_regions.max() == 6
+    assert "ok, but: train_" in capsys.readouterr().out and set(cache.reasons) == {"", "cut: 8 sub-tokens"}
+
+
+@pytest.mark.parametrize("edit, more, message", [
+    (lambda lines: lines, ["--placeholder", "absent"], "no caption is that; copy it as it stands"),
+    (lambda lines: ["x :y"], [], "none of the 40 photos is in .*captions.txt"),
+    (lambda lines: ["no separator"], [], "captions.txt:1: expected '<photo> :<caption>'"),
+])  # fmt: skip
+def test_captions_that_cannot_be_used(run_captions, edit, more, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_captions(*more, edit=edit)
+
+
+@pytest.mark.parametrize("args", [["--backbone", "caption"], ["--captions", "x"], ["--backbone", "caption", "--captions", "x", "--views", "2"]])
+def test_caption_flags_go_together(args, capsys):
+    with pytest.raises(SystemExit):
+        main(args)
+    assert "go together" in (err := capsys.readouterr().err) or "a caption has one view" in err
+
+
+def test_another_caption_file_is_not_taken_for_the_same(run_captions, tmp_path):
+    path = run_captions()
+    finished, partial = path.read_bytes(), path.with_name(path.name + ".partial")
+    path.rename(partial)  # as if it had been stopped
+    with pytest.raises(ValueError, match="made with other settings: captions_sha256"):
+        extract_features.refuse_other_settings(partial, {"captions_sha256": "0"})
+    assert partial.read_bytes() == finished

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
-from evaluate import check_row, main, shuffled_photos
+from data import NerExample, RelationExample
+from evaluate import check_row, main, shuffled_photos, type_changes
 from scores import (
-    entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, one_label_warnings, read_predictions,
-    relation_scores, score, write_json_lines,
+    entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions, one_label_warnings,
+    read_predictions, relation_scores, score, seen_scores, seen_spans, write_json_lines,
 )  # fmt: skip
 
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
@@ -76,6 +77,45 @@ def test_entity_scores_are_those_of_seqeval(how, batches, posts):
         gold, predicted = ([["B-PER"], *side] for side in make_labels(seed, posts))  # no report without an entity
         report = seqeval.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0, **how)
         check_report(entity_scores(gold, predicted, strict=bool(how)), report)
+
+
+def test_seen_and_unseen_mentions_share_out_all_spans():
+    """Against a search through every mention of train, word for word; the two parts add up to all spans."""
+    rng, words = random.Random(0), ["Jordan", "jordan", "New", "York", "x"]
+    for _ in range(50):
+        train = [NerExample("", "", tuple(rng.choices(words, k=len(y))), tuple(y)) for y in make_labels(rng.random(), 6)[0]]
+        known = {" ".join(e.words[s:t]).lower() for e in train for _, s, t in entity_spans(e.labels)}
+        assert {" ".join(mention) for mention in mentions(train)} == known
+        gold, predicted = make_labels(rng.random(), 8)
+        records = [{"words": rng.choices(words, k=len(a)), "gold": a, "predicted": b} for a, b in zip(gold, predicted, strict=True)]
+        for record in records:
+            n, record["seen"] = len(record["words"]), seen_spans(record["words"], mentions(train))
+            assert record["seen"] == [[i, j] for i in range(n) for j in range(i + 1, n + 1)
+                                      if " ".join(record["words"][i:j]).lower() in known]  # fmt: skip
+        for part, scores in zip((True, False), seen_scores(records), strict=True):
+            kept = [[{s for s in entity_spans(r[side]) if (" ".join(r["words"][s[1] : s[2]]).lower() in known) == part}
+                     for r in records] for side in ("gold", "predicted")]  # fmt: skip
+            assert scores["gold"] == sum(map(len, kept[0])) and scores["predicted"] == sum(map(len, kept[1]))
+            assert scores["correct"] == sum(len(a & b) for a, b in zip(*kept, strict=True))
+        both, whole = seen_scores(records), entity_scores(gold, predicted)
+        for name in ("gold", "predicted", "correct"):
+            assert both[0][name] + both[1][name] == whole[name]
+    assert mentions([RelationExample("", "", ("a", "b"), (0, 1), (1, 2), "x")]) == set()
+
+
+def test_a_training_file_splits_foreign_predictions(tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("IMGID:1\nJordan\tB-PER\nwon\tO\n")
+    (tmp_path / "theirs.txt").write_text("JORDAN B-ORG B-ORG\nin O O\nParis B-LOC O\n")
+    main(["--predictions", str(tmp_path / "theirs.txt"), "--train", str(tmp_path / "train.txt")])
+    out = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "theirs.txt.metrics.json").read_text())
+    assert (metrics["entity_seen"]["f1"], metrics["entity_unseen"]["f1"]) == (1, 0)
+    assert "mentions seen in train" in out and "mentions unseen in train" in out
+    write_json_lines(tmp_path / "bare.jsonl", [{"id": 1, "gold": ["O"], "predicted": ["O"]}])
+    with pytest.raises(ValueError, match="has no words, so --train cannot tell"):
+        main(["--predictions", str(tmp_path / "bare.jsonl"), "--train", str(tmp_path / "train.txt")])
+    with pytest.raises(SystemExit):
+        main(["--run", str(tmp_path), "--train", str(tmp_path / "train.txt")])
 
 
 def test_label_scores_are_those_of_sklearn():
@@ -302,3 +342,19 @@ def test_check_row(task, main, level, shuffled, fusion, mean, said):
     row = check_row("run", {"fusion": fusion}, {"photos": photos, "true": true, "none": none, "shuffled": others})
     spread = " ±0.000" * (len(shuffled) > 1)
     assert " ".join(row.split()) == f"run 0.900 {mean} 0.600 0.500 0.500{spread} 0.500 {said}".rstrip()
+
+
+def test_check_row_of_a_control():
+    true, none, other = [{"task": "ner", "entity": {"f1": f1}, "token": {"accuracy": 0.5}} for f1 in (0.9, 0.6, 0.9)]
+    check = {"photos": 9, "true": true, "none": none, "shuffled": [other]}
+    assert check_row("run", {"fusion": "film", "shuffle_photos": True}, check).endswith("trained on shuffled photos")
+
+
+def test_type_changes_by_hand():
+    def metrics(per, org, seen):
+        types = {"PER": {"f1": per, "gold": 20}, "ORG": {"f1": org, "gold": 30}, "LOC": {"f1": 1, "gold": 19}}
+        return {"task": "ner", "entity": {"types": types}, "entity_seen": {"f1": seen}, "entity_unseen": {"f1": 0.5}}
+
+    check = {"true": metrics(0.9, 0.8, 0.7), "shuffled": [metrics(0.5, 0.8, 0.6), metrics(0.6, 0.9, 0.6)]}
+    del check["shuffled"][0]["entity"]["types"]["ORG"]  # never answered nor gold there: F1 0
+    assert type_changes(check).split(": ")[1] == "PER -0.350, ORG -0.350, seen -0.100, unseen +0.000"

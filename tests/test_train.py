@@ -1,6 +1,7 @@
 """Training and scoring as a user runs them, on tiny data: what lands in a run folder, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 import demo
 import evaluate
 import extract_features
+import predict as predictor
+import report
 import train
 from data import FeatureCache, encode, load_dataset
 from evaluate import predict, shuffled_photos
@@ -250,6 +253,69 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
     assert "no post of test has a photo" in out
     assert json.loads((folder / "metrics-valid.json").read_text())["posts_without_photo"] == 7
     assert [r["photo"] for r in read_predictions(folder / "predictions-valid.jsonl")] == [i == 1 for i in range(8)]
+
+
+def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeypatch, capsys):
+    """Training and scoring read what `shuffled_photos` says of each split, in every epoch."""
+    read, seen = FeatureCache.read, []
+
+    def watched(self, photos, views=None):
+        seen.append(list(photos))
+        return read(self, photos, views)
+
+    monkeypatch.setattr(FeatureCache, "read", watched)
+    folder = run(flags, tmp_path / "run", "--shuffle-photos", "--photo-dropout", 0, "--batch-size", 1, "--eval-batch-size", 1)
+    config = json.loads((folder / "config.json").read_text())
+    cache, dataset = FeatureCache(config["features"]), load_dataset("demo", config["data_dir"])
+    wrong = {split: shuffled_photos([e.image_id for e in examples], cache, 1337) for split, examples in dataset.examples.items()}
+    assert config["shuffle_photos"] and "SHUFFLED" in capsys.readouterr().out
+    own = [photo for batch in seen for photo in batch]
+    assert sorted(own) == sorted([*wrong["train"].values()] * 2 + [*wrong["valid"].values()] * 3 + [*wrong["test"].values()])
+    by_words = {tuple(e.words): e.image_id for e in dataset.examples["test"]}
+    records = read_predictions(folder / "predictions-test.jsonl")
+    assert [r["image_id"] for r in records] == [e.image_id for e in dataset.examples["test"]] and len(by_words) > 1
+    model, tokenizer, _ = load_run(folder)
+    rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], config["max_len"])
+    again = predict(model, rows, dataset.examples["test"], config["labels"], 0, 1, "cpu", "float32", cache, wrong["test"])
+    assert [r["probability"] for r in again] == [r["probability"] for r in records]
+    evaluate.main(["--image-check", "--run", str(folder)])
+    assert "trained on shuffled photos" in capsys.readouterr().out
+
+
+def test_shuffled_runs_have_a_name_of_their_own(capsys):
+    args = train.parse_args(["--shuffle-photos", "--dataset", "mnre", "--model", "vilt"])
+    assert args.run_dir == "runs/mnre-vilt-shuffled-s1337"
+    with pytest.raises(SystemExit):
+        train.parse_args(["--shuffle-photos", "--fusion", "none"])
+    assert "--fusion none is shown no photo" in capsys.readouterr().err
+
+
+def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
+    """A folder with labels of its own, space separated, in several scripts, a post longer than --max-len."""
+    own, photos = tmp_path / "own", data_dir / "demo" / "images"
+    (own / "images").mkdir(parents=True)
+    posts = {"train": ["東 京 が 好き", "Ада пишет"] * 8, "valid": ["Ада в 東"] * 3, "test": ["مرحبا Ада", "東 " * 60, "x"]}
+    for split, texts in posts.items():
+        lines = []
+        for i, text in enumerate(texts):
+            shutil.copy(photos / "train_0000.jpg", own / "images" / f"{split}{i}.jpg")
+            lines += [f"IMGID:{split}{i}", *(f"{w} {'B-地名' if w == '東' else 'B-имя' if w == 'Ада' else 'O'}" for w in text.split()), ""]
+        (own / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
+    places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
+    path = extract_features.main([*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"])
+    assert path.name == "own-resnet50-32.h5"
+    folder = run(flags, tmp_path / "run", *places, "--img-size", 32, "--max-len", 32)
+    out = capsys.readouterr().out
+    assert "test: 1 cut posts, 30 cut words" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["labels"] == ["O", "B-имя", "I-имя", "B-地名", "I-地名"]
+    metrics = json.loads((folder / "metrics-test.json").read_text())
+    assert metrics["entity"]["gold"] == 61 and metrics["words"] == 63  # gold is counted from the data set
+    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+        evaluate.main([str(part) for part in command])
+    report.main(["--run", str(folder)])
+    predictor.main(["--run", str(folder), "--text", "Ада в 東京", "--image", str(photos / "train_0000.jpg")])
+    assert (folder / "report-test.html").exists() and "runs" not in {p.name for p in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

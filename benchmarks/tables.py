@@ -1,0 +1,433 @@
+"""Run the rows of the reference tables and write what came out beside what was published.
+
+    python benchmarks/tables.py --dry-run                   # the commands, row by row
+    python benchmarks/tables.py --only fusion/              # all rows of the first table, three seeds each
+    python benchmarks/tables.py --only twitter2017 --text-encoder models/all-MiniLM-L6-v2 --lr 1e-4
+
+Run it where data/, features/ and runs/ are. A finished run is not run again, so a table that was stopped goes on where
+it stopped. Rows that lack data, features or weights stay empty and say what they lack. All tables are written each
+time, from all runs there are: RESULTS.md, results.csv and results.tex.
+"""
+
+import argparse
+import csv
+import io
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import train  # noqa: E402
+from checks import paired_bootstrap  # noqa: E402
+from data import DATASETS, FeatureCache, command_line, load_dataset  # noqa: E402
+from evaluate import predictions_file  # noqa: E402
+from scores import main_score, read_predictions, write_text  # noqa: E402
+
+PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
+METRICS = ("accuracy", "precision", "recall", "f1")
+# Accuracy on test of answering the most frequent label always: `O`, or `None`.
+MAJORITY = {"twitter2015": 0.8461, "twitter2017": 0.8020, "mnre": 0.6035}
+FUSION = {  # accuracy
+    "film": {"twitter2015": 0.9538, "twitter2017": 0.9718, "mnre": 0.7538},
+    "attention": {"twitter2015": 0.8461, "twitter2017": 0.8739, "mnre": 0.7053},
+    "cross-attention": {"twitter2015": 0.8934, "twitter2017": 0.9145, "mnre": 0.7386},
+    "bimodal": {"twitter2015": 0.9528, "twitter2017": 0.9698, "mnre": 0.7462},
+}
+SETTINGS = {  # (epochs, batch size, learning rate, image size): accuracy, precision, recall, F1
+    (5, 12, 0.0011, 224): {
+        "twitter2015": (0.9538, 0.9540, 0.9538, 0.9538), "twitter2017": (0.9733, 0.9738, 0.9733, 0.9734),
+        "mnre": (0.7501, 0.7553, 0.7422, 0.7487),
+    },
+    (3, 8, 0.0005, 224): {
+        "twitter2015": (0.9487, 0.9523, 0.9502, 0.9512), "twitter2017": (0.9710, 0.9730, 0.9709, 0.9719),
+        "mnre": (0.7400, 0.7455, 0.7350, 0.7402),
+    },
+    (7, 16, 0.0020, 256): {
+        "twitter2015": (0.9552, 0.9561, 0.9548, 0.9554), "twitter2017": (0.9756, 0.9760, 0.9754, 0.9757),
+        "mnre": (0.7600, 0.7650, 0.7580, 0.7615),
+    },
+    (10, 10, 0.0010, 224): {
+        "twitter2015": (0.9501, 0.9510, 0.9495, 0.9502), "twitter2017": (0.9715, 0.9720, 0.9712, 0.9716),
+        "mnre": (0.7450, 0.7480, 0.7400, 0.7440),
+    },
+}  # fmt: skip
+SYSTEMS = {  # accuracy, precision, recall, F1
+    "resnet50": {
+        "twitter2015": (0.9538, 0.9540, 0.9538, 0.9538), "twitter2017": (0.9733, 0.9738, 0.9733, 0.9734),
+        "mnre": (0.7501, 0.7553, 0.7422, 0.7487),
+    },
+    "clip-bert": {
+        "twitter2015": (0.9445, 0.9425, 0.9445, 0.9431), "twitter2017": (0.9639, 0.9641, 0.9639, 0.9639),
+        "mnre": (0.7302, 0.7416, 0.7312, 0.7363),
+    },
+    "blip": {
+        "twitter2015": (0.8574, 0.7924, 0.8574, 0.8166), "twitter2017": (0.8935, 0.8552, 0.8935, 0.8732),
+        "mnre": (0.6003, 0.6114, 0.6021, 0.6067),
+    },
+    "vilt": {
+        "twitter2015": (0.8632, 0.8318, 0.8632, 0.8260), "twitter2017": (0.8807, 0.8661, 0.8807, 0.8693), "mnre": (),
+    },
+}  # fmt: skip
+PUBLISHED = {  # entity F1
+    "MINIGE-MNER (Kong et al. 2025)": {"twitter2015": 0.7645, "twitter2017": 0.8867},
+    "Text-Image Alignment (Zeng et al. 2025)": {"twitter2015": 0.7532, "twitter2017": 0.8665},
+    "ICKA (Zeng et al. 2024)": {"twitter2015": 0.7542, "twitter2017": 0.8712},
+    "CoAtt-NER (Scene Graph, 2024)": {"twitter2015": 0.7625, "twitter2017": 0.8731},
+    "Dual-Enhanced Hierarchical Alignment (Wang et al. 2025)": {"twitter2015": 0.7742, "twitter2017": 0.8879},
+}
+TITLES = {
+    "fusion": "Fusion layers, accuracy",
+    "settings": "Settings: epochs, batch size, learning rate, image size",
+    "systems": "Systems",
+    "published": "Published systems, entity-level F1",
+    "captions": "Captions in place of photos",
+    "text": "Text only",
+    "demo": "Demo data set",
+}
+NOTES = {
+    "fusion": "With the defaults of `train.py`.",
+    "settings": "The learning rate is `--fusion-lr`, the encoder keeps 3e-5, and the fusion is FiLM, the best of the first"
+    " table: all three are our reading, the tables published name one rate and no fusion.",
+    "systems": "With the defaults of `train.py`; FiLM, the best of the first table, where a system has a fusion to choose.",
+    "published": "These are entity-level, and stand beside our entity-level F1 (mean over seeds), never beside token scores.",
+    "captions": "The regions of a photo are the token states of its caption under the frozen text encoder"
+    " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel.",
+    "text": "No photo at all.",
+    "demo": "Posts, photos and captions that `demo.py` draws, tiny models with random weights: what is shown is that the"
+    " photo is used where it decides, not how good a system is.",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what was published, if anything, and the flags of train.py that run it."""
+
+    table: str
+    name: str
+    dataset: str
+    flags: tuple = ()
+    reference: tuple = ()  # as `METRICS`, or accuracy alone
+    control: bool = True  # whether there is a photo to shuffle
+
+    @property
+    def key(self):
+        return f"{self.table}/{self.name}/{self.dataset}"
+
+
+def all_rows():
+    """Every row of every table that is run, in the order they are shown."""
+    rows, real = [], ("twitter2015", "twitter2017", "mnre")
+    for fusion, values in FUSION.items():
+        rows += [Row("fusion", fusion, d, ("--fusion", fusion), (values[d],)) for d in real]
+    for dataset in real:
+        for (epochs, batch, rate, size), values in SETTINGS.items():
+            flags = ("--epochs", epochs, "--batch-size", batch, "--fusion-lr", rate, "--img-size", size)
+            rows.append(Row("settings", f"{epochs}/{batch}/{rate:.4f}/{size}", dataset, flags, values[dataset]))
+    for dataset in real:
+        for system, values in SYSTEMS.items():
+            model = f"{'bert' if dataset == 'mnre' else 'roberta'}-resnet50" if system == "resnet50" else system
+            rows.append(Row("systems", model, dataset, ("--model", model), values[dataset]))
+    for fusion in ("none", *FUSION):
+        flags = ("--model", "bert-caption", "--fusion", fusion)
+        rows.append(Row("captions", fusion, "twitter2017", flags, control=fusion != "none"))
+    flags = ("--model", "bert-resnet50", "--fusion", "none", "--batch-size", 16, "--epochs", 3)
+    rows.append(Row("text", "bert, 3 epochs of batch 16", "mnre", flags, control=False))
+    for name, model, encoder, size in (
+        *((fusion, "roberta-resnet50", "encoder", 96) for fusion in ("none", *FUSION)),
+        ("captions, film", "bert-caption", "encoder", 64), ("clip-bert, film", "clip-bert", "encoder", 96),
+        ("blip", "blip", "blip", 96), ("vilt", "vilt", "vilt", 96),
+    ):  # fmt: skip
+        flags = ("--model", model, "--img-size", size, "--text-encoder", f"data/demo/{encoder}", "--epochs", 15)
+        fusion = () if model in ("blip", "vilt") else ("--fusion", name.split(", ")[-1])
+        rates = ("--lr", 1e-3, "--fusion-lr", 1e-3)
+        rows.append(Row("demo", name, "demo", flags + rates + fusion, control=name != "none"))
+    return rows
+
+
+def argument_list(row, seed, args, shuffled=False):
+    """What to give train.py for one run of a row; the row's own flags win over those for all rows."""
+    places = {"--data-dir": args.data_dir, "--cache-dir": args.cache_dir}
+    given = {"--dataset": row.dataset} | {flag: place for flag, place in places.items() if place != PLACES[flag]}
+    given |= {"--text-encoder": args.text_encoder, "--lr": args.lr, "--fusion-lr": args.fusion_lr}
+    given |= dict(zip(row.flags[::2], row.flags[1::2], strict=True)) | {"--seed": seed}
+    argv = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    argv += ["--shuffle-photos"] * shuffled
+    folder = Path(train.parse_args(argv).run_dir).name
+    if row.table == "settings":
+        folder = folder.replace(f"-s{seed}", f"-{row.name.replace('/', '-')}-s{seed}")
+    return [*argv, "--run-dir", f"{args.runs}/{folder}"]
+
+
+def run_folder(argv):
+    return Path(argv[-1])
+
+
+def finished(argv):
+    """Whether a run stands in its folder whole; ValueError if it is a run with other settings."""
+    folder = run_folder(argv)
+    if not any((folder / f"metrics-{split}.json").exists() for split in ("test", "valid")):
+        return False
+    config, asked = json.loads((folder / "config.json").read_text()), vars(train.parse_args(argv))
+    places = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "eval_batch_size"}
+    for key, value in asked.items():
+        made = config.get(key)
+        if key == "text_encoder":  # the same folder may be named from elsewhere
+            made, value = Path(made).name, Path(value).name
+        if key not in places and made != value:
+            raise ValueError(f"{folder}: a run with {key} {made}, this row asks {value}; name another folder with --runs")
+    # Test is scored last. Where there is no test file, valid is.
+    return (folder / "metrics-test.json").exists() or "test" not in config["data"]
+
+
+def lacks(row, argv):
+    """What a row cannot be run without, in a few words, or ""."""
+    asked = train.parse_args(argv)
+    try:
+        splits = load_dataset(row.dataset, asked.data_dir).examples
+        if asked.fusion != "none":
+            FeatureCache(asked.features)
+    except FileNotFoundError as error:
+        return str(error).split(";")[0].split(":")[0]
+    if "test" not in splits and row.reference:
+        return f"no test file of {row.dataset}"
+    return ""
+
+
+def run_row(row, args):
+    """Run what of a row is not finished. Returns why it was not run, or ""."""
+    runs = [argument_list(row, seed, args) for seed in args.seeds]
+    if args.controls and row.control:
+        runs += [argument_list(row, seed, args, shuffled=True) for seed in args.seeds]
+    print(f"{row.key}\n  {shown_command(runs[0])}")
+    todo = [argv for argv in runs if not finished(argv)]
+    if args.dry_run or not todo:
+        print(f"  {len(runs) - len(todo)} of {len(runs)} runs are finished")
+        return ""
+    if reason := lacks(row, todo[0]):
+        print(f"  left out: {reason}")
+        return reason
+    for argv in todo:
+        print(f"  {run_folder(argv)}", flush=True)
+        command = [sys.executable, str(PROJECT / "train.py"), *argv, "--overwrite"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            print(f"  FAILED: {reason}")
+            return reason
+    checked = [run_folder(argv) for argv in runs if row.control and "--shuffle-photos" not in argv]
+    if checked := [folder for folder in checked if not list(folder.glob("image-check-*.json"))]:
+        command = [sys.executable, str(PROJECT / "evaluate.py"), "--image-check", "--run", *map(str, checked)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return ""
+
+
+def shown_command(argv):
+    return shlex.join(["python", "train.py", *argv])
+
+
+# ------------------------------------------------------------------------------------------------------- results
+
+
+def spread(values):
+    """Mean ± standard deviation and n, as text; "" of nothing."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation} (n = {len(values)})"
+
+
+def read_metrics(folders):
+    """[(split, metrics, config)] of run folders."""
+    found = []
+    for folder in folders:
+        path = predictions_file(folder, None)
+        split = path.stem.removeprefix("predictions-")
+        metrics = json.loads((folder / f"metrics-{split}.json").read_text())
+        found.append((split, metrics, json.loads((folder / "config.json").read_text())))
+    return found
+
+
+def done_folders(row, args, shuffled=False):
+    runs = (argument_list(row, seed, args, shuffled) for seed in args.seeds)
+    return [run_folder(argv) for argv in runs if finished(argv)]
+
+
+def cells(row, args, reason):
+    """{column: text} of one row."""
+    true, wrong = done_folders(row, args), done_folders(row, args, shuffled=True) if row.control else []
+    runs, notes = read_metrics(true), []
+    made = {"row": row.name, "data": row.dataset}
+    if row.reference:
+        made["reference"] = " ".join(f"{value:.4f}" for value in row.reference)
+        if row.reference[0] == MAJORITY[row.dataset]:
+            notes.append("the reference equals always answering the majority label")
+        elif row.reference[0] < MAJORITY[row.dataset]:
+            notes.append("the reference lies below always answering the majority label")
+        if len(row.reference) == 4 and row.reference[0] != row.reference[2]:
+            notes.append("the reference is no weighted token score: its recall is not its accuracy")
+    level = "row" if DATASETS[row.dataset][0] == "relation" else "token"
+    count = len(row.reference) or 1
+    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in METRICS[:count]) if runs else ""
+    made["main F1"] = spread([main_score(m) for _, m, _ in runs])
+    made["main F1, trained on shuffled"] = spread([main_score(m) for _, m, _ in read_metrics(wrong)])
+    shown = [json.loads(path.read_text()) for folder in true for path in folder.glob("image-check-*.json")]
+    made["main F1, shown shuffled"] = spread([statistics.mean(map(main_score, c["shuffled"])) for c in shown])
+    made["main F1, shown none"] = spread([main_score(c["none"]) for c in shown])
+    majority = runs[0][1]["baseline"]["accuracy"] if runs else MAJORITY.get(row.dataset)
+    made["majority"] = f"{majority:.4f}" if majority else ""
+    if runs and runs[0][0] == "valid":
+        notes.append("scored on valid, which also chose the epoch: no test file")
+    if runs:
+        _, _, config = runs[0]
+        features = config["features_made"]
+        photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
+        notes.append(f"{config['data'][runs[0][0]]['variant']}, text encoder {Path(config['text_encoder']).name}{photos}")
+    else:
+        notes.append(f"not run: {reason or 'no finished run'}")
+    made["notes"] = "; ".join(notes)
+    return made
+
+
+def comparisons(rows, args):
+    """Table cells that say, by paired bootstrap, what each row's photos are worth: against wrong photos and text only."""
+    lines, plain = [], {row.table: row for row in rows if row.name == "none"}
+    for row in rows:
+        a = done_folders(row, args)
+        others = {"trained on shuffled": done_folders(row, args, shuffled=True)} if row.control else {}
+        if row.control and row.table in plain:
+            others["text only"] = done_folders(plain[row.table], args)
+        for name, b in others.items():
+            by_seed = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
+            both = [seed for seed in by_seed[0] if seed in by_seed[1]]
+            if not both:
+                continue
+            sides = [[read_predictions(predictions_file(side[seed], None)) for seed in both] for side in by_seed]
+            found = paired_bootstrap(*sides)
+            cells = [f"{found[key]:.4f}" for key in ("a", "b")] + [f"{found['difference']:+.4f}"]
+            interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
+            lines.append([f"{row.name}, {row.dataset}", name, str(len(both)), *cells, interval, f"{found['p']:.4f}"])
+    return lines
+
+
+def made_with(rows, args):
+    """What the finished runs were made with, each combination once."""
+    said = set()
+    for row in rows:
+        for _, _, config in read_metrics(done_folders(row, args)):
+            versions = config["versions"]
+            said.add(f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s)"
+                     f" of {config['device']}, {config['precision']}")  # fmt: skip
+    return "; ".join(sorted(said)) or "no finished runs"
+
+
+def latex(title, header, body):
+    """A table as lines of LaTeX."""
+    escaped = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$"}
+
+    def line(parts):
+        return " & ".join("".join(escaped.get(c, c) for c in part) for part in parts) + r" \\"
+
+    columns = "l" * len(header)
+    return [
+        r"\begin{table}", rf"\caption{{{title}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", line(header), r"\hline",
+        *map(line, body), r"\hline", r"\end{tabular}", r"\end{table}", "",
+    ]  # fmt: skip
+
+
+def write_results(rows, reasons, args):
+    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs."""
+    text, tex, values = [INTRO.format(made_with(rows, args))], [], [["table", "row", "data set", "column", "value"]]
+    for table, title in TITLES.items():
+        mine = [row for row in rows if row.table == table]
+        if table == "published":
+            ours = {row.dataset: cells(row, args, "")["main F1"] for row in rows
+                    if row.table == "fusion" and row.name == "film"}  # fmt: skip
+            cited = {**PUBLISHED, "ours: roberta-resnet50, film": ours}
+            made = [{"row": name} | {d: at.get(d) or "not run" for d in ("twitter2015", "twitter2017")}
+                    for name, at in cited.items()]  # fmt: skip
+        else:
+            made = [cells(row, args, reasons.get(row.key, "")) for row in mine]
+        keys = {key: None for cell in made for key in cell if any(cell.get(key) for cell in made)}
+        header = [HEADINGS.get(key, key) for key in keys]
+        body = [[str(cell.get(key, "")) for key in keys] for cell in made]
+        text += [f"\n## {title}\n\n{NOTES[table]}\n", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
+        tex += latex(title, header, body)
+        values += [[table, cell["row"], cell.get("data", ""), key, cell[key]] for cell in made for key in keys if cell.get(key)]
+        if lines := comparisons(mine, args):
+            header = ["A", "B", "seeds", "F1 of A", "F1 of B", "A - B", "95% interval", "p"]
+            text += [f"\n{BOOTSTRAP}\n", markdown(header), "|" + " --- |" * len(header), *map(markdown, lines)]
+        if mine:
+            commands = dict.fromkeys(shown_command(argument_list(row, args.seeds[0], args)) for row in mine)
+            text += ["\nCommands, first seed:\n", *(f"    {command}" for command in commands)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_text(args.output / "RESULTS.md", "\n".join(text) + "\n")
+    write_text(args.output / "results.tex", "\n".join(tex) + "\n")
+    rows_of_csv = io.StringIO(newline="")
+    csv.writer(rows_of_csv, lineterminator="\n").writerows(values)
+    write_text(args.output / "results.csv", rows_of_csv.getvalue())
+    print(f"{args.output}: RESULTS.md, results.csv, results.tex")
+
+
+def markdown(parts):
+    return "| " + " | ".join(parts) + " |"
+
+
+HEADINGS = {
+    "data": "data set", "reference": "reference: accuracy [precision recall F1]", "ours": "ours, the same: tokens or rows",
+    "main F1": "ours: entity F1 (relations: micro F1 without None)",
+    "main F1, trained on shuffled": "the same, trained on others' photos",
+    "main F1, shown shuffled": "the same, only shown others' photos", "main F1, shown none": "the same, shown no photo",
+    "majority": "accuracy of always answering the majority label", "twitter2015": "Twitter-2015", "twitter2017": "Twitter-2017",
+}  # fmt: skip
+BOOTSTRAP = (
+    "Paired bootstrap over test posts (photos for relations), 10,000 resamples, entity F1 (relations: micro F1 without"
+    " None), the same seeds on both sides:"
+)
+INTRO = """# Results
+
+Written by `benchmarks/tables.py` from finished runs; mean ± standard deviation over seeds. Token and row scores include
+`O` and `None` and stand beside the accuracy of always answering the majority label; the F1 that tells systems apart is
+the one of whole entities, or of relations without `None`. The best epoch is chosen on valid, test is scored once.
+
+Made with {}."""
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
+    add("--only", nargs="+", default=[""], help="rows whose TABLE/NAME/DATASET holds one of these texts")
+    add("--dry-run", action="store_true", help="show the commands and what is finished; run and write nothing")
+    add("--controls", action=argparse.BooleanOptionalAction, default=True, help="train on shuffled photos too")
+    add("--text-encoder", help="in place of each row's own")
+    add("--lr", type=float, help="of the text encoder, for another one")
+    add("--fusion-lr", type=float, help="for rows that name none")
+    add("--data-dir", default=PLACES["--data-dir"])
+    add("--cache-dir", default=PLACES["--cache-dir"])
+    add("--runs", default="runs", help="where runs go, and finished ones are looked for")
+    add("--output", type=Path, default=Path("benchmarks"))
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rows, reasons = all_rows(), {}
+    chosen = [row for row in rows if any(text in row.key for text in args.only)]
+    if not chosen:
+        raise ValueError(f"--only {' '.join(args.only)}: no such row; --dry-run shows all")
+    for row in chosen:
+        reasons[row.key] = run_row(row, args)
+    if not args.dry_run:
+        write_results(rows, reasons, args)
+
+
+if __name__ == "__main__":
+    command_line(main)

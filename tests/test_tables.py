@@ -1,0 +1,134 @@
+"""benchmarks/tables.py as a user runs it, on tiny data: what it would run, what it wrote, what it does not run again."""
+
+import csv
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import backbone_flags
+
+import extract_features
+import train
+from scores import main_score
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import tables  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def place(data_dir, tmp_path_factory):
+    """A folder with data/ and features/, as a user has them."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").symlink_to(data_dir)
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", folder / "features", "--workers", 0]
+    kind = next(kind for kind in backbone_flags(data_dir) if "random" in kind)
+    extract_features.main([str(arg) for arg in [*flags, *kind, "--img-size", 96]])
+    return folder
+
+
+def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
+    rows = tables.all_rows()
+    counts = {table: sum(row.table == table for row in rows) for table in tables.TITLES}
+    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "text": 1, "demo": 9}
+    assert len({row.key for row in rows}) == len(rows)
+    args, folders = tables.parse_args(["--runs", str(tmp_path)]), {}
+    for row in rows:
+        for shuffled in {False, row.control}:
+            argv = tables.argument_list(row, 1338, args, shuffled)
+            made = vars(train.parse_args(argv))
+            made.pop("features")
+            assert made["seed"] == 1338 and made["shuffle_photos"] == shuffled
+            assert folders.setdefault(made["run_dir"], made) == made  # one folder, one set of settings
+    # The defaults of train.py where a table names none; FiLM; the rate of the settings is that of the fusion.
+    settings = tables.argument_list(next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"), 1337, args)
+    made, plain = train.parse_args(settings), train.parse_args(["--dataset", "mnre"])
+    assert (made.epochs, made.batch_size, made.fusion_lr, made.img_size, made.fusion) == (7, 16, 0.002, 256, "film")
+    assert made.lr == plain.lr == 3e-5 and made.model == "bert-resnet50"
+    other = tables.parse_args(["--text-encoder", "mine", "--lr", "1e-4", "--runs", "r"])
+    made = train.parse_args(tables.argument_list(rows[1], 1337, other))
+    assert (made.text_encoder, made.lr, made.fusion_lr) == ("mine", 1e-4, 1.1e-3)
+
+
+def test_references_are_judged():
+    """Of the published values, those that are no better than one answer for all, and those that are no weighted scores."""
+    args = tables.parse_args(["--runs", "absent"])
+    notes = {row.key: tables.cells(row, args, "")["notes"] for row in tables.all_rows() if row.reference}
+    assert [key for key, note in notes.items() if "equals always" in note] == ["fusion/attention/twitter2015"]
+    assert [key for key, note in notes.items() if "below always" in note] == ["systems/blip/mnre"]
+    unweighted = {key for key, note in notes.items() if "no weighted token score" in note}
+    first = "settings/5/12/0.0011/224/"
+    assert unweighted == {
+        key for key in notes if (key.startswith("settings") and key not in (f"{first}twitter2015", f"{first}twitter2017"))
+        or (key.startswith("systems") and key.endswith("mnre"))
+    }  # fmt: skip
+
+
+def test_dry_run_shows_commands_and_writes_nothing(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    tables.main(["--dry-run", "--only", "demo/", "fusion/film/mnre"])
+    out = capsys.readouterr().out
+    commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  python train.py ")]
+    assert len(commands) == 10 and out.count("of 6 runs are finished") == 9 and out.count("of 3 runs are finished") == 1
+    for command in commands:
+        train.parse_args(command[2:])
+    assert sorted(place.rglob("*")) == before
+    with pytest.raises(ValueError, match="--only nothing: no such row"):
+        tables.main(["--only", "nothing"])
+
+
+def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    tables.main(["--only", "demo/film", "fusion/film/mnre", "--seeds", "1"])
+    out = capsys.readouterr().out
+    assert "left out: no feature file features/mnre-resnet50-224.h5" in out
+    true, wrong = (place / "runs" / f"demo-roberta-resnet50-film{part}-s1" for part in ("", "-shuffled"))
+    metrics = [json.loads((folder / "metrics-test.json").read_text()) for folder in (true, wrong)]
+    check = json.loads((true / "image-check-test.json").read_text())
+    text = (place / "benchmarks" / "RESULTS.md").read_text()
+    cells = [cell.strip() for cell in re.search(r"\n\| film \| demo (\|.*)\|\n", text)[1].split("|")[1:]]
+    shuffled = sum(map(main_score, check["shuffled"])) / 3
+    numbers = [metrics[0]["token"]["accuracy"], *map(main_score, metrics), shuffled, main_score(check["none"])]
+    assert cells[:5] == [f"{value:.4f} (n = 1)" for value in numbers]
+    assert cells[5] == f"{metrics[0]['baseline']['accuracy']:.4f}"
+    assert "text encoder encoder, resnet50 features of weights random-" in cells[6]
+    assert "| film, demo | trained on shuffled | 1 |" in text and "python train.py --dataset demo" in text
+    assert "not run: no feature file features/mnre-resnet50-224.h5" in text and str(place) not in text
+    values = list(csv.DictReader(open(place / "benchmarks" / "results.csv", encoding="utf-8", newline="")))
+    assert {"table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[1]} in values
+    assert {"table": "fusion", "row": "film", "data set": "mnre", "column": "reference", "value": "0.7538"} in values
+    tex = (place / "benchmarks" / "results.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 7 and cells[1] in tex and "±" not in tex
+
+    def never(*args, **kwargs):
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(tables.subprocess, "run", never)
+    tables.main(["--only", "demo/film", "--seeds", "1"])
+    assert (place / "benchmarks" / "RESULTS.md").read_text() == text.replace(
+        "not run: no feature file features/mnre-resnet50-224.h5", "not run: no finished run")  # fmt: skip
+    (wrong / "metrics-test.json").rename(wrong / "kept")  # as a kill before the end leaves it
+    with pytest.raises(AssertionError, match="run again"):
+        tables.main(["--only", "demo/film", "--seeds", "1"])
+    (wrong / "kept").rename(wrong / "metrics-test.json")
+    config = json.loads((true / "config.json").read_text())
+    (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    with pytest.raises(ValueError, match="film-s1: a run with lr 0.5, this row asks 0.001; name another folder"):
+        tables.main(["--only", "demo/film", "--seeds", "1"])
+    (true / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_fails_says_why_and_the_others_go_on(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    flags = ("--fusion", "none", "--epochs", 1)
+    rows = [tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control=False) for
+            name, model, encoder in (("broken", "bert-resnet50", "absent/encoder"),
+                                     ("none", "roberta-resnet50", "data/demo/encoder"))]  # fmt: skip
+    monkeypatch.setattr(tables, "all_rows", lambda: rows)
+    tables.main(["--seeds", "1", "--output", "out", "--runs", "others"])
+    assert "FAILED: train.py: error: --text-encoder absent/encoder: cannot be loaded" in capsys.readouterr().out
+    text = (place / "out" / "RESULTS.md").read_text()
+    assert "not run: train.py: error: --text-encoder absent/encoder" in text and "| none | demo | 0." in text
