@@ -7,6 +7,7 @@ the file and use it.
 
 import argparse
 import ast
+import fcntl
 import hashlib
 import math
 import os
@@ -613,6 +614,17 @@ def check_device(name):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def lock(path, flags=os.O_RDONLY):
+    """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks. ValueError if another has."""
+    fd = os.open(path, flags, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ValueError(f"{path}: another process is writing it; wait for it or stop it") from None
+    return fd
 
 
 def command_line(main):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Photos, load_backbone
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, bounded, by_name, check_device, command_line
-from data import dataset_name, default_device, find_photos, image_folders, load_dataset, read_attrs, read_captions
+from data import dataset_name, default_device, find_photos, image_folders, load_dataset, lock, read_attrs, read_captions
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
@@ -74,17 +74,6 @@ def create_file(path, image_ids, shape, kind, attrs):
         temporary.unlink(missing_ok=True)
 
 
-def lock(path):
-    """Open the unfinished file at `path` for this process alone; closing the descriptor unlocks it."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ValueError(f"{path}: another process is extracting into it; wait for it or stop it") from None
-    return fd
-
-
 @contextlib.contextmanager
 def alone_in(folder):
     """Wait for, and hold, the lock of a folder: one process at a time begins a file there."""
@@ -101,7 +90,7 @@ class FeatureWriter:
     another process is filling it."""
 
     def __init__(self, path, settings):
-        self.fd = lock(path)
+        self.fd = lock(path, os.O_RDWR)
         try:
             self.attrs = refuse_other_settings(path, settings)
             with h5py.File(path, "r", locking=False) as file:  # the lock is ours

@@ -16,8 +16,6 @@ file, counted from 1, and `check`, digits by which a restart knows run and post.
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -35,7 +33,7 @@ from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
 from data import MISSING, NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, check_device, command_line
-from data import default_device, encode
+from data import default_device, encode, lock
 from evaluate import predict
 from model import load_run
 from scores import entity_spans
@@ -332,17 +330,6 @@ def check_digits(run, line):
     return hashlib.sha256(run + (line or b"")).hexdigest()[:12]
 
 
-@contextlib.contextmanager
-def lock(path):
-    """The file at `path`, made if need be, open for reading and writing and for this process alone."""
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another process is writing it; wait for it or name another --output") from None
-        yield file
-
-
 def resume(out, path, lines, run):
     """How many of the numbered `lines` are answered in the open file `out`; a line that a kill tore is cut off its end.
 
@@ -376,7 +363,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     """
     folder = os.path.dirname(path) if folder is None else folder
     counts, first, passed = Counter(), {}, 0
-    with open(path, "rb") as source, lock(output) as out:
+    with open(path, "rb") as source, os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out:
         if os.path.samestat(os.fstat(source.fileno()), os.fstat(out.fileno())):
             raise ValueError(f"{output}: it is the --input; name another --output")
         total = sum(1 for _ in numbered_lines(source, shard))

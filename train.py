@@ -4,16 +4,20 @@
 
 Everything a run is lands in runs/<dataset>-<model>-<fusion>-s<seed>/: config.json, encoder/ (configuration and
 tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl, predictions-*.jsonl,
-metrics-*.json.
+metrics-*.json. While it trains also state.pt, from which the same command with --resume goes on after a stop: it ends in
+the log, predictions and weights of a run that was never stopped, digit for digit on CPU.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import platform
 import shutil
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -24,10 +28,11 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, bounded, check_device, collate, command_line, dataset_name
-from data import default_device, encode, length_batches, load_dataset, locate
+from data import default_device, encode, length_batches, load_dataset, locate, lock
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
-from model import SYSTEMS, TextRegions, autocast, load_text_encoder, longest_input, save_weights, to_device
+from model import SYSTEMS, TextRegions, autocast, first_line, load_text_encoder, longest_input, read_config, save_weights
+from model import to_device
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
@@ -66,6 +71,8 @@ def parse_args(argv):
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<model>-<fusion>[-shuffled]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
+    add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
+    add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
     # fmt: on
     args = parser.parse_args(argv)
     (task, _), (dataset, _) = DATASETS.get(args.dataset, OWN_DATA), locate(args.dataset, args.data_dir)
@@ -82,6 +89,8 @@ def parse_args(argv):
     args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
     if args.shuffle_photos and args.fusion == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite: one goes on with a run, the other deletes it; leave one out")
     if args.precision == "auto":
         args.precision = "bfloat16" if args.device.startswith("cuda") else "float32"
     return args
@@ -137,17 +146,68 @@ def check_all_train(model, optimizer):
             )
 
 
+def check_folder(run_dir, args):
+    """ValueError if the run folder holds something that the arguments do not allow to touch."""
+    held = [path for path in run_dir.iterdir() if path.suffix != ".tmp"] if run_dir.exists() else []
+    if held and not (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir} holds files, but no run to overwrite; name another folder with --run-dir")
+    if held and not (args.overwrite or args.resume):
+        raise ValueError(
+            f"{run_dir} holds a run already; go on with it with --resume, delete it with --overwrite or name another"
+            " folder with --run-dir"
+        )
+
+
+def check_same_run(run_dir, config):
+    """ValueError if the run in the folder was begun with other settings than `config`; versions may differ, and are said."""
+    made, asked = read_config(run_dir), json.loads(json.dumps(config))
+    free = {"overwrite", "resume", "save_every", "versions", "threads", "run_dir", "device", "data_dir", "cache_dir"}
+    keys = (made.keys() | asked.keys()) - free - {"features"}
+    if other := [f"{key} (run: {made.get(key)}, asked: {asked.get(key)})" for key in sorted(keys) if made.get(key) != asked.get(key)]:
+        raise ValueError(f"{run_dir}: begun with other settings: {'; '.join(other)[:300]}; --overwrite starts it anew")
+    for key in ("versions", "threads"):
+        if made.get(key) != asked[key]:
+            print(f"WARNING    begun with {key} {made.get(key)}, now {asked[key]}: the last digits may differ")
+
+
+def save_state(path, progress, model, optimizer, scheduler):
+    """All that going on needs, in one file: a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state(),
+             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}  # fmt: skip
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path, model, optimizer, scheduler):
+    """Put everything back as `save_state` found it; returns the progress. ValueError if the file is broken."""
+    try:
+        state = torch.load(path, "cpu", weights_only=True)  # data alone: no pickled code is run
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return state["progress"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{path}: not a state to resume from ({first_line(error)[:150]}); --overwrite starts anew") from None
+
+
 def main(argv=None):
-    args = parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        return run(parse_args(argv), stack)
+
+
+def run(args, stack):
+    """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
     check_device(args.device)
     run_dir = Path(args.run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "config.json").exists():
-            raise ValueError(f"{run_dir} holds files, but no run to overwrite; name another folder with --run-dir")
-        if not args.overwrite:
-            raise ValueError(
-                f"{run_dir} holds a run already; name another with --run-dir or delete it with --overwrite"
-            )
+    check_folder(run_dir, args)
     dataset = load_dataset(args.dataset, args.data_dir)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
@@ -184,9 +244,16 @@ def main(argv=None):
         if count:
             print(f"{part:<10} {count:,} parameters, all trained at {args.lr if part == 'encoder' else args.fusion_lr:g}")
 
-    if run_dir.exists() and args.overwrite:
-        shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    stack.callback(os.close, lock(run_dir))
+    state, last = run_dir / "state.pt", "test" if "test" in rows else "valid"
+    if args.resume and (run_dir / "config.json").exists():
+        check_same_run(run_dir, config)
+        if (run_dir / f"metrics-{last}.json").exists() and not state.exists():
+            print(f"{run_dir} is finished; left alone (--overwrite trains it anew)")
+            return run_dir
+    for path in run_dir.iterdir() if args.overwrite else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(run_dir / "config.json", config)
     encoder.config.save_pretrained(run_dir / "encoder")
     tokenizer.save_pretrained(run_dir / "encoder")
@@ -203,17 +270,25 @@ def main(argv=None):
             args.device, args.precision, cache, wrong.get(split), known,
         )  # fmt: skip
 
-    best, best_epoch = -1.0, 0
-    for epoch in range(1, args.epochs + 1):
+    progress = {"epoch": 1, "step": 0, "loss": 0.0, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
+    saved = time.monotonic()
+    if state.exists():
+        progress = load_state(state, model, optimizer, scheduler)
+        print(f"resuming   in epoch {progress['epoch']} after {progress['step']} steps")
+    for epoch in range(progress["epoch"], args.epochs + 1):
         started = time.perf_counter()
         rng = np.random.default_rng([args.seed, epoch])
         model.train()
-        loss_sum, labelled = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
-        for chosen in length_batches(lengths, args.batch_size, rng):
+        loss_sum, labelled = (torch.tensor(progress[key], device=args.device) for key in ("loss", "labelled"))
+        first_bad = torch.tensor(math.inf, device=args.device)  # step whose loss or gradient is not finite
+        batches = length_batches(lengths, args.batch_size, rng)
+        for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
+            views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
+            if step <= progress["step"]:  # done before the stop; its random numbers had to be drawn
+                continue
             own = [None if h else dataset.examples["train"][i].image_id for i, h in zip(chosen, hidden, strict=True)]
             photos = [wrong["train"].get(photo) for photo in own] if wrong else own
-            views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
             batch = collate([rows["train"][i] for i in chosen], tokenizer.pad_token_id, cache, photos, views)
             batch = to_device(batch, args.device)
             with autocast(args.device, args.precision):
@@ -225,41 +300,47 @@ def main(argv=None):
             (summed / count.clamp(min=1)).backward()
             if scheduler.last_epoch == 0:
                 check_all_train(model, optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             loss_sum += summed.detach()
             labelled += count
-        loss = (loss_sum / labelled.clamp(min=1)).item()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"epoch {epoch}: the loss is {loss}; lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
-            )
-        trained = time.perf_counter()
+            first_bad = torch.where(torch.isfinite(summed.detach() + norm), first_bad, first_bad.clamp(max=step))
+            save = time.monotonic() - saved >= args.save_every
+            if save or step % 50 == 0 or step == len(batches):  # not each step: reading a value makes the device wait
+                if (bad := first_bad.item()) < math.inf:
+                    ids = ", ".join(dataset.examples["train"][i].id for i in batches[int(bad) - 1])
+                    raise ValueError(
+                        f"epoch {epoch}, step {int(bad)}: the loss or its gradient is not finite (posts {ids}); lower --lr"
+                        f" ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
+                    )
+            if save:
+                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.item(), "labelled": labelled.item()}
+                save_state(state, progress, model, optimizer, scheduler)
+                saved = time.monotonic()
+        loss, trained = (loss_sum / labelled.clamp(min=1)).item(), time.perf_counter()
         metrics = score(answers("valid"))
         main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
-        kept = main_f1 > best
+        kept = main_f1 > progress["best"]
         if kept:
-            best, best_epoch = main_f1, epoch
+            progress |= {"best": main_f1, "best_epoch": epoch}
             save_weights(model, run_dir)
-        log = {
-            "epoch": epoch,
-            "loss": loss,
-            "valid_main_f1": main_f1,
-            "valid_accuracy": accuracy,
-            "best_epoch": best_epoch,
-        }
+        log = {"epoch": epoch, "loss": loss, "valid_main_f1": main_f1, "valid_accuracy": accuracy}
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
-        for name, record in (("log.jsonl", log), ("timing.jsonl", timing)):
-            with open(run_dir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        for name, record in (("log", log | {"best_epoch": progress["best_epoch"]}), ("timing", timing)):
+            progress[name].append(record)
+            write_json_lines(run_dir / f"{name}.jsonl", progress[name])
         print(
             f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  valid {'entity' if dataset.task == 'ner' else 'micro'} F1"
             f" {main_f1:.4f}, accuracy {accuracy:.4f}  {len(lengths) / timing['train_s']:.1f} posts/s"
             f"{'  (best)' if kept else ''}",
             flush=True,
         )  # fmt: skip
+        progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "labelled": 0.0}
+        if time.monotonic() - saved >= args.save_every:
+            save_state(state, progress, model, optimizer, scheduler)
+            saved = time.monotonic()
 
     load_model(model, str(run_dir / "model.safetensors"))  # the best epoch on valid; test is scored once, with it
     for split in ("valid", "test"):
@@ -270,7 +351,8 @@ def main(argv=None):
         metrics = score(records) | {"data": prints[split]}
         write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
         write_json(run_dir / f"metrics-{split}.json", metrics)
-        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {best_epoch}"))
+        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {progress['best_epoch']}"))
+    state.unlink(missing_ok=True)  # finished
     return run_dir
 
 

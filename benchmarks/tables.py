@@ -174,15 +174,16 @@ def finished(argv):
     if not any((folder / f"metrics-{split}.json").exists() for split in ("test", "valid")):
         return False
     config, asked = json.loads((folder / "config.json").read_text()), vars(train.parse_args(argv))
-    places = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "eval_batch_size"}
+    places = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "resume", "save_every",
+              "eval_batch_size"}  # fmt: skip
     for key, value in asked.items():
         made = config.get(key)
         if key == "text_encoder":  # the same folder may be named from elsewhere
             made, value = Path(made).name, Path(value).name
         if key not in places and made != value:
             raise ValueError(f"{folder}: a run with {key} {made}, this row asks {value}; name another folder with --runs")
-    # Test is scored last. Where there is no test file, valid is.
-    return (folder / "metrics-test.json").exists() or "test" not in config["data"]
+    # Test is scored last, where there is a test file; then the state to resume from goes.
+    return ((folder / "metrics-test.json").exists() or "test" not in config["data"]) and not (folder / "state.pt").exists()
 
 
 def lacks(row, argv):
@@ -214,7 +215,7 @@ def run_row(row, args):
         return reason
     for argv in todo:
         print(f"  {run_folder(argv)}", flush=True)
-        command = [sys.executable, str(PROJECT / "train.py"), *argv, "--overwrite"]
+        command = [sys.executable, str(PROJECT / "train.py"), *argv, "--resume"]  # a stopped run goes on
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -1,6 +1,8 @@
 """Training and scoring as a user runs them, on tiny data: what lands in a run folder, and what is refused."""
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import extract_features
 import predict as predictor
 import report
 import train
-from data import FeatureCache, encode, load_dataset
+from data import FeatureCache, encode, load_dataset, lock
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import load_run
@@ -144,10 +146,103 @@ def test_what_trains_and_what_is_frozen_is_said(flags, tmp_path, data_dir, cache
         assert frozen == 23_508_032  # ResNet50 without its classifier
 
 
+RESULTS = ("log.jsonl", "predictions-valid.jsonl", "predictions-test.jsonl", "model.safetensors")
+
+
+@pytest.mark.parametrize("system", ["film", "vilt"])
+def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monkeypatch, system, capsys):
+    """Stopped at every kind of moment: in each epoch, between epochs, while a state or weights are written."""
+    more = system_flags(system, data_dir) if system in PARTS else ["--fusion", system]
+    flags = [*flags, *more, "--save-every", 0, "--epochs", 3]
+    whole = run(flags, tmp_path / "whole")
+    assert not (whole / "state.pt").exists()
+    places = {"replace": os, "save_weights": train, "write_json_lines": train, "write_json": train, "score": train}
+    calls, stop_at = 0, 0
+
+    class Stop(BaseException):
+        pass
+
+    def stopping(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Stop
+            return real(*args, **kwargs)
+
+        return call
+
+    for name, module in places.items():
+        monkeypatch.setattr(module, name, stopping(getattr(module, name)))
+    run(flags, tmp_path / "counted")
+    total = calls
+    for first in range(2, total, 11 if system == "film" else 29):
+        for stop_at in (first, first // 2 + 1, 0):  # stopped twice, then left alone
+            calls = 0
+            try:
+                run(flags, tmp_path / f"stopped{first}", "--resume")
+            except Stop:
+                continue
+        for name in RESULTS:
+            assert (tmp_path / f"stopped{first}" / name).read_bytes() == (whole / name).read_bytes(), (first, name)
+        assert {p.name for p in (tmp_path / f"stopped{first}").iterdir()} == {p.name for p in whole.iterdir()}
+    assert total > 25 and "resuming   in epoch" in capsys.readouterr().out
+
+
+def test_resume_is_refused_with_other_settings_and_leaves_a_finished_run_alone(flags, tmp_path, capsys):
+    folder = run(flags, tmp_path / "run", "--resume", "--epochs", 1)
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    run(flags, folder, "--resume", "--epochs", 1)
+    assert "is finished; left alone" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"begun with other settings: epochs .run: 1, asked: 2.; lr .run: 0.001, asked: 0.5"):
+        run(flags, folder, "--resume", "--lr", 0.5)
+    assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
+    (folder / "state.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="state.pt: not a state to resume from"):
+        run(flags, folder, "--resume", "--epochs", 1)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--resume", "--overwrite"])
+
+
+def test_two_runs_into_one_folder(flags, tmp_path):
+    folder = run(flags, tmp_path / "run", "--epochs", 1)
+    before = (folder / "model.safetensors").read_bytes()
+    held = lock(folder)
+    for flag in ("--overwrite", "--resume"):
+        with pytest.raises(ValueError, match="run: another process is writing it; wait for it or stop it"):
+            run(flags, folder, flag, "--epochs", 1)
+    os.close(held)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+class Harm:
+    """What a stranger's pickle may hold: code that runs when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_strangers_run_folder_cannot_run_code(flags, tmp_path):
+    folder, mark = run(flags, tmp_path / "run", "--epochs", 1), tmp_path / "ran"
+    for save in (lambda path: torch.save({"progress": Harm(mark)}, path), lambda path: path.write_bytes(pickle.dumps(Harm(mark)))):
+        save(folder / "state.pt")
+        with pytest.raises(ValueError, match="not a state to resume from"):
+            run(flags, folder, "--resume", "--epochs", 1)
+        weights = (folder / "model.safetensors").read_bytes()
+        save(folder / "model.safetensors")
+        with pytest.raises(ValueError, match="the run does not load"):
+            load_run(folder)
+        (folder / "model.safetensors").write_bytes(weights)
+    assert not mark.exists()
+
+
 def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
     folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1)
     before = (folder / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already; .*--overwrite"):
+    with pytest.raises(ValueError, match="holds a run already; go on with it with --resume, delete it with --overwrite"):
         run(flags, folder, "--fusion", "none")
     assert (folder / "log.jsonl").read_bytes() == before
     (folder / "stale").touch()
@@ -410,9 +505,15 @@ def test_a_broken_run_is_one_clear_line(flags, tmp_path, name, content, message)
 
 
 def test_a_diverged_run_stops(flags, tmp_path):
-    with pytest.raises(ValueError, match=r"epoch \d: the loss is (nan|inf); lower --lr .1e\+30. or --fusion-lr"):
-        run(flags, tmp_path / "run", "--lr", 1e30, "--max-grad-norm", "inf", "--warmup-ratio", 0, "--epochs", 3)
-    assert not list((tmp_path / "run").glob("metrics-*"))
+    """With the first step that went wrong and its posts; the state from before it is kept."""
+    bad = [*flags, "--lr", 1e30, "--max-grad-norm", "inf", "--warmup-ratio", 0, "--epochs", 3, "--save-every", 0]
+    with pytest.raises(ValueError, match=r"epoch 1, step \d: the loss or its gradient is not finite .posts train_") as error:
+        run(bad, tmp_path / "run")
+    assert "lower --lr (1e+30)" in str(error.value) and not list((tmp_path / "run").glob("metrics-*"))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert f"step {state['progress']['step'] + 1}:" in str(error.value) and np.isfinite(state["progress"]["loss"])
+    named = str(error.value).split("(posts ")[1].split(")")[0].split(", ")
+    assert len(named) == 8 and all(name.startswith("train_") for name in named)
 
 
 @pytest.mark.parametrize("flag, value", [
