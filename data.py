@@ -9,10 +9,12 @@ import argparse
 import ast
 import fcntl
 import hashlib
+import json
 import math
 import os
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -473,7 +475,7 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
 
 # ---------------------------------------------------------------------------------------------------- feature file
 
-FORMAT = 2  # version of the feature file's layout
+FORMAT = 3  # version of the feature file's layout
 OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
 COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
 
@@ -484,11 +486,23 @@ def read_attrs(file):
     return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
 
 
+def row_crc32(regions, image_id, num_regions, grid, status, reason):
+    """[V] checksums of a row of a feature file, a view each, over its regions [V, R, D] and all its other columns."""
+    about = zlib.crc32(json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason]).encode())
+    return [zlib.crc32(np.ascontiguousarray(view).view(np.uint8), about) for view in regions]
+
+
+def attrs_crc32(attrs):
+    """Checksum of how a feature file was made, itself left out."""
+    return zlib.crc32(json.dumps({k: v for k, v in attrs.items() if k != "attrs_crc32"}, sort_keys=True).encode())
+
+
 class FeatureCache:
     """Read side of a feature file made by extract_features.py.
 
     The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied before
-    it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike.
+    it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike. A view is
+    compared with its checksum when it is first read.
 
     Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
     `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row
@@ -532,7 +546,11 @@ class FeatureCache:
             raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
         if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
             raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
+        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs):
+            raise ValueError(f"{path}: what it says of itself is damaged; make it anew with extract_features.py --overwrite")
+        self.ids = ids
         self.rows = {image_id: row for row, image_id in enumerate(ids)}
+        self.checked = np.zeros(self.shape[:2], bool)
         self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
 
     @property
@@ -554,6 +572,11 @@ class FeatureCache:
     def has_photo(self, image_id):
         """Whether the photo was there and readable."""
         return bool(self.status[self.rows[image_id]] == OK)
+
+    def whole(self, row, views=slice(None)):
+        """Whether the bytes of a row are those that were written."""
+        about = self.ids[row], self.num_regions[row], self.grid[row], self.status[row], self.reasons[row]
+        return row_crc32(self.regions[row, views], *about) == self.crc32[row, views].tolist()
 
     def require(self, image_ids, dataset):
         """ValueError if the file was made for another data set, or for a part of this one."""
@@ -578,9 +601,18 @@ class FeatureCache:
         values, mask = np.zeros((count, regions, dim), self.regions.dtype), np.zeros((count, regions), bool)
         grid = np.zeros((count, 2), np.int64)
         for i, photo in enumerate(photos):
-            if photo is not None and self.has_photo(photo):
-                row = self.rows[photo]
-                values[i] = self.regions[row, views[i] if views is not None else 0]
+            if photo is None:
+                continue
+            row, view = self.rows[photo], views[i] if views is not None else 0
+            if not self.checked[row, view]:  # of missing photos too: their status may be what is damaged
+                if not self.whole(row, slice(view, view + 1)):
+                    raise ValueError(
+                        f"{self.path}: the features of photo {photo} are damaged (view {view}); extract_features.py"
+                        " --verify finds all such rows, and the same command without it then repairs them"
+                    )
+                self.checked[row, view] = True
+            if self.has_photo(photo):
+                values[i] = self.regions[row, view]
                 mask[i, : self.num_regions[row]] = True
                 grid[i] = self.grid[row]
         arrays = {"regions": values, "region_mask": mask, "region_grid": grid}

@@ -19,7 +19,6 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -33,8 +32,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Photos, load_backbone
-from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, bounded, by_name, check_device, command_line
-from data import dataset_name, default_device, find_photos, image_folders, load_dataset, lock, read_attrs, read_captions
+from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, bounded, by_name, check_device
+from data import command_line, dataset_name, default_device, find_photos, image_folders, load_dataset, lock, read_attrs
+from data import read_captions, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 
@@ -67,6 +67,7 @@ def create_file(path, image_ids, shape, kind, attrs):
                 h5py.h5d.create(file.id, name.encode(), stored, space, layout)
                 if name != "regions":
                     file[name][:] = names if name == "image_id" else np.zeros(size, dtype)
+            attrs = attrs | {"attrs_crc32": attrs_crc32(attrs)}
             for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
                 file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
         os.replace(temporary, path)
@@ -89,7 +90,8 @@ class FeatureWriter:
     """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others, or if
     another process is filling it."""
 
-    def __init__(self, path, settings):
+    def __init__(self, path, settings, image_ids):
+        self.image_ids = image_ids
         self.fd = lock(path, os.O_RDWR)
         try:
             self.attrs = refuse_other_settings(path, settings)
@@ -113,15 +115,17 @@ class FeatureWriter:
             raw, at = raw[written:], at + written
 
     def write(self, row, regions, grid, status, reason):
-        """One photo: regions [V, n, D] or None and their (rows, columns), then the rest, and its status last of all."""
-        if regions is not None:
-            most, count = self.columns["regions"][2][2], regions.shape[1]
-            stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
-            self.put("regions", row, stored)
-            self.put("num_regions", row, count)
-            self.put("grid", row, grid)
-            self.put("crc32", row, [zlib.crc32(view.tobytes()) for view in stored])
-        self.put("reason", row, reason.encode()[:REASON_WIDTH].decode(errors="ignore").encode())
+        """One photo: regions [V, n, D] or None, their (rows, columns) and the rest, its status last of all."""
+        _, kind, (_, views, most, dim) = self.columns["regions"]
+        regions = np.zeros((views, 0, dim), kind) if regions is None else regions
+        count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
+        stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
+        about = {"image_id": self.image_ids[row], "num_regions": count, "grid": grid}
+        self.put("regions", row, stored)
+        for name, value in about.items():
+            self.put(name, row, value.encode() if name == "image_id" else value)
+        self.put("crc32", row, row_crc32(stored, *about.values(), status, reason))
+        self.put("reason", row, reason.encode())
         self.put("status", row, status)
         self.status[row] = status
 
@@ -167,10 +171,30 @@ def extract(backbone, writer, loader, batches, device, progress):
             made = iter(regions.reshape(len(pixels), -1, *regions.shape[1:]))
         for row, (views, status, reason) in zip(rows, photos, strict=True):
             regions = next(made) if views is not None else None
-            grid = backbone.grid(views) if views is not None else None
+            grid = backbone.grid(views) if views is not None else [0, 0]
             if writer.status[row] == 0:  # a batch computed again for one row leaves the others as they are
                 writer.write(row, regions, grid, status, reason)
         progress.update(len(rows))
+
+
+def verify(path):
+    """Compare every row with its checksums. Damaged ones are marked as not done, the file as unfinished: ValueError says so."""
+    cache = FeatureCache(path)
+    damaged = [row for row in tqdm(range(len(cache.ids)), unit="row", mininterval=1) if not cache.whole(row)]
+    if not damaged:
+        print(f"{path}: all {len(cache.ids)} rows are as they were written")
+        return
+    with h5py.File(path, "r", locking=False) as file:
+        offset = file["status"].id.get_offset()
+    fd = lock(path, os.O_RDWR)
+    for row in damaged:
+        os.pwrite(fd, b"\0", offset + row)
+    os.replace(path, path.with_name(path.name + ".partial"))
+    os.close(fd)
+    raise ValueError(
+        f"{path}: {len(damaged)} of {len(cache.ids)} rows are damaged ({', '.join(cache.ids[row] for row in damaged[:20])});"
+        " the same command without --verify computes them again, and nothing else"
+    )
 
 
 def report(path):
@@ -210,11 +234,15 @@ def parse_args(argv):
     add("--device", default=default_device())
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
     add("--overwrite", action="store_true", help="make the file anew if there is one")
+    add("--verify", action="store_true", help="compare a finished file with its checksums; the same command without it"
+        " then repairs what is damaged")
     # fmt: on
     args = parser.parse_args(argv)
     captions = args.backbone == "caption"
     if captions != bool(args.captions):
         parser.error("--backbone caption and --captions FILE go together")
+    if args.verify and args.overwrite:
+        parser.error("--verify and --overwrite: one looks at the file, the other deletes it; leave one out")
     args.views = args.views or (1 if captions else 4)
     if captions and args.views > 1:
         parser.error("--views: a caption has one view; leave it out")
@@ -267,8 +295,12 @@ def main(argv=None):
     path = Path(args.cache_dir) / f"{dataset.name}-{args.backbone}-{settings['img_size']}{part}.h5"
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if args.verify and not path.exists():
+        raise FileNotFoundError(f"{path}: no finished file to verify")
     if path.exists() and not args.overwrite:
         refuse_other_settings(path, settings)
+        if args.verify:
+            return verify(path)
         print(f"{path} is finished; left alone (--overwrite makes it anew)")
         report(path)
         cache = FeatureCache(path)
@@ -292,7 +324,7 @@ def main(argv=None):
             path.unlink(missing_ok=True)
         if not partial.exists():
             create_file(partial, image_ids, shape, backbone.dtype, settings | recorded)
-        writer = FeatureWriter(partial, settings)
+        writer = FeatureWriter(partial, settings, image_ids)
     with contextlib.closing(writer):
         batch_size = writer.attrs["batch_size"]
         if batch_size != args.batch_size:

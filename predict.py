@@ -174,6 +174,7 @@ class NewPhotos(FeatureCache):
         count = len(sources)
         self.rows, self.shape = {source: row for row, source in enumerate(sources)}, (count, 1, *backbone.shape)
         self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((count, 2), int)
+        self.checked = np.ones((count, 1), bool)  # no file, so nothing to compare with
         self.status, self.num_regions, self.reasons = np.zeros(count, int), np.zeros(count, int), [""] * count
         if made["backbone"] == "caption":
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]

@@ -390,7 +390,7 @@ def test_cache_reads_what_h5py_reads(features):
         assert np.array_equal(regions, stored[::-1][range(40), views or 0]) and regions.any(-1).all()
         assert mask.all() and mask.shape == (40, 4) and regions.dtype == torch.float16
         assert grid.tolist() == [[2, 2]] * 40
-    assert (cache.attrs["dataset"], cache.attrs["img_size"], cache.attrs["format"]) == ("demo", 64, 2)
+    assert (cache.attrs["dataset"], cache.attrs["img_size"], cache.attrs["format"]) == ("demo", 64, 3)
     values = [v for value in cache.attrs.values() for v in (value if type(value) is list else [value])]
     assert {type(value) for value in values} == {str, int, float}
 
@@ -401,6 +401,8 @@ def test_collate_with_photos(features, views):
     # Rows 1 and 2 say that there was no photo but hold regions, which must not come through.
     with h5py.File(path, "r+") as file:
         file["status"][1], file["status"][2], file["num_regions"][3] = data.MISSING, data.UNREADABLE, 3
+        for row, count, status in ((1, 4, data.MISSING), (2, 4, data.UNREADABLE), (3, 3, data.OK)):
+            file["crc32"][row] = data.row_crc32(stored[row], ids[row], count, [2, 2], status, "")
     cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
     assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
     rows = [{"input_ids": [2], "word_starts": [-1], "labels": [0]}] * 6
@@ -436,10 +438,11 @@ def cut(keep):
     (lambda path: path.write_text("PK"), ValueError, "not a readable HDF5 file"),
     (lambda path: (path.unlink(), path.mkdir()), ValueError, "not a readable HDF5 file"),
     *((cut(keep), ValueError, "not a readable HDF5 file|cut off") for keep in (-1, -2000, 700_000, 2000, 0)),
-    (edit(lambda file: file.attrs.modify("format", 1)), ValueError, "format 1, expected 2"),
-    (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 2"),
+    (edit(lambda file: file.attrs.modify("format", 2)), ValueError, "format 2, expected 3"),
+    (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 3"),
     (edit(lambda file: file.pop("crc32")), ValueError, "make it anew"), (edit(chunk), ValueError, "make it anew"),
     (edit(lambda file: file["status"].__setitem__(slice(2), 0)), ValueError, "2 photos not done"),
+    (edit(lambda file: file.attrs.modify("seed", 1)), ValueError, "what it says of itself is damaged"),
     # Another program's file, with text as h5py stores it by itself.
     (lambda path: h5py.File(path, "w").attrs.update(creator="keras"), ValueError, "format none"),
 ])  # fmt: skip

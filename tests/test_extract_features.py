@@ -1,6 +1,7 @@
 """The feature file: its numbers against torchvision's own forward pass, and its bytes through every kind of trouble."""
 
 import pickle
+import random
 import shutil
 import time
 from urllib.error import URLError
@@ -342,3 +343,58 @@ def test_another_caption_file_is_not_taken_for_the_same(run_captions, tmp_path):
     with pytest.raises(ValueError, match="made with other settings: captions_sha256"):
         extract_features.refuse_other_settings(partial, {"captions_sha256": "0"})
     assert partial.read_bytes() == finished
+
+
+def test_a_flipped_bit_anywhere_in_a_row_is_found_when_it_is_read(run, tmp_path):
+    """In the regions of the view that is read, or in any other column of the row."""
+    path = run()
+    with h5py.File(path) as file:
+        places = {name: (file[name].id.get_offset(), file[name].nbytes, len(file[name])) for name in file}
+    whole, rng = path.read_bytes(), random.Random(0)
+    ids = FeatureCache(path).ids
+    for name, (start, size, rows) in places.items():
+        for _ in range(12):
+            at = rng.randrange(size)
+            row, inside = divmod(at, size // rows)
+            flipped = bytearray(whole)
+            flipped[start + at] ^= 1 << rng.randrange(8)
+            path.write_bytes(flipped)
+            view = inside * 2 // (size // rows) if name in ("regions", "crc32") else rng.randrange(2)
+            try:
+                cache = FeatureCache(path)
+                assert not cache.whole(row), (name, at)
+                with pytest.raises(ValueError, match=r"are damaged .view \d.; extract_features.py --verify"):
+                    cache.read([cache.ids[row]], [view])
+                cache.read([ids[(row + 1) % rows]])  # the others are as they were
+            except (ValueError, UnicodeDecodeError, KeyError) as error:  # an id or a status that cannot be: refused on opening
+                assert name in ("image_id", "status", "reason"), (name, at, error)
+    path.write_bytes(whole)
+    assert all(map(FeatureCache(path).whole, range(10)))
+
+
+def test_verify_names_damaged_rows_and_only_they_are_done_again(run, capsys, monkeypatch):
+    path = run()
+    whole = path.read_bytes()
+    run("--verify")
+    assert "all 10 rows are as they were written" in capsys.readouterr().out
+    with h5py.File(path) as file:
+        start, size = file["regions"].id.get_offset(), file["regions"].nbytes // 10
+        name = file["num_regions"].id.get_offset()
+    damaged = bytearray(whole)
+    damaged[start + 2 * size + 5] ^= 16
+    damaged[name + 2 * 7] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="2 of 10 rows are damaged .train_0002, train_0007.; the same command without --verify"):
+        run("--verify")
+    assert not path.exists()
+    written, write = [], FeatureWriter.write
+
+    def watched(self, row, *args):
+        written.append(row)
+        write(self, row, *args)
+
+    monkeypatch.setattr(FeatureWriter, "write", watched)
+    run()
+    assert written == [2, 7] and path.read_bytes() == whole
+    with pytest.raises(FileNotFoundError, match="no finished file to verify"):
+        run("--verify", "--img-size", 96)
