@@ -14,6 +14,7 @@ alignment methods such as ITA (Wang et al., NAACL 2022) know of it.
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -277,11 +278,16 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
 
 
 def upright(file):
-    """An open picture of any kind -> RGB photo, turned as its EXIF data say."""
-    photo = ImageOps.exif_transpose(file)
-    if photo.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
-        photo = Image.fromarray((np.asarray(photo) >> 8).astype(np.uint8))
-    return photo.convert("RGB")
+    """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first picture.
+
+    ValueError if it has more pixels than Pillow thinks safe: such a picture takes over 1 GB to decode and turn.
+    """
+    if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} pixels are too many")
+    ImageOps.exif_transpose(file, in_place=True)  # in place, and converted only if need be: each copy may be 270 MB
+    if file.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
+        file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+    return file if file.mode == "RGB" else file.convert("RGB")
 
 
 class Photos:
@@ -313,10 +319,12 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if path is None:
+        if path is None or not os.path.lexists(path):
             return None, MISSING, "no such file"
+        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+            return None, UNREADABLE, "not a file"
         try:
-            with Image.open(path) as file:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as file:  # too large: `upright` says so
                 return self.all_views(upright(file), image_id), OK, ""
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
             reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
-from data import MISSING, NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, check_device, command_line
+from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, check_device, command_line
 from data import default_device, encode, lock
 from evaluate import predict
 from model import load_run
@@ -180,14 +180,7 @@ class NewPhotos(FeatureCache):
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
             read = Captions(sources, {source: source for source in sources}, backbone, placeholder).read
         else:
-            photos = Photos(sources, {source: Path(source) for source in sources}, backbone, 1, made["seed"])
-
-            def read(row):
-                if os.path.isfile(sources[row]):
-                    return photos.read(row)
-                # To open a pipe would be to wait for ever.
-                return None, MISSING, "not a file" if os.path.exists(sources[row]) else "no such file"
-
+            read = Photos(sources, {source: Path(source) for source in sources}, backbone, 1, made["seed"]).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
         for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]

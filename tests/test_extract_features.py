@@ -1,9 +1,11 @@
 """The feature file: its numbers against torchvision's own forward pass, and its bytes through every kind of trouble."""
 
+import os
 import pickle
 import random
 import shutil
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import h5py
@@ -198,6 +200,75 @@ def test_photos_of_every_kind(run, data_dir, tmp_path):
     regions, mask, grid = cache.read(["train_0005", "train_0006", "train_0000"]).values()
     assert not regions[:2].any() and not mask[:2].any() and mask[2].all() and regions[2].any()
     assert grid.tolist() == [[0, 0], [0, 0], [2, 2]]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A function that reads one file as a photo of 64 pixels: (view [3, 64, 64] or None, status, reason)."""
+    backbone = load_backbone("resnet50", "random", 64)
+
+    def read_one(path):
+        views, status, reason = Photos(["x"], {"x": path}, backbone, 1, seed=0).read(0)
+        return (None if views is None else views[0]), status, reason
+
+    return read_one
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "TIFF", "animated GIF", "animated WEBP", "palette", "LA", "L", "1",
+                                  "16 bits", "EXIF", "1x1", "20000x20", "20x20000"])  # fmt: skip
+def test_odd_pictures_are_what_their_clean_copy_is(read, data_dir, tmp_path, kind):
+    """All of them named .jpg; the clean copy is made of the pixels of the first frame, upright, three channels."""
+    photo, odd = Image.open(data_dir / "demo" / "images" / "train_0001.jpg").convert("RGB"), tmp_path / "odd.jpg"
+    if kind.startswith("animated"):
+        photo = photo.quantize(64)  # so that GIF holds it as it is
+        photo.save(odd, kind.split()[1], save_all=True, append_images=[photo.transpose(Image.Transpose.ROTATE_180)], lossless=True)
+    elif kind in ("palette", "LA", "L", "1", "16 bits"):
+        photo = {"palette": photo.quantize(16), "16 bits": photo.convert("L")}.get(kind) or photo.convert(kind)
+        deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) << 8)
+        (deep if kind == "16 bits" else photo).save(odd, "PNG")
+    elif kind == "EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by a quarter, clockwise
+        photo.transpose(Image.Transpose.ROTATE_90).save(odd, "PNG", exif=exif)
+    elif "x" in kind:
+        photo = photo.resize(tuple(map(int, kind.split("x"))))
+        photo.save(odd, "PNG")
+    else:
+        photo = photo.quantize(64) if kind == "GIF" else photo
+        photo.save(odd, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    photo.convert("RGB").save(tmp_path / "clean.png")
+    (found, status, reason), (expected, _, _) = read(odd), read(tmp_path / "clean.png")
+    assert (status, reason) == (OK, "") and torch.equal(found, expected)
+
+
+def test_what_is_no_picture_is_recorded_with_its_reason(read, tmp_path):
+    Image.new("L", (100, 100)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    header = whole.replace((100).to_bytes(4) * 2, (40_000).to_bytes(4) * 2)  # says 1.6 billion pixels, holds 10,000
+    places = {"empty": b"", "text": b"hello", "cut": whole[:60], "bomb": header, "html": b"<html>" * 99, "zip": b"PK\3\4" * 99}
+    for name, content in places.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in (*places, "folder", "dangling", "pipe"):
+        view, status, reason = read(tmp_path / name)
+        assert (view, status) == (None, UNREADABLE) and reason and str(tmp_path) not in reason, name
+    assert read(tmp_path / "absent") == (None, MISSING, "no such file")
+
+
+@pytest.mark.parametrize("mode, side, status", [("RGBA", 9400, OK), ("L", 9500, UNREADABLE)])
+def test_no_picture_takes_a_gigabyte(read, tmp_path, mode, side, status):
+    Image.new(mode, (side, side), 7).save(tmp_path / "large.png", compress_level=1)
+
+    def kilobytes(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    assert read(tmp_path / "large.png")[1] == status
+    assert kilobytes("VmHWM") - before < 1_000_000
 
 
 def test_report_lists_what_is_missing(run, data_dir, tmp_path, capsys):
