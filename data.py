@@ -77,6 +77,7 @@ VARIANTS = {
 
 # Pieces that mark the head and the tail entity of a relation (entity markers, Baldini Soares et al. 2019).
 MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
+LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can take all memory
 IGNORE = -100  # label of what the loss leaves out: padding and words that have no sub-token
 
 
@@ -106,7 +107,7 @@ class RelationExample:
 
 
 def read_lines(path):
-    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names the first line that is not UTF-8."""
+    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names a line that is not UTF-8, or too long."""
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
         text = raw.decode()
@@ -114,7 +115,11 @@ def read_lines(path):
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     # Only \n ends a line: str.splitlines would also break posts at U+0085, U+2028 and the like.
-    return [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    for number, line in lines:
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"{path}:{number}: a line of {len(line):,} characters; no post has one so long, correct the file")
+    return lines
 
 
 def check_image_id(image_id, where):

@@ -42,11 +42,23 @@ REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 # -------------------------------------------------------------------------------------------- the file, write side
 
 
+def reserve(path, size):
+    """Take disk space for a file of `size` bytes at `path`, made if need be; OSError if there is not so much."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        raise OSError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}); make room or lower --views") from None
+    finally:
+        os.close(fd)
+
+
 def create_file(path, image_ids, shape, kind, attrs):
     """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
 
     Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
-    opened. Without object time stamps, two runs give identical bytes.
+    opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a disk that is too
+    small for it is noticed now and not after hours.
     """
     rows, views = shape[:2]
     names = np.array([image_id.encode() for image_id in image_ids])
@@ -57,6 +69,7 @@ def create_file(path, image_ids, shape, kind, attrs):
     }  # fmt: skip
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        reserve(temporary, int(np.prod(shape)) * np.dtype(kind).itemsize)  # HDF5 says it less clearly
         with h5py.File(temporary, "w") as file:
             for name, (size, dtype) in columns.items():
                 layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -70,6 +83,7 @@ def create_file(path, image_ids, shape, kind, attrs):
             attrs = attrs | {"attrs_crc32": attrs_crc32(attrs)}
             for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
                 file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+        reserve(temporary, temporary.stat().st_size)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -91,7 +105,7 @@ class FeatureWriter:
     another process is filling it."""
 
     def __init__(self, path, settings, image_ids):
-        self.image_ids = image_ids
+        self.path, self.image_ids = path, image_ids
         self.fd = lock(path, os.O_RDWR)
         try:
             self.attrs = refuse_other_settings(path, settings)
@@ -111,7 +125,10 @@ class FeatureWriter:
         raw, at = np.asarray(value, dtype).tobytes(), offset + row * row_bytes
         assert len(raw) == row_bytes, (name, len(raw), row_bytes)
         while raw:  # a write may be cut short, by a full disk for one; the next then raises
-            written = os.pwrite(self.fd, raw, at)
+            try:
+                written = os.pwrite(self.fd, raw, at)
+            except OSError as error:
+                raise OSError(f"{self.path}: {error.strerror}; make room, and the same command goes on") from None
             raw, at = raw[written:], at + written
 
     def write(self, row, regions, grid, status, reason):

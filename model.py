@@ -282,6 +282,8 @@ def save_weights(model, run_dir):
         save_model(model, str(temporary))
         temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
         os.replace(temporary, Path(run_dir) / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{temporary}: cannot be written ({first_line(error)}); make room, then --resume") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -159,15 +159,17 @@ def check_folder(run_dir, args):
 
 
 def check_same_run(run_dir, config):
-    """ValueError if the run in the folder was begun with other settings than `config`; versions may differ, and are said."""
+    """ValueError if the run in the folder was begun with other settings than `config`; another machine is only said."""
     made, asked = read_config(run_dir), json.loads(json.dumps(config))
-    free = {"overwrite", "resume", "save_every", "versions", "threads", "run_dir", "device", "data_dir", "cache_dir"}
-    keys = (made.keys() | asked.keys()) - free - {"features"}
-    if other := [f"{key} (run: {made.get(key)}, asked: {asked.get(key)})" for key in sorted(keys) if made.get(key) != asked.get(key)]:
+    machine, free = {"versions", "threads", "device"}, {"overwrite", "resume", "save_every", "run_dir"}
+    differing = {
+        key: f"{key} (run: {made.get(key)}, asked: {asked.get(key)})"
+        for key in sorted(made.keys() | asked.keys()) if key not in free and made.get(key) != asked.get(key)
+    }  # fmt: skip
+    if other := [said for key, said in differing.items() if key not in machine]:
         raise ValueError(f"{run_dir}: begun with other settings: {'; '.join(other)[:300]}; --overwrite starts it anew")
-    for key in ("versions", "threads"):
-        if made.get(key) != asked[key]:
-            print(f"WARNING    begun with {key} {made.get(key)}, now {asked[key]}: the last digits may differ")
+    for said in differing.values():
+        print(f"WARNING    begun on another machine, {said}: the last digits may differ")
 
 
 def save_state(path, progress, model, optimizer, scheduler):
@@ -179,6 +181,8 @@ def save_state(path, progress, model, optimizer, scheduler):
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:
+        raise OSError(f"{temporary}: cannot be written ({first_line(error)}); make room, then --resume") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -172,22 +172,31 @@ def run_folder(argv):
     return Path(argv[-1])
 
 
-def finished(argv):
-    """Whether a run stands in its folder whole; ValueError if it is a run with other settings."""
+def other_run(argv):
+    """In what a run that stands in the folder of these arguments differs from them, as text; "" if it does not."""
     folder = run_folder(argv)
-    if not any((folder / f"metrics-{split}.json").exists() for split in ("test", "valid")):
-        return False
+    if not (folder / "config.json").exists():
+        return ""
     config, asked = json.loads((folder / "config.json").read_text()), vars(train.parse_args(argv))
-    places = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "resume", "save_every",
-              "eval_batch_size"}  # fmt: skip
-    for key, value in asked.items():
-        made = config.get(key)
+    free = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "resume", "save_every",
+            "eval_batch_size"}  # fmt: skip
+    for key in sorted(asked.keys() - free):
+        made, value = config.get(key), asked[key]
         if key == "text_encoder":  # the same folder may be named from elsewhere
             made, value = Path(made).name, Path(value).name
-        if key not in places and made != value:
-            raise ValueError(f"{folder}: a run with {key} {made}, this row asks {value}; name another folder with --runs")
-    # Test is scored last, where there is a test file; then the state to resume from goes.
-    return ((folder / "metrics-test.json").exists() or "test" not in config["data"]) and not (folder / "state.pt").exists()
+        if made != value:
+            return f"{folder} is a run with {key} {made}, this row asks {value}"
+    return ""
+
+
+def finished(argv):
+    """Whether the run of these arguments stands in its folder whole."""
+    folder = run_folder(argv)
+    if not (folder / "config.json").exists() or (folder / "state.pt").exists() or other_run(argv):
+        return False
+    # Test is scored last, where there is a test file.
+    splits = json.loads((folder / "config.json").read_text())["data"]
+    return (folder / f"metrics-{'test' if 'test' in splits else 'valid'}.json").exists()
 
 
 def lacks(row, argv):
@@ -210,6 +219,9 @@ def run_row(row, args):
     if args.controls and row.control:
         runs += [argument_list(row, seed, args, shuffled=True) for seed in args.seeds]
     print(f"{row.key}\n  {shown_command(runs[0])}")
+    for argv in runs:
+        if differs := other_run(argv):
+            raise ValueError(f"{differs}; name another folder with --runs")
     todo = [argv for argv in runs if not finished(argv)]
     if args.dry_run:
         print(f"  {len(runs) - len(todo)} of {len(runs)} runs are finished")
@@ -294,7 +306,8 @@ def cells(row, args, reason):
         photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
         notes.append(f"{config['data'][runs[0][0]]['variant']}, text encoder {Path(config['text_encoder']).name}{photos}")
     else:
-        notes.append(f"not run: {reason or 'no finished run'}")
+        reason = reason or other_run(argument_list(row, args.seeds[0], args)) or "no finished run"
+        notes.append(f"not run: {reason}")
     made["notes"] = "; ".join(notes)
     return made
 

@@ -595,3 +595,14 @@ def test_read_captions(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             data.read_captions(path)
+
+
+@pytest.mark.parametrize("read, allowed", [(read_mnre, RELATIONS), (data.read_ner, LABELS), (data.read_ner, None)])
+def test_a_line_of_100_megabytes_is_one_clear_error(tmp_path, read, allowed):
+    path = tmp_path / "long.txt"
+    with open(path, "wb") as file:
+        file.write(b"IMGID:1\n" if read is not read_mnre else b"")
+        file.write(b"[1," * 33_000_000 + b"\n")
+    with pytest.raises(ValueError, match=r"long.txt:\d: a line of 99,000,000 characters; no post has one so long") as error:
+        read(path, allowed)
+    assert len(str(error.value)) < 300

@@ -202,6 +202,25 @@ def test_photos_of_every_kind(run, data_dir, tmp_path):
     assert grid.tolist() == [[0, 0], [0, 0], [2, 2]]
 
 
+def test_a_disk_that_fills_in_mid_write_is_said_and_nothing_is_lost(run, tmp_path, monkeypatch):
+    whole = run().read_bytes()
+    pwrite, left = os.pwrite, 40
+
+    def filling(fd, raw, at):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        return pwrite(fd, raw[: max(1, len(raw) // 2)], at)  # half of what was asked, as a nearly full disk may
+
+    monkeypatch.setattr(os, "pwrite", filling)
+    with pytest.raises(OSError, match="demo-resnet50-64-first10.h5.partial: No space left on device; make room"):
+        run("--overwrite")
+    assert not (tmp_path / "demo-resnet50-64-first10.h5").exists()
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert run().read_bytes() == whole
+
+
 @pytest.fixture
 def read(tmp_path):
     """A function that reads one file as a photo of 64 pixels: (view [3, 64, 64] or None, status, reason)."""

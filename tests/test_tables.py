@@ -116,8 +116,10 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     (wrong / "kept").rename(wrong / "metrics-test.json")
     config = json.loads((true / "config.json").read_text())
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
-    with pytest.raises(ValueError, match="film-s1: a run with lr 0.5, this row asks 0.001; name another folder"):
+    with pytest.raises(ValueError, match="film-s1 is a run with lr 0.5, this row asks 0.001; name another folder"):
         tables.main(["--only", "demo/film", "--seeds", "1"])
+    tables.main(["--only", "fusion/film/mnre", "--seeds", "1"])  # a row that is not asked for does not stop the others
+    assert "film-s1 is a run with lr 0.5, this row asks 0.001 |" in (place / "benchmarks" / "RESULTS.md").read_text()
     (true / "config.json").write_text(json.dumps(config))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -348,6 +349,62 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
     assert "no post of test has a photo" in out
     assert json.loads((folder / "metrics-valid.json").read_text())["posts_without_photo"] == 7
     assert [r["photo"] for r in read_predictions(folder / "predictions-valid.jsonl")] == [i == 1 for i in range(8)]
+
+
+@pytest.mark.parametrize("train_posts, valid_posts, kinds", [
+    (["a B-PER"], ["a B-PER"], 3),  # one post of one word
+    (["a O", "b O"], ["a O"], 1),  # nothing but O: one label to choose from
+    (["\u200b B-PER"] * 9, ["\u200b O", "a B-PER"], 3),  # no word has a sub-token: the loss is over nothing
+    (["a B-PER b O"] * 9, ["a B-PER " + "b O " * 10_000], 3),  # a post of 10,001 words
+])  # fmt: skip
+def test_odd_data_sets_train_and_are_scored(flags, tmp_path, train_posts, valid_posts, kinds, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    for split, posts in (("train", train_posts), ("valid", valid_posts), ("test", valid_posts)):
+        fields = [post.split(" ") for post in posts]
+        texts = ["\n".join(f"{w} {y}" for w, y in zip(f[::2], f[1::2], strict=False)) for f in fields]
+        (own / f"{split}.txt").write_text("\n\n".join(f"IMGID:{i}\n{text}" for i, text in enumerate(texts)), encoding="utf-8")
+    folder = run(flags, tmp_path / "run", "--dataset", own, "--fusion", "none", "--epochs", 1)
+    metrics = json.loads((folder / "metrics-test.json").read_text())
+    assert metrics["words"] == sum(len(post.split()) // 2 for post in valid_posts)
+    assert len(json.loads((folder / "config.json").read_text())["labels"]) == kinds
+    assert 0 <= metrics["token"]["accuracy"] <= 1 and np.isfinite(json_lines(folder / "log.jsonl")[0]["loss"])
+
+
+def limited(folder, megabytes, *command):
+    """Run a script where no file may grow past a size, as on a full disk: (status, its error lines, all of stderr)."""
+    size = (int(megabytes * 1e6),) * 2
+    command = [sys.executable, PROJECT / command[0], *map(str, command[1:])]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size))  # fmt: skip
+    return done.returncode, [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
+
+
+def test_a_full_disk_is_one_clear_line_and_earlier_results_stay(flags, tmp_path, data_dir):
+    """Writing stops in the middle of the weights, of a state, of the features; nothing half-written gets a finished name."""
+    arguments = [*flags, "--dataset", "demo", "--fusion", "none", "--run-dir", tmp_path / "run", "--epochs", 1]
+    status, said, all_said = limited(tmp_path, 0.2, "train.py", *arguments)
+    assert status == 1 and len(said) == 1 and "Traceback" not in all_said, all_said
+    assert not list((tmp_path / "run").glob("*.safetensors*")) and not list((tmp_path / "run").glob("predictions*"))
+    status, said, all_said = limited(tmp_path, 0.6, "train.py", *arguments, "--resume", "--save-every", 0)
+    assert status == 1 and len(said) == 1 and not list((tmp_path / "run").glob("state.pt*")), all_said
+    folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1, "--resume")  # there is room again
+    assert (folder / "metrics-test.json").exists()
+    extract = ["extract_features.py", "--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--weights", "random",
+               "--img-size", 64, "--views", 1, "--workers", 0]  # fmt: skip
+    status, said, all_said = limited(tmp_path, 0.3, *extract)
+    assert status == 1 and len(said) == 1 and not list(tmp_path.glob("*.h5")), all_said
+    path = extract_features.main(list(map(str, extract[1:])))
+    assert all(map(FeatureCache(path).whole, range(40)))
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(data_dir):
+    """/sys takes no new folder, from root neither."""
+    places = ["--dataset", "demo", "--data-dir", data_dir]
+    for command in (["train.py", *places, "--fusion", "none", "--text-encoder", data_dir / "demo" / "encoder", "--run-dir", "/sys/run"],
+                    ["extract_features.py", *places, "--weights", "random", "--img-size", 64, "--cache-dir", "/sys/features"]):
+        status, said, all_said = limited("/", 100, *command)
+        assert status == 1 and len(said) == 1 and "/sys/" in said[0] and "Traceback" not in all_said, all_said
 
 
 def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeypatch, capsys):
