@@ -165,6 +165,7 @@ def read_ner(path, allowed):
         elif line.strip(" "):
             spaced = allowed is None and "\t" not in line
             fields = re.split(" +", line.strip(" ")) if spaced else line.split("\t")
+            fields[1:] = [field.strip(" ") if allowed is None else field for field in fields[1:]]
             if len(fields) != 2:
                 raise ValueError(f"{where}: expected word<TAB>label, found {line[:80]!r}")
             if image_id is None:
@@ -238,7 +239,7 @@ def dataset_name(text):
     """argparse type: one of `DATASETS`, or a folder of the user's own data."""
     if text not in DATASETS and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}")
-    return text
+    return text if text in DATASETS else str(Path(text).resolve())
 
 
 def locate(name, data_dir):
@@ -671,7 +672,9 @@ def command_line(main):
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):  # to find a bug of ours behind such a line
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        # What the system says of a file, without its number and with the name in front.
+        said = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {said}")
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)

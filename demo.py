@@ -160,5 +160,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default="data")
     target = Path(parser.parse_args().data_dir) / "demo"
-    write_dataset(target)
+    try:
+        write_dataset(target)
+    except OSError as error:
+        raise SystemExit(f"demo.py: error: {error.filename}: {error.strerror}") from None
     print(f"{target}: train, valid and test posts, their photos and captions; encoder/, clip/, blip/, vilt/: tiny random models")

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checks import SCORES, leak_check, paired_bootstrap
-from data import FeatureCache, bounded, check_device, collate, command_line, dataset_name, default_device, encode
-from data import image_folders, length_batches, load_dataset, read_ner
+from checks import FEWEST, SCORES, leak_check, paired_bootstrap
+from data import DATASETS, FeatureCache, bounded, check_device, collate, command_line, dataset_name, default_device, encode
+from data import find_photos, image_folders, length_batches, load_dataset, read_ner
 from model import autocast, load_run, read_config, to_device
 from scores import format_scores, main_score, mentions, read_predictions, score, seen_spans, write_json
 
@@ -71,13 +71,21 @@ def shuffled_photos(image_ids, cache, seed):
     return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
 
 
+def dataset_now(config, data_dir=None):
+    """(name, --data-dir) of a run's data set; `data_dir`: where it is now, the parent folder if it is the user's own."""
+    name = config["dataset"]
+    if data_dir and name not in DATASETS:
+        name = str(Path(data_dir) / Path(name).name)
+    return name, data_dir or config["data_dir"]
+
+
 def open_run(run_dir, split, device, data_dir=None, features=None):
     """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache or None).
 
     `data_dir`, `features`: where they are now, if no longer where the run was trained. ValueError if they have changed.
     """
     model, tokenizer, config = load_run(run_dir, device)
-    dataset = load_dataset(config["dataset"], data_dir or config["data_dir"])
+    dataset = load_dataset(*dataset_now(config, data_dir))
     made = config["data"][split]
     if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
         raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
@@ -164,11 +172,22 @@ def type_changes(check, fewest=20):
 
 
 def read_runs(pattern, split):
-    """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names."""
-    folders = sorted(Path(path) for path in glob.glob(pattern)) if glob.has_magic(pattern) else [Path(pattern)]
+    """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names.
+
+    A pattern without "shuffled" in it leaves runs on shuffled photos out: '-s*' is the beginning of their names too.
+    ValueError if the runs differ in more than their seed.
+    """
+    folders = [Path(pattern)] if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
+    if len(folders) != 1 and "shuffled" not in Path(pattern).name:
+        folders = [folder for folder in folders if not read_config(folder).get("shuffle_photos")]
     if not folders:
         raise FileNotFoundError(f"{pattern}: no such run folder")
-    name = f"{Path(pattern).name} (n = {len(folders)})" if len(folders) > 1 else folders[0].name
+    first, seeds = read_config(folders[0]), [read_config(folder).get("seed") for folder in folders]
+    same = ("dataset", "model", "fusion", "text_encoder", "epochs", "batch_size", "lr", "fusion_lr", "max_len", "shuffle_photos")
+    for folder in folders[1:]:
+        if other := [key for key in same if read_config(folder).get(key) != first.get(key)]:
+            raise ValueError(f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other)}; name runs of one kind")
+    name = f"{Path(pattern).name} (seeds {' '.join(map(str, seeds))})" if len(folders) > 1 else folders[0].name
     return name, [read_predictions(predictions_file(folder, split)) for folder in folders]
 
 
@@ -190,6 +209,8 @@ def compare(pattern_a, pattern_b, split, name):
     what = {"f1": "micro F1 without None" if relations else "entity F1, lenient", "strict-f1": "entity F1, strict IOB2",
             "accuracy": "row accuracy" if relations else "token accuracy",
             "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}"}[name]  # fmt: skip
+    if len(a_runs) != len(b_runs):
+        print(f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the steadier one")
     width = max(len(a), len(b))
     print(f"{what}\n  A  {a:<{width}}  {found['a']:.4f}\n  B  {b:<{width}}  {found['b']:.4f}")
     print(
@@ -213,12 +234,19 @@ def print_leaks(name, split, data_dir, images):
             raise
         print(f"no photos looked at: {error}")
         folders = []
+    ids = dataset.image_ids()
+    found = sum(path is not None for path in find_photos(ids, folders).values())
+    print(f"{found} of {len(ids)} photos found" + ("" if found > len(ids) / 2 else ": the photos' column tells little or nothing"))
     leaks = leak_check(dataset, split, folders)
+    if not leaks:
+        print(f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without it, in train or {split}")
+        return
     width = max([12, *map(len, leaks)])
     print(f"{dataset.name}: what metadata alone tells, learned on train, AUC on {split} with 95% interval; 0.5 = nothing")
     print(f"{'':<{width}} posts  photo's files    text length")
     for target, leak in leaks.items():
-        cells = "   ".join(f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))
+        photo, text = (f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))
+        cells = f"{photo if found else '-':<12}   {text}"
         print(f"{target:<{width}} {leak['posts']:5d}   {cells}")
     for target, leak in leaks.items():
         if leak["photo"][0] - leak["photo"][1] > 0.55:
@@ -265,8 +293,8 @@ def main(argv=None):
     if args.predictions:
         records = read_predictions(args.predictions)
         if args.train:
-            if not all("words" in record for record in records):
-                raise ValueError(f"{args.predictions}: has no words, so --train cannot tell which mentions it has")
+            if not all("words" in record and isinstance(record["gold"], list) for record in records):
+                raise ValueError(f"{args.predictions}: has no words or no entities, so --train cannot tell mentions apart")
             known = mentions(read_ner(args.train, None))
             records = [record | {"seen": seen_spans(record["words"], known)} for record in records]
         metrics = score(records)
@@ -289,7 +317,8 @@ def main(argv=None):
             continue
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}
-        print(format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]})"))
+        shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config.get("shuffle_photos"))
+        print(format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]}{shuffled})"))
         write_json(run / f"metrics-{split}.json", metrics)
 
 

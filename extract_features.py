@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -303,7 +304,9 @@ def main(argv=None):
     if args.captions:
         settings |= {"captions_sha256": hashlib.sha256(Path(args.captions).read_bytes()).hexdigest()}
         settings |= {"placeholder": args.placeholder or "none"}
+    sizes = [[i, os.path.getsize(p) if os.path.isfile(p) else 0] for i, p in inputs.items() if p and not args.captions]
     recorded = {  # said in the file, not compared
+        "photos_sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip
@@ -321,6 +324,8 @@ def main(argv=None):
         print(f"{path} is finished; left alone (--overwrite makes it anew)")
         report(path)
         cache = FeatureCache(path)
+        if cache.attrs["photos_sha256"] != recorded["photos_sha256"]:
+            print("WARNING: the photos are not those it was made from (other names or sizes); --overwrite reads these")
         absent = [i for i in image_ids if cache.status[cache.rows[i]] == MISSING]
         if back := [i for i in absent if inputs[i] is not None and inputs[i] != args.placeholder]:
             print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")

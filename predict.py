@@ -3,7 +3,7 @@
     python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --text "Kevin Durant in Oakland" --image kd.jpg
     python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
 
-A post is a JSON object: `text` as it was typed, or `words`, a list; `image`, the file of its photo, where it has one,
+A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
 its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
 spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back. Other keys are
 ignored.
@@ -355,6 +355,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
 
     `run`: its `run_digits`. Windows are the same however often it is stopped, and so are answers, to the last digit.
     """
+    run += (folder or "").encode()  # other photos are other answers
     folder = os.path.dirname(path) if folder is None else folder
     counts, first, passed = Counter(), {}, 0
     with open(path, "rb") as source, os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out:
@@ -376,6 +377,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                     record = {"line": number} | answer | {"check": check_digits(run, line)}
                     written.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     counts["photo"] += answer.get("photo", False)
+                    counts["cut"] += "cut_words" in answer
                     for kind in {"error", "note"} & answer.keys():
                         counts[kind] += 1
                         first.setdefault(kind, f"line {number}: {answer[kind]}")
@@ -384,6 +386,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                 progress.update(len(written))
     said = [f"{output}: {total - done} posts answered" + f" after {done} before" * bool(done)]
     said += [f"{counts['photo']} with {predictor.source}"] * bool(predictor.source)
+    said += [f"{counts['cut']} longer than the run's --max-len and cut"] * bool(counts["cut"])
     for kind, name in (("note", "with a note"), ("error", "broken")):
         said += [f"{counts[kind]} {name} (first: {first[kind]})"] if counts[kind] else []
     print(", ".join(said), file=sys.stderr)
@@ -454,6 +457,8 @@ def main(argv=None):
         raise ValueError(f"the post: {answer['error']}")
     if "note" in answer:
         print(answer["note"], file=sys.stderr)
+    if "cut_words" in answer:
+        print(f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off", file=sys.stderr)
     print(json.dumps(answer, ensure_ascii=False) if args.json else format_answer(answer))
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from backbones import upright
 from data import NONE, FeatureCache, NerExample, RelationExample, check_device, collate, command_line, default_device
 from data import encode, find_photos, image_folders, length_batches
-from evaluate import predictions_file
+from evaluate import dataset_now, predictions_file
 from model import autocast, load_run, read_config, to_device
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
@@ -273,7 +273,7 @@ def main(argv=None):
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
     try:
-        folders = image_folders(config["dataset"], args.data_dir or config["data_dir"], args.images)
+        folders = image_folders(*dataset_now(config, args.data_dir), args.images)
     except FileNotFoundError as error:
         if args.images:
             raise
@@ -282,7 +282,11 @@ def main(argv=None):
     posts = [post_of(record) for record in records]
     photos = load_photos(dict.fromkeys(post["photo"] for post in posts), folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why == MISSING else "unreadable" for why in photos.values() if isinstance(why, str))
-    maps = {} if config["fusion"] in NO_WEIGHTS else attention(run, config, records, args.features, args.device)
+    if config.get("shuffle_photos"):
+        warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
+                        " own, which the model did not see; so there is no attention to show.")  # fmt: skip
+    blind_maps = config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos")
+    maps = {} if blind_maps else attention(run, config, records, args.features, args.device)
     for i, post in enumerate(posts):
         if i in maps and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
@@ -294,7 +298,7 @@ def main(argv=None):
     warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
     warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
     facts = {
-        "Data": f"{config['dataset']} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
+        "Data": f"{Path(config['dataset']).name} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
         f" {config['text_encoder']}, seed {config['seed']}",

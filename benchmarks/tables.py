@@ -206,7 +206,7 @@ def lacks(row, argv):
         splits = load_dataset(row.dataset, asked.data_dir).examples
         if asked.fusion != "none":
             FeatureCache(asked.features)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         return str(error).split(";")[0].split(":")[0]
     if "test" not in splits and row.reference:
         return f"no test file of {row.dataset}"
@@ -397,7 +397,7 @@ def markdown(parts):
 
 
 HEADINGS = {
-    "data": "data set", "reference": "reference: accuracy [precision recall F1]", "ours": "ours, the same: tokens or rows",
+    "data": "data set", "reference": "reference: accuracy [precision recall F1]", "ours": "ours: accuracy [precision recall F1] of tokens or rows",
     "main F1": "ours: entity F1 (relations: micro F1 without None)",
     "main F1, trained on shuffled": "the same, trained on others' photos",
     "main F1, shown shuffled": "the same, only shown others' photos", "main F1, shown none": "the same, shown no photo",

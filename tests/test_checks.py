@@ -9,7 +9,7 @@ from PIL import Image
 import evaluate
 from checks import FEWEST, SCORES, auc, files_named_after, leak_check, paired_bootstrap
 from data import Dataset, NerExample, RelationExample
-from scores import entity_scores, label_scores, relation_scores, write_json_lines
+from scores import entity_scores, label_scores, relation_scores, write_json, write_json_lines
 
 LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 RELATIONS = ["None", "None", "/a", "/b"]
@@ -142,15 +142,22 @@ def test_files_are_counted_once_and_by_whole_names(tmp_path):
 
 def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     runs = make_runs("ner", (1, 2, 3))
-    for name, records in zip(("x-s1", "x-s2", "y-s1"), runs, strict=True):
+    made = {"x-s1": (1, runs[0]), "x-s2": (2, runs[1]), "y-s1": (1, runs[2]), "x-shuffled-s1": (1, runs[2])}
+    for name, (seed, records) in made.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text('{"dataset": "d", "model": "m", "fusion": "f", "labels": [], "data": {}}')
+        config = {"dataset": "d", "model": "m", "fusion": name[0], "labels": [], "data": {}, "seed": seed}
+        write_json(tmp_path / name / "config.json", config | {"shuffle_photos": "shuffled" in name})
         write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
     evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])
     out, found = capsys.readouterr().out, paired_bootstrap(runs[:2], runs[2:], "accuracy")
-    assert "token accuracy" in out and "x-s* (n = 2)" in out and f"{found['difference']:+.4f}" in out
+    assert "token accuracy" in out and "x-s* (seeds 1 2)" in out and f"{found['difference']:+.4f}" in out
     assert f"p = {found['p']:.4f} (paired bootstrap over 30 posts, 10000 resamples)" in out
-    for pattern, message in (("z-s*", "no such run folder"), ("z", "no config.json")):
+    assert "WARNING: 2 runs of A against 1 of B" in out
+    evaluate.main(["--compare", str(tmp_path / "x-shuffled-s*"), str(tmp_path / "y-s1")])  # asked for by name
+    assert "+0.0000" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="x-s1 and y-s1 differ in fusion; name runs of one kind"):
+        evaluate.main(["--compare", str(tmp_path / "*-s*"), str(tmp_path / "y-s1")])
+    for pattern, message in (("z-s*", "no such run folder"), ("z", "no such run folder")):
         with pytest.raises(FileNotFoundError, match=message):
             evaluate.main(["--compare", str(tmp_path / pattern), str(tmp_path / "y-s1")])
 
@@ -165,7 +172,7 @@ def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):
         (tmp_path / "mine" / f"{split}.txt").write_text("\n".join(posts))
     evaluate.main(["--leak-check", str(tmp_path / "mine")])
     out = capsys.readouterr().out
-    assert "AUC on valid" in out and "WARNING: 'PER' can be told from the photo's files" in out
+    assert "600 of 600 photos found" in out and "AUC on valid" in out and "WARNING: 'PER' can be told from the photo's files" in out
     with pytest.raises(ValueError, match="has no test file"):
         evaluate.main(["--leak-check", str(tmp_path / "mine"), "--split", "test"])
     with pytest.raises(FileNotFoundError, match="no image folder"):

@@ -421,7 +421,7 @@ def test_shards_are_the_whole(runs, posts_file, tmp_path):
 def test_one_process_an_output(runs, posts_file, tmp_path):
     with open(tmp_path / "out.jsonl", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out.jsonl: another process is writing it; wait for it or name another"):
+        with pytest.raises(ValueError, match="out.jsonl: another process is writing it; wait for it or stop it"):
             answer(runs("clip-bert"), posts_file(3), tmp_path / "out.jsonl")
 
 

@@ -112,7 +112,7 @@ def test_a_training_file_splits_foreign_predictions(tmp_path, capsys):
     assert (metrics["entity_seen"]["f1"], metrics["entity_unseen"]["f1"]) == (1, 0)
     assert "mentions seen in train" in out and "mentions unseen in train" in out
     write_json_lines(tmp_path / "bare.jsonl", [{"id": 1, "gold": ["O"], "predicted": ["O"]}])
-    with pytest.raises(ValueError, match="has no words, so --train cannot tell"):
+    with pytest.raises(ValueError, match="has no words or no entities, so --train cannot tell"):
         main(["--predictions", str(tmp_path / "bare.jsonl"), "--train", str(tmp_path / "train.txt")])
     with pytest.raises(SystemExit):
         main(["--run", str(tmp_path), "--train", str(tmp_path / "train.txt")])
