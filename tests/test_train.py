@@ -592,6 +592,7 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
     flags = [*places, "--img-size", 64, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
     runs = {"none": ["--fusion", "none"], "film": ["--fusion", "film"]}
     runs |= {system: system_flags(system, tmp_path) for system in PARTS}
+    runs["bert-caption"] += ["--fusion", "cross-attention"]
     scores = {}
     for name, more in runs.items():
         evaluate.main(["--image-check", "--device", "cpu", "--run", str(run([*flags, *more], tmp_path / name))])
