@@ -196,7 +196,7 @@ def extract(backbone, writer, loader, batches, device, progress):
 
 
 def verify(path):
-    """Compare every row with its checksums. Damaged ones are marked as not done, the file as unfinished: ValueError says so."""
+    """Compare every row with its checksums; ValueError if some are damaged: these are then not done, the file unfinished."""
     cache = FeatureCache(path)
     damaged = [row for row in tqdm(range(len(cache.ids)), unit="row", mininterval=1) if not cache.whole(row)]
     if not damaged:
@@ -205,10 +205,12 @@ def verify(path):
     with h5py.File(path, "r", locking=False) as file:
         offset = file["status"].id.get_offset()
     fd = lock(path, os.O_RDWR)
-    for row in damaged:
-        os.pwrite(fd, b"\0", offset + row)
-    os.replace(path, path.with_name(path.name + ".partial"))
-    os.close(fd)
+    try:
+        os.replace(path, path.with_name(path.name + ".partial"))  # first: no finished name over rows that are not done
+        for row in damaged:
+            os.pwrite(fd, b"\0", offset + row)
+    finally:
+        os.close(fd)
     raise ValueError(
         f"{path}: {len(damaged)} of {len(cache.ids)} rows are damaged ({', '.join(cache.ids[row] for row in damaged[:20])});"
         " the same command without --verify computes them again, and nothing else"
