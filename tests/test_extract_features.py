@@ -494,3 +494,15 @@ def test_verify_names_damaged_rows_and_only_they_are_done_again(run, capsys, mon
     assert written == [2, 7] and path.read_bytes() == whole
     with pytest.raises(FileNotFoundError, match="no finished file to verify"):
         run("--verify", "--img-size", 96)
+
+
+def test_photos_changed_behind_a_finished_file_are_said(run, data_dir, tmp_path, capsys):
+    images = tmp_path / "photos"
+    shutil.copytree(data_dir / "demo" / "images", images)
+    run("--images", images)
+    capsys.readouterr()
+    run("--images", images)
+    assert "WARNING" not in capsys.readouterr().out
+    Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")
+    run("--images", images)
+    assert "WARNING: the photos are not those it was made from" in capsys.readouterr().out

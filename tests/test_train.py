@@ -432,6 +432,9 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     assert [r["probability"] for r in again] == [r["probability"] for r in records]
     evaluate.main(["--image-check", "--run", str(folder)])
     assert "trained on shuffled photos" in capsys.readouterr().out
+    evaluate.main(["--run", str(folder)])
+    assert "TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" in capsys.readouterr().out
+    assert "Trained and scored with other posts' photos" in report.main(["--run", str(folder)]).read_text(encoding="utf-8")
 
 
 def test_shuffled_runs_have_a_name_of_their_own(capsys):
@@ -467,6 +470,11 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
         evaluate.main([str(part) for part in command])
     report.main(["--run", str(folder)])
     predictor.main(["--run", str(folder), "--text", "Ада в 東京", "--image", str(photos / "train_0000.jpg")])
+    (tmp_path / "moved").mkdir()
+    own.rename(tmp_path / "moved" / "own")
+    with pytest.raises(FileNotFoundError, match="no train file of own"):
+        evaluate.main(["--run", str(folder), "--image-check"])
+    evaluate.main(["--run", str(folder), "--image-check", "--data-dir", str(tmp_path / "moved")])
     assert (folder / "report-test.html").exists() and "runs" not in {p.name for p in tmp_path.iterdir()}
 
 
