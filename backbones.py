@@ -16,14 +16,17 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
 
 from data import MISSING, OK, UNREADABLE, special_ends
@@ -68,6 +71,39 @@ class Frozen(nn.Module):
     def forward(self, photos):
         pixels = photos.float().div_(255).sub_(self.mean).div_(self.std)
         return self.states(self.model, pixels.contiguous(memory_format=torch.channels_last)).half()
+
+
+class Compiled(nn.Module):
+    """What `regions` of a backbone does, compiled by torch's inductor for batches of exactly `shape`, (B, 3, H, W).
+
+    Smaller batches are filled up: another shape would be compiled anew, for longer than it saves. The weights are frozen
+    into the code. ValueError where torch cannot compile.
+    """
+
+    def __init__(self, regions, shape, device):
+        super().__init__()
+        self.regions, self.size = torch.compile(regions, dynamic=False, options={"freezing": True}), shape[0]
+        try:
+            with torch.inference_mode():
+                self.regions(torch.zeros(shape, dtype=torch.uint8, device=device))  # compiles
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"the forward pass cannot be compiled here ({first_line(error)[:150]}); it takes a C++ compiler:"
+                " --no-compile --overwrite does without"
+            ) from None
+
+    def forward(self, photos):
+        filled = F.pad(photos, (0, 0, 0, 0, 0, 0, 0, self.size - len(photos)))
+        return self.regions(filled)[: len(photos)]
+
+
+def fold_batch_norms(module):
+    """Multiply each batch norm of a module in eval mode into the convolution right before it, for good."""
+    for parent in list(module.modules()):
+        for (name, first), (norm, second) in pairwise(list(parent.named_children())):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(first, second))
+                setattr(parent, norm, nn.Identity())
 
 
 def state_hash(module):
@@ -127,7 +163,7 @@ def load_resnet50(weights, img_size, seed):
         raise ValueError(f"--weights {weights}: not ResNet50's ({str(error).splitlines()[-1].strip()})") from None
     if missing := [key for key in missing if not key.startswith("fc.")]:
         raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
-    return frozen_backbone(
+    backbone = frozen_backbone(
         nn.Sequential(*list(model.children())[:-2]),  # without the average pool and the classifier
         lambda body, pixels: body(pixels).flatten(2).transpose(1, 2),
         published or ("random" if weights == "random" else "file"),
@@ -136,6 +172,8 @@ def load_resnet50(weights, img_size, seed):
         {"img_size": size, "resizing": f"bilinear to {size} x {size}", "mean": [0.485, 0.456, 0.406],
          "std": [0.229, 0.224, 0.225]},
     )  # fmt: skip
+    fold_batch_norms(backbone.regions)
+    return backbone
 
 
 class ProcessorResize:

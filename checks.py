@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 from PIL import Image
-from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
 from data import NONE, find_photos
@@ -166,6 +165,8 @@ def leak_check(dataset, split, folders):
     known of the photo's files and from the text's length; 0.5 is chance. "column": the photo column with the highest
     AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left out.
     """
+    from sklearn.ensemble import GradientBoostingClassifier  # takes most of a second, which only this check should wait
+
     ids = dataset.image_ids()
     paths, counts = find_photos(ids, folders) if folders else dict.fromkeys(ids), files_named_after(ids, folders)
     tables = {name: metadata(dataset.examples[name], paths, counts) for name in ("train", split)}

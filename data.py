@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,7 +191,8 @@ def read_mnre(path, allowed):
             words, image_id, relation = row["token"], row["img_id"], row["relation"]
             spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
         except (ValueError, SyntaxError, TypeError, KeyError, IndexError, MemoryError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'not readable'}"
+            said = str(error).splitlines()[0].split(": <ast.")[0] if str(error) else "not readable"  # less an address in memory
+            reason = f"{type(error).__name__}: {said}"
             raise ValueError(
                 f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
             ) from None
@@ -479,9 +481,16 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     return batch
 
 
+def to_device(batch, device):
+    """Copy a batch without making the host wait; regions are still float16 here, half the bytes to move."""
+    if torch.device(device).type == "cuda":  # from memory that is not pinned, the copy would wait
+        batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
 # ---------------------------------------------------------------------------------------------------- feature file
 
-FORMAT = 3  # version of the feature file's layout
+FORMAT = 4  # version of the feature file's layout
 OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
 COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
 
@@ -515,6 +524,8 @@ class FeatureCache:
     by row; regions before them (BLIP's class token) are of the photo as a whole.
     Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
     """
+
+    resident = None  # all regions on a device, from `keep_on` on
 
     def __init__(self, path):
         self.path = Path(path)
@@ -584,6 +595,25 @@ class FeatureCache:
         about = self.ids[row], self.num_regions[row], self.grid[row], self.status[row], self.reasons[row]
         return row_crc32(self.regions[row, views], *about) == self.crc32[row, views].tolist()
 
+    def damaged(self, photo, view):
+        """The error for bytes that are not those that were written."""
+        return ValueError(
+            f"{self.path}: the features of photo {photo} are damaged ({view}); extract_features.py"
+            " --verify finds all such rows, and the same command without it then repairs them"
+        )
+
+    def keep_on(self, device):
+        """Copy all regions to a device, every row checked; `read` then takes them there, where they stay."""
+        with ThreadPoolExecutor() as pool:
+            whole = np.array(list(pool.map(self.whole, range(len(self.ids)))))
+        if not whole.all():
+            raise self.damaged(self.ids[np.flatnonzero(~whole)[0]], "some view")
+        self.checked[:] = True
+        kind = torch.from_numpy(self.regions[:0].copy()).dtype
+        self.resident = torch.empty(self.shape, dtype=kind, device=device)
+        for row in range(len(self.ids)):
+            self.resident[row] = torch.from_numpy(self.regions[row].copy())
+
     def require(self, image_ids, dataset):
         """ValueError if the file was made for another data set, or for a part of this one."""
         if self.attrs.get("dataset") != dataset:
@@ -603,26 +633,26 @@ class FeatureCache:
 
         regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns).
         """
-        count, (_, _, regions, dim) = len(photos), self.shape
-        values, mask = np.zeros((count, regions, dim), self.regions.dtype), np.zeros((count, regions), bool)
-        grid = np.zeros((count, 2), np.int64)
-        for i, photo in enumerate(photos):
-            if photo is None:
-                continue
-            row, view = self.rows[photo], views[i] if views is not None else 0
-            if not self.checked[row, view]:  # of missing photos too: their status may be what is damaged
-                if not self.whole(row, slice(view, view + 1)):
-                    raise ValueError(
-                        f"{self.path}: the features of photo {photo} are damaged (view {view}); extract_features.py"
-                        " --verify finds all such rows, and the same command without it then repairs them"
-                    )
-                self.checked[row, view] = True
-            if self.has_photo(photo):
-                values[i] = self.regions[row, view]
-                mask[i, : self.num_regions[row]] = True
-                grid[i] = self.grid[row]
-        arrays = {"regions": values, "region_mask": mask, "region_grid": grid}
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # a row for None, hidden below
+        views = np.zeros(len(photos), int) if views is None else np.asarray(views)
+        shown = np.array([photo is not None for photo in photos])
+        for i in np.flatnonzero(shown & ~self.checked[rows, views]):  # of missing photos too: their status may be damaged
+            if not self.whole(rows[i], slice(views[i], views[i] + 1)):
+                raise self.damaged(photos[i], f"view {views[i]}")
+            self.checked[rows[i], views[i]] = True
+        real = shown & (self.status[rows] == OK)
+        mask = real[:, None] & (np.arange(self.shape[2]) < self.num_regions[rows, None])
+        grid = np.where(real[:, None], self.grid[rows], 0).astype(np.int64)
+        about = {"region_mask": torch.from_numpy(mask), "region_grid": torch.from_numpy(grid)}
+        if self.resident is None:
+            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]: numpy's fastest way to copy rows
+            values = flat.take(rows * self.views + views, 0)
+            values[~real] = 0
+            return {"regions": torch.from_numpy(values)} | about
+        places = {"rows": torch.from_numpy(rows), "views": torch.from_numpy(views), "real": torch.from_numpy(real)}
+        about, places = (to_device(batch, self.resident.device) for batch in (about, places))
+        values = self.resident[places["rows"], places["views"]]
+        return {"regions": values.masked_fill(~places["real"][:, None, None], 0)} | about
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -654,6 +684,42 @@ def check_device(name):
         raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
 
 
+def join_processes(device):
+    """(rank, number of processes, device) of this process among those torchrun started; (0, 1, device) without torchrun.
+
+    Each process on cuda gets a GPU of its own. Only rank 0 prints; errors are everyone's to say.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    rank = torch.distributed.get_rank()
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return rank, torch.distributed.get_world_size(), device
+
+
+def wait_for_all(processes):
+    """Go on when every process that torchrun started is here."""
+    if processes > 1:
+        torch.distributed.barrier()
+
+
+def gather(part, processes):
+    """What each process has of a list, each a part [rank::processes] of it -> the whole list, in every process."""
+    if processes == 1:
+        return part
+    parts = [None] * processes
+    torch.distributed.all_gather_object(parts, part)
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank::processes] = part
+    return whole
+
+
 def lock(path, flags=os.O_RDONLY):
     """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks. ValueError if another has."""
     fd = os.open(path, flags, 0o644)
@@ -669,6 +735,8 @@ def command_line(main):
     """Run a script's `main`; a user's mistake becomes one line on standard error and exit status 1."""
     try:
         main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):  # to find a bug of ours behind such a line
             raise

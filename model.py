@@ -270,11 +270,6 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def to_device(batch, device):
-    """Copy a batch; regions are still float16 here, half the bytes to move."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 def save_weights(model, run_dir):
     """All weights as `model.safetensors`; a reader sees the old file or the new one, never a part."""
     temporary = Path(run_dir) / "model.safetensors.tmp"

@@ -171,11 +171,11 @@ class NewPhotos(FeatureCache):
     """A `FeatureCache` of photos that no feature file holds, given by path, or of captions: one view, in memory."""
 
     def __init__(self, sources, made, backbone, device, pool):
-        count = len(sources)
-        self.rows, self.shape = {source: row for row, source in enumerate(sources)}, (count, 1, *backbone.shape)
-        self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((count, 2), int)
-        self.checked = np.ones((count, 1), bool)  # no file, so nothing to compare with
-        self.status, self.num_regions, self.reasons = np.zeros(count, int), np.zeros(count, int), [""] * count
+        count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
+        self.rows, self.shape = {source: row for row, source in enumerate(sources)}, (held, 1, *backbone.shape)
+        self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
+        self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
+        self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
         if made["backbone"] == "caption":
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
             read = Captions(sources, {source: source for source in sources}, backbone, placeholder).read

@@ -1,6 +1,7 @@
 """Fine-tune a text encoder with cached photo features fused in, and score it.
 
     python train.py --fusion film --seed 1337
+    torchrun --nproc-per-node 4 train.py --fusion film    # the same run, each batch shared by four processes
 
 Everything a run is lands in runs/<dataset>-<model>-<fusion>-s<seed>/: config.json, encoder/ (configuration and
 tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl, predictions-*.jsonl,
@@ -28,11 +29,11 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, bounded, check_device, collate, command_line, dataset_name
-from data import default_device, encode, length_batches, load_dataset, locate, lock
+from data import default_device, encode, gather, join_processes, length_batches, load_dataset, locate, lock, to_device
+from data import wait_for_all
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import SYSTEMS, TextRegions, autocast, first_line, load_text_encoder, longest_input, read_config, save_weights
-from model import to_device
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
@@ -48,7 +49,7 @@ def parse_args(argv):
     add("--text-encoder", help="hub name or local folder; default: the model's own")
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
     add("--epochs", type=bounded(int, 1), default=5)
-    add("--batch-size", type=bounded(int, 1), default=8)
+    add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
     add("--eval-batch-size", type=bounded(int, 1), default=12)
     add("--max-len", type=bounded(int, 1), help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
     add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
@@ -161,7 +162,7 @@ def check_folder(run_dir, args):
 def check_same_run(run_dir, config):
     """ValueError if the run in the folder was begun with other settings than `config`; another machine is only said."""
     made, asked = read_config(run_dir), json.loads(json.dumps(config))
-    machine, free = {"versions", "threads", "device"}, {"overwrite", "resume", "save_every", "run_dir"}
+    machine, free = {"versions", "threads", "device", "processes"}, {"overwrite", "resume", "save_every", "run_dir"}
     differing = {
         key: f"{key} (run: {made.get(key)}, asked: {asked.get(key)})"
         for key in sorted(made.keys() | asked.keys()) if key not in free and made.get(key) != asked.get(key)
@@ -210,6 +211,7 @@ def main(argv=None):
 def run(args, stack):
     """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
     check_device(args.device)
+    rank, processes, device = join_processes(args.device)
     run_dir = Path(args.run_dir)
     check_folder(run_dir, args)
     dataset = load_dataset(args.dataset, args.data_dir)
@@ -217,6 +219,9 @@ def run(args, stack):
     for split, examples in dataset.examples.items():
         print(f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})")
     cache = open_features(args, dataset)
+    if cache and device.startswith("cuda") and cache.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        cache.keep_on(device)
+        print(f"           kept on {device}, {cache.regions.nbytes:,} bytes")
 
     torch.manual_seed(args.seed)
     system = SYSTEMS[args.model]
@@ -237,10 +242,13 @@ def run(args, stack):
         "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
         "versions": versions | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
+        "processes": processes,
     }
-    model = system.model(encoder, config).to(args.device)
+    model = system.model(encoder, config).to(device)
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if processes > 1 else model
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass over memory: 7 times as fast
     lengths = [len(row["input_ids"]) for row in rows["train"]]
+    counts = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in rows["train"]])  # of what the loss is over
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
     for part, module in model.named_children():
@@ -249,18 +257,22 @@ def run(args, stack):
             print(f"{part:<10} {count:,} parameters, all trained at {args.lr if part == 'encoder' else args.fusion_lr:g}")
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    stack.callback(os.close, lock(run_dir))
+    if rank == 0:
+        stack.callback(os.close, lock(run_dir))
     state, last = run_dir / "state.pt", "test" if "test" in rows else "valid"
     if args.resume and (run_dir / "config.json").exists():
         check_same_run(run_dir, config)
         if (run_dir / f"metrics-{last}.json").exists() and not state.exists():
             print(f"{run_dir} is finished; left alone (--overwrite trains it anew)")
             return run_dir
-    for path in run_dir.iterdir() if args.overwrite else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(run_dir / "config.json", config)
-    encoder.config.save_pretrained(run_dir / "encoder")
-    tokenizer.save_pretrained(run_dir / "encoder")
+    wait_for_all(processes)  # all have seen the folder as it was
+    if rank == 0:
+        for path in run_dir.iterdir() if args.overwrite else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(run_dir / "config.json", config)
+        encoder.config.save_pretrained(run_dir / "encoder")
+        tokenizer.save_pretrained(run_dir / "encoder")
+    wait_for_all(processes)
 
     wrong, known = {}, mentions(dataset.examples["train"])
     if args.shuffle_photos:
@@ -269,10 +281,12 @@ def run(args, stack):
         print("photos     SHUFFLED: each post is shown another's, in every split")
 
     def answers(split):
-        return predict(
-            model, rows[split], dataset.examples[split], dataset.labels, tokenizer.pad_token_id, args.eval_batch_size,
-            args.device, args.precision, cache, wrong.get(split), known,
+        own = slice(rank, None, processes)
+        records = predict(
+            model, rows[split][own], dataset.examples[split][own], dataset.labels, tokenizer.pad_token_id,
+            args.eval_batch_size, device, args.precision, cache, wrong.get(split), known,
         )  # fmt: skip
+        return gather(records, processes)
 
     progress = {"epoch": 1, "step": 0, "loss": 0.0, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
     saved = time.monotonic()
@@ -283,35 +297,44 @@ def run(args, stack):
         started = time.perf_counter()
         rng = np.random.default_rng([args.seed, epoch])
         model.train()
-        loss_sum, labelled = (torch.tensor(progress[key], device=args.device) for key in ("loss", "labelled"))
-        first_bad = torch.tensor(math.inf, device=args.device)  # step whose loss or gradient is not finite
-        batches = length_batches(lengths, args.batch_size, rng)
+        loss_sum, labelled = torch.tensor(progress["loss"], device=device), progress["labelled"]
+        first_bad = torch.tensor(math.inf, device=device)  # step whose loss or gradient is not finite
+        batches, before = length_batches(lengths, args.batch_size, rng), progress["step"]
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
-            if step <= progress["step"]:  # done before the stop; its random numbers had to be drawn
+            if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
-            own = [None if h else dataset.examples["train"][i].image_id for i, h in zip(chosen, hidden, strict=True)]
+            # This process's share of the posts. One without any still takes part, with the first and no weight.
+            mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
+            own = [None if hidden[i] else dataset.examples["train"][chosen[i]].image_id for i in mine]
             photos = [wrong["train"].get(photo) for photo in own] if wrong else own
-            batch = collate([rows["train"][i] for i in chosen], tokenizer.pad_token_id, cache, photos, views)
-            batch = to_device(batch, args.device)
-            with autocast(args.device, args.precision):
-                logits = model(batch)  # [B, W, labels] or [B, labels]
+            views = views[mine] if views is not None else None
+            batch = collate([rows["train"][chosen[i]] for i in mine], tokenizer.pad_token_id, cache, photos, views)
+            batch = to_device(batch, device)
+            if processes > 1:  # dropout of its own
+                torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
+            with autocast(device, args.precision):
+                logits = parallel(batch)  # [B, W, labels] or [B, labels]
             summed = F.cross_entropy(
                 logits.float().flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum"
             )
-            count = (batch["labels"] != IGNORE).sum()
-            (summed / count.clamp(min=1)).backward()
+            # Over all that the batch has labelled, not the mean of the processes' means: gradients are averaged over them.
+            count = int(counts[chosen].sum())
+            (summed * (weight * processes / max(1, count))).backward()
+            summed = summed.detach() * weight
+            if processes > 1:
+                torch.distributed.all_reduce(summed)
             if scheduler.last_epoch == 0:
                 check_all_train(model, optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            loss_sum += summed.detach()
+            loss_sum += summed
             labelled += count
-            first_bad = torch.where(torch.isfinite(summed.detach() + norm), first_bad, first_bad.clamp(max=step))
-            save = time.monotonic() - saved >= args.save_every
+            first_bad = torch.where(torch.isfinite(summed + norm), first_bad, first_bad.clamp(max=step))
+            save = rank == 0 and time.monotonic() - saved >= args.save_every
             if save or step % 50 == 0 or step == len(batches):  # not each step: reading a value makes the device wait
                 if (bad := first_bad.item()) < math.inf:
                     ids = ", ".join(dataset.examples["train"][i].id for i in batches[int(bad) - 1])
@@ -320,32 +343,35 @@ def run(args, stack):
                         f" ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
                     )
             if save:
-                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.item(), "labelled": labelled.item()}
+                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.item(), "labelled": labelled}
                 save_state(state, progress, model, optimizer, scheduler)
                 saved = time.monotonic()
-        loss, trained = (loss_sum / labelled.clamp(min=1)).item(), time.perf_counter()
+        loss, trained = loss_sum.item() / max(1, labelled), time.perf_counter()
         metrics = score(answers("valid"))
         main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
         kept = main_f1 > progress["best"]
         if kept:
             progress |= {"best": main_f1, "best_epoch": epoch}
-            save_weights(model, run_dir)
+            if rank == 0:
+                save_weights(model, run_dir)
         log = {"epoch": epoch, "loss": loss, "valid_main_f1": main_f1, "valid_accuracy": accuracy}
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
         for name, record in (("log", log | {"best_epoch": progress["best_epoch"]}), ("timing", timing)):
             progress[name].append(record)
-            write_json_lines(run_dir / f"{name}.jsonl", progress[name])
+            if rank == 0:
+                write_json_lines(run_dir / f"{name}.jsonl", progress[name])
         print(
             f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  valid {'entity' if dataset.task == 'ner' else 'micro'} F1"
-            f" {main_f1:.4f}, accuracy {accuracy:.4f}  {len(lengths) / timing['train_s']:.1f} posts/s"
+            f" {main_f1:.4f}, accuracy {accuracy:.4f}  {sum(map(len, batches[before:])) / timing['train_s']:.1f} posts/s"
             f"{'  (best)' if kept else ''}",
             flush=True,
         )  # fmt: skip
         progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "labelled": 0.0}
-        if time.monotonic() - saved >= args.save_every:
+        if rank == 0 and time.monotonic() - saved >= args.save_every:
             save_state(state, progress, model, optimizer, scheduler)
             saved = time.monotonic()
 
+    wait_for_all(processes)
     load_model(model, str(run_dir / "model.safetensors"))  # the best epoch on valid; test is scored once, with it
     for split in ("valid", "test"):
         if split not in rows:
@@ -353,10 +379,12 @@ def run(args, stack):
             continue
         records = answers(split)
         metrics = score(records) | {"data": prints[split]}
-        write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
-        write_json(run_dir / f"metrics-{split}.json", metrics)
+        if rank == 0:
+            write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
+            write_json(run_dir / f"metrics-{split}.json", metrics)
         print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {progress['best_epoch']}"))
-    state.unlink(missing_ok=True)  # finished
+    if rank == 0:
+        state.unlink(missing_ok=True)  # finished
     return run_dir
 
 

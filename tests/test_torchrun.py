@@ -1,0 +1,54 @@
+"""Two processes that share the work, against one that does it alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+PROJECT = Path(__file__).parents[1]
+
+
+def start(processes, script, *args):
+    """Run a script alone or under torchrun, one thread a process; returns what it printed."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [str(part) for part in [*command, PROJECT / script, *args]]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+# 24 posts: with 23 a step the last step has one, and the second process none.
+@pytest.mark.parametrize("dataset, batch_size", [("demo", 7), ("mnre", 23)])
+def test_two_processes_train_as_one_does(dataset, batch_size, data_dir, cache_dir, encoder_dir, tmp_path):
+    fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
+             "--lr", 1e-3, "--epochs", 3, "--dropout", 0, "--batch-size", batch_size]  # fmt: skip
+    said = [start(processes, "train.py", *fixed, "--run-dir", tmp_path / str(processes)) for processes in (1, 2)]
+    assert said[0].count("epoch 3/3") == said[1].count("epoch 3/3") == 1  # one of them speaks
+    logs, weights, predictions = [], [], []
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+        weights.append(load_file(folder / "model.safetensors"))
+        predictions.append([json.loads(line) for line in (folder / "predictions-valid.jsonl").read_text().splitlines()])
+    assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
+    for alone, shared in zip(*logs, strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)  # Adam divides by gradients, small ones too
+    for alone, shared in zip(*predictions, strict=True):
+        assert (shared["id"], shared["words"], shared["predicted"]) == (alone["id"], alone["words"], alone["predicted"])
+
+
+def test_two_processes_extract_the_bytes_of_one(data_dir, tmp_path):
+    fixed = ["--dataset", "demo", "--data-dir", data_dir, "--weights", "random", "--img-size", 64, "--views", 2, "--batch-size", 6,
+             "--workers", 1]  # fmt: skip
+    said = [start(n, "extract_features.py", *fixed, "--cache-dir", tmp_path / str(n)) for n in (1, 2)]
+    assert [text.count("40 photos in") for text in said] == [1, 1]
+    alone, shared = (list((tmp_path / str(n)).iterdir()) for n in (1, 2))
+    assert [path.name for path in alone] == [path.name for path in shared] == ["demo-resnet50-64.h5"]
+    assert shared[0].read_bytes() == alone[0].read_bytes()
