@@ -4,18 +4,15 @@ import csv
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import backbone_flags
 
 import extract_features
+import tables
 import train
 from scores import main_score
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import tables  # noqa: E402
 
 
 @pytest.fixture(scope="module")

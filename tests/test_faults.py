@@ -1,0 +1,107 @@
+"""benchmarks/faults.py, shortened: what it writes when all goes well, and that its checks see damage."""
+
+import functools
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import h5py
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import faults
+
+
+def test_pages(tmp_path, monkeypatch):
+    """Two pages at once: kills alone, and all but long runs. One kill of each command, one run of tables.py for two."""
+    made, command = faults.MADE["tables.py"], faults.COMMANDS["tables.py"]
+    monkeypatch.setitem(faults.COMMANDS, "tables.py", [part for part in command if part != "demo/film"])
+    monkeypatch.setitem(faults.MADE, "tables.py", tuple(name for name in made if "-film-" not in name))
+    monkeypatch.setattr(faults, "write_odd_files", functools.partial(faults.write_odd_files, large=False))
+
+    def write(name, *more):
+        faults.main(["--kills", "1", "--posts", "8", "3", "3", "--no-long", "--output", str(tmp_path / name), *more])
+        return (tmp_path / name).read_text(encoding="utf-8")
+
+    with ThreadPoolExecutor() as pool:
+        kills = pool.submit(write, "kills", "--commands", "extract_features.py", "tables.py", "--no-files", "--fuzz", "0")
+        most = pool.submit(write, "most", "--commands", "train.py", "predict.py", "--fuzz", "60")
+        pages = [kills.result(), most.result()]
+    assert [page.count("\n## ") for page in pages] == [1, 4]  # parts left out are left out of the page
+    lines = [line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")]
+    cells = {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
+    for name in faults.COMMANDS:
+        _, killed, working, same = cells[f"`{name}`"]
+        assert killed == "1" and working in ("0", "1") and re.fullmatch(r"(\d+) of \1 chains", same)
+    assert cells["CMYK.jpg"] == ["ok", "", "yes"] and cells["absent"] == ["missing", "no such file", "-"]
+    assert cells["named pipe.jpg"] == ["unreadable", "not a file", "-"]
+    last = [row[-1] for row in cells.values()]
+    assert last.count("yes") == 21 and "NO" not in last
+    assert cells["zero-width words"] == ["posts: 2, words: 4"]
+    assert cells["post of 10,000 words"] == ["posts: 1, words: 10,000"]
+    assert cells["a path as IMGID"][0].startswith("a path as IMGID.txt:5: image id '../../etc/passwd' is not")
+    assert cells["MNRE code"][0].startswith("MNRE code.txt:1: not a row")
+    for reader in faults.CONTENTS:
+        inputs, read, refused, other = map(int, cells[f"`{reader}`"])
+        assert inputs == 60 == read + refused and read >= 10 and other == 0
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def cut(path):
+    path.write_text(path.read_text().rpartition("{")[0])
+
+
+def of_rows(change):
+    """Damage of an unfinished feature file."""
+
+    def damage(folder):
+        with h5py.File(folder / f"{faults.FEATURES}.partial", "r+") as file:
+            change(file)
+
+    return damage
+
+
+@pytest.mark.parametrize("name, damage, said", [
+    ("extract_features.py", lambda folder: flip(folder / faults.FEATURES, -9), "finished, but different"),
+    ("extract_features.py", of_rows(lambda file: file["regions"].__setitem__((3, 1, 0, 7), 99)), "done, but other bytes"),
+    ("extract_features.py", of_rows(lambda file: file["crc32"].__setitem__((3, 1), 99)), "done, but other checksums"),
+    ("train.py", lambda folder: cut(folder / faults.RUN / "predictions-test.jsonl"), "another predictions-test.jsonl"),
+    ("train.py", lambda folder: (folder / faults.RUN / "log.jsonl").write_text('{"epoch": 2}\n'), "another log"),
+    ("predict.py", lambda folder: flip(folder / "answers.jsonl", 8), "other answers"),
+])  # fmt: skip
+def test_damage_is_noticed(tmp_path, cache_dir, name, damage, said):
+    """Of what a command left, no matter which part; what is sound, finished or not, is let through."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    (whole / "made").mkdir(parents=True)
+    (whole / faults.RUN).mkdir(parents=True)
+    shutil.copy(cache_dir / "demo-resnet50-64.h5", whole / faults.FEATURES)
+    for path in (f"{faults.RUN}/log.jsonl", f"{faults.RUN}/predictions-test.jsonl", "answers.jsonl"):
+        (whole / path).write_text("".join(json.dumps({"epoch": epoch}) + "\n" for epoch in range(3)))
+    save_file({"weight": torch.zeros(3)}, whole / faults.RUN / "model.safetensors")
+    shutil.copytree(whole, folder)
+    shutil.copy(folder / faults.FEATURES, folder / f"{faults.FEATURES}.partial")
+    with h5py.File(folder / f"{faults.FEATURES}.partial", "r+") as file:  # a row that is not done may hold anything
+        file["status"][5], file["regions"][5] = 0, 9
+    for path in (f"{faults.RUN}/log.jsonl", "answers.jsonl"):
+        cut(folder / path)
+    faults.check(folder, whole, name)
+    damage(folder)
+    with pytest.raises(AssertionError, match=said):
+        faults.check(folder, whole, name)
+
+
+@pytest.mark.parametrize("reader, error", [
+    (lambda path: {}["token"], KeyError), (lambda path: [], AssertionError),  # the words of the file are lost
+    (lambda path: int("not the file's name"), AssertionError),
+])  # fmt: skip
+def test_fuzz_stops_at_anything_else(monkeypatch, reader, error):
+    monkeypatch.setitem(faults.READERS, "read_ner", reader)
+    with pytest.raises(error):
+        faults.fuzz("read_ner", "words", 50)
