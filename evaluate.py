@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from checks import FEWEST, SCORES, leak_check, paired_bootstrap
-from data import DATASETS, FeatureCache, bounded, check_device, collate, command_line, dataset_name, default_device, encode
-from data import find_photos, image_folders, length_batches, load_dataset, read_ner, to_device
+from commands import bounded, check_device, command_line, default_device
+from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
+from data import load_dataset, read_ner, to_device
 from model import autocast, load_run, read_config
 from scores import format_scores, main_score, mentions, read_predictions, score, seen_spans, write_json
 

@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
-from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, bounded, by_name, check_device
-from data import command_line, dataset_name, default_device, find_photos, image_folders, join_processes, load_dataset, lock
-from data import read_attrs, read_captions, row_crc32, wait_for_all
+from commands import bounded, check_device, command_line, default_device, join_processes, lock, wait_for_all
+from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, by_name, dataset_name
+from data import find_photos, image_folders, load_dataset, read_attrs, read_captions, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is 2 to 20 ms an image faster, but first compiles for 10 to 40 s
@@ -173,6 +173,18 @@ def refuse_other_settings(path, settings):
 
 
 # --------------------------------------------------------------------------------------------------------- main
+
+
+def low_priority(worker):
+    """Let the forward pass go first: its threads wait for the slowest of them."""
+    os.nice(10)
+
+
+def batch_loader(reader, batches, workers):
+    """Decodes batches of rows of `Photos` or `Captions` ahead, in so many processes."""
+    return DataLoader(
+        reader, batch_size=None, sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=low_priority
+    )
 
 
 @torch.inference_mode()
@@ -385,7 +397,7 @@ def main(argv=None):
             reader, workers = Captions(image_ids, inputs, backbone, args.placeholder), 0
         else:
             reader, workers = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
-        loader = DataLoader(reader, batch_size=None, sampler=todo, collate_fn=list, num_workers=workers)
+        loader = batch_loader(reader, todo, workers)
         backbone.regions.to(device, memory_format=torch.channels_last)
         if engine == "inductor":
             side = settings["img_size"]

@@ -32,8 +32,8 @@ import torch
 from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
-from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, check_device, command_line
-from data import default_device, encode, lock
+from commands import check_device, command_line, default_device, lock
+from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, encode
 from evaluate import predict
 from model import load_run
 from scores import entity_spans

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones import upright
-from data import NONE, FeatureCache, NerExample, RelationExample, check_device, collate, command_line, default_device
-from data import encode, find_photos, image_folders, length_batches, to_device
+from commands import check_device, command_line, default_device
+from data import NONE, FeatureCache, NerExample, RelationExample, collate, encode, find_photos, image_folders
+from data import length_batches, to_device
 from evaluate import dataset_now, predictions_file
 from model import autocast, load_run, read_config
 from scores import entity_spans, main_score, read_predictions, score, write_text

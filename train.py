@@ -28,9 +28,9 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, bounded, check_device, collate, command_line, dataset_name
-from data import default_device, encode, gather, join_processes, length_batches, load_dataset, locate, lock, to_device
-from data import wait_for_all
+from commands import bounded, check_device, command_line, default_device, gather, join_processes, lock, wait_for_all
+from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, collate, dataset_name, encode, length_batches, load_dataset
+from data import locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import SYSTEMS, TextRegions, autocast, first_line, load_text_encoder, longest_input, read_config, save_weights

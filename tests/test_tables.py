@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from conftest import backbone_flags

@@ -21,7 +21,8 @@ import extract_features
 import predict as predictor
 import report
 import train
-from data import FeatureCache, encode, load_dataset, lock
+from commands import lock
+from data import FeatureCache, encode, load_dataset
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import load_run
