@@ -1,0 +1,515 @@
+"""What the photo costs, and how long the machine waits: ratios, each measured side by side in one run.
+
+    python benchmarks/speed.py --images PHOTOS --text-encoder ENCODER      # some 25 minutes on 2 cores
+    python benchmarks/speed.py --only extraction memory
+
+Writes benchmarks/speed-<device>.json (parts left out keep what they last measured) and prints it as one table. Text is
+that of Twitter-2017 under --data-dir; encoders have the shape of roberta-base or bert-base-uncased and random weights,
+since time does not depend on weights; --text-encoder gives the tokenizer, so the real lengths, and what start-up loads.
+On a machine that does something else besides, no figure here means anything.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from PIL import Image
+from torchvision import transforms as T
+from tqdm import tqdm
+from transformers import AutoModel, BertConfig, RobertaConfig
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import demo  # noqa: E402
+from backbones import Compiled, Photos, load_backbone  # noqa: E402
+from commands import check_device, command_line, default_device  # noqa: E402
+from data import FORMAT, IGNORE, OK, FeatureCache, collate, encode, length_batches, load_dataset  # noqa: E402
+from data import to_device  # noqa: E402
+from evaluate import predict  # noqa: E402
+from extract_features import FeatureWriter, batch_loader, create_file, extract  # noqa: E402
+from fusion import FUSIONS  # noqa: E402
+from model import TextRegions, autocast, drop_pooler, load_tokenizer  # noqa: E402
+from scores import main_score, write_json  # noqa: E402
+
+BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def in_turn(cases, rounds, device="cpu"):
+    """{name: [seconds a round]} of functions called one after the other, round by round, so that noise meets them all."""
+    taken = {name: [] for name in cases}
+    for turn in range(rounds + 1):
+        for name, work in cases.items():
+            start = time.perf_counter()
+            work(turn)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if turn:  # the first round warms up
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def ratio(above, below):
+    """(median, lowest, highest) of the ratios round by round."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def row(what, value, target, note=""):
+    """A line of the table; `value` is a number, or (median, lowest, highest) over rounds."""
+    made = {"what": what, "target": target, "note": note}
+    return made | (dict(zip(("value", "low", "high"), value, strict=True)) if isinstance(value, tuple) else {"value": value})
+
+
+def peak_anonymous(command, folder):
+    """Highest RssAnon, in MB, of a process: what it has allocated, the pages of mapped files left out."""
+    process, peak = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):  # it has just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) / 1000)
+        time.sleep(0.01)
+    if process.returncode:
+        raise RuntimeError(process.stderr.read()[-500:])
+    return peak
+
+
+def run(folder, *command):
+    """Run one of our scripts in a folder; RuntimeError with what it said if it fails."""
+    ended = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr[-500:])
+    return ended.stdout
+
+
+# ---------------------------------------------------------------------------------------------- what is measured on
+
+
+def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
+    """A feature file of random regions, as extract_features.py lays it out and train.py takes it for ResNet50's."""
+    attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views, "weights": "none", "parameters": 0}
+    create_file(path, image_ids, (len(image_ids), views, *shape), "float16", attrs)
+    values = np.random.default_rng(0).standard_normal(views * shape[0] * shape[1] + 997).astype(np.float16)
+    with contextlib.closing(FeatureWriter(path, {}, image_ids)) as writer:
+        for number in range(len(image_ids)):
+            start = number % 997
+            regions = values[start : start + views * shape[0] * shape[1]].reshape(views, *shape)
+            writer.write(number, regions, [7, 7] if shape[0] == 49 else [1, shape[0]], OK, "")
+    return FeatureCache(path)
+
+
+class Posts:
+    """Twitter-2017 encoded, a feature file for it, and batches of its training posts."""
+
+    def __init__(self, args, place):
+        self.dataset = load_dataset("twitter2017", args.data_dir)
+        self.tokenizer = load_tokenizer(args.text_encoder, "ner")
+        self.rows = {split: encode(self.tokenizer, examples, self.dataset.labels, 128)[0]
+                     for split, examples in self.dataset.examples.items()}  # fmt: skip
+        self.lengths = [len(row["input_ids"]) for row in self.rows["train"]]
+        self.cache = write_features(place / "twitter2017.h5", "twitter2017", self.dataset.image_ids())
+        self.batches = length_batches(self.lengths, BATCH, np.random.default_rng(0))
+
+    def batch(self, number):
+        """CPU batch `number` of an epoch, as train.py makes it."""
+        chosen = self.batches[number]
+        photos = [self.dataset.examples["train"][i].image_id for i in chosen]
+        return collate([self.rows["train"][i] for i in chosen], self.tokenizer.pad_token_id, self.cache, photos)
+
+
+def pad_to(batch, length, pad_id):
+    """The batch padded to `length` sub-tokens instead of to its longest post."""
+    more = length - batch["input_ids"].shape[1]
+    return batch | {"input_ids": F.pad(batch["input_ids"], (0, more), value=pad_id),
+                    "attention_mask": F.pad(batch["attention_mask"], (0, more))}  # fmt: skip
+
+
+class Training:
+    """A model of the given text shape, and steps of it as train.py takes them."""
+
+    def __init__(self, encoder, fusion, labels, device):
+        config = {"fusion": fusion, "region_dim": DIM, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
+        self.model = TextRegions(encoder, config).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.device = device
+
+    def step(self, batch):
+        batch = to_device(batch, self.device)
+        with autocast(self.device, "float32" if self.device == "cpu" else "bfloat16"):
+            logits = self.model(batch)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def text_encoder(config):
+    encoder = AutoModel.from_config(config)
+    drop_pooler(encoder)
+    return encoder
+
+
+def photos_in(folder, most):
+    """Paths of at most so many photos; ValueError if there is none."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:most]
+    if not paths:
+        raise ValueError(f"{folder}: no photos in it; name a folder with --images")
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------- the parts
+
+
+def fusion(args, place):
+    """A step with each fusion over the same step without; and what a step waits for its data."""
+    posts, config = Posts(args, place), RobertaConfig()
+    encoder, labels = text_encoder(config), posts.dataset.labels  # one encoder for all: half the memory
+    trained = {name: Training(encoder, name, labels, args.device) for name in ("none", *(n for n in FUSIONS if n != "none"))}
+    rounds = 24 if args.device == "cpu" else 200
+    batches = [posts.batch(number) for number in range(rounds + 1)]
+    cases = {name: lambda turn, t=training: t.step(batches[turn]) for name, training in trained.items()}
+    taken = in_turn(cases, rounds, args.device)
+    data = in_turn({"data": posts.batch}, rounds)["data"]
+    checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
+    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15}
+    text = statistics.median(taken["none"])
+    for name in targets:
+        target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"
+        yield row(f"training step, {name} / text only", ratio(taken[name], taken["none"]), target,
+                  f"roberta-base's shape, batch {BATCH}, {rounds} batches, text only {text:.3f} s a step")  # fmt: skip
+    yield row("waiting for data / training step (film)", ratio(data, taken["film"]), "< 0.02", "batch made, features read")
+    yield row("checksums at first read / training step (film)", ratio(checked, taken["film"]), "< 0.02", "each row once")
+    real = padded = 0
+    for epoch in range(1, 6):
+        for chosen in length_batches(posts.lengths, BATCH, np.random.default_rng([1337, epoch])):
+            real, padded = real + sum(posts.lengths[i] for i in chosen), padded + len(chosen) * max(posts.lengths[i] for i in chosen)
+    yield row("real / padded tokens", real / padded, ">= 0.90", f"batch {BATCH}, 5 epochs, mean length {np.mean(posts.lengths):.1f}")
+
+
+def loop(args, place):
+    """The usual loop of this field, bert-base's shape, against ours: padding and cache apart."""
+    posts, encoder = Posts(args, place), text_encoder(BertConfig())
+    training = Training(encoder, "film", posts.dataset.labels, args.device)
+    resnet = torchvision.models.resnet50().eval().requires_grad_(False).to(args.device)
+    body = torch.nn.Sequential(*list(resnet.children())[:-2])
+    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    paths = photos_in(args.images, 320)
+
+    def looked_at(batch, turn, photos):
+        """The batch with regions computed in the step, of so many photos a post, read and resized in the step too."""
+        chosen = [paths[(turn * BATCH * photos + i) % len(paths)] for i in range(BATCH * photos)]
+        pixels = torch.stack([prepare(Image.open(path).convert("RGB")) for path in chosen]).to(args.device)
+        regions = body(pixels).flatten(2).transpose(1, 2)
+        return batch | {"regions": regions[::photos]}  # the fusion gets one photo a post: what is compared is the looking
+
+    def usual(turn, photos, pad=True):
+        batch = posts.batch(turn)
+        training.step(looked_at(pad_to(batch, 128, posts.tokenizer.pad_token_id) if pad else batch, turn, photos))
+
+    cases = {
+        "ours": lambda turn: training.step(posts.batch(turn)),
+        "padded": lambda turn: training.step(pad_to(posts.batch(turn), 128, posts.tokenizer.pad_token_id)),
+        "looking": lambda turn: usual(turn, 1, pad=False),
+        "usual": lambda turn: usual(turn, 1),
+        "usual, 4 photos": lambda turn: usual(turn, 4),
+    }
+    taken = in_turn(cases, 10, args.device)
+    note = f"ours {statistics.median(taken['ours']):.3f} s a step, film, bert-base's shape, batch {BATCH}"
+    yield row("usual loop (pad to 128, ResNet50 in the step) / ours", ratio(taken["usual"], taken["ours"]), ">= 5", note)
+    yield row("the same with four photos a post / ours", ratio(taken["usual, 4 photos"], taken["ours"]), "shown")
+    yield row("padding to 128 alone / ours", ratio(taken["padded"], taken["ours"]), "shown")
+    yield row("ResNet50 in the step alone / ours", ratio(taken["looking"], taken["ours"]), "shown")
+
+
+def reading(args, place):
+    """Random batches from the feature file against copies of the same rows in memory."""
+    cache = write_features(place / "reading.h5", "demo", [str(i) for i in range(2000)])
+    values, rng = np.array(cache.regions), np.random.default_rng(0)
+    for number in range(len(cache.ids)):
+        cache.read([str(number)])  # compared with its checksum, and in the page cache
+    chosen = rng.integers(2000, size=(21, 50, BATCH))
+    names = [[[str(i) for i in batch] for batch in turn] for turn in chosen]
+
+    def from_file(turn):
+        for batch in names[turn]:
+            cache.read(batch)
+
+    def from_memory(turn):
+        for batch in chosen[turn]:
+            values[batch, 0]
+
+    mapped = np.asarray(cache.regions)[:, 0]
+
+    def rows_alone(turn):
+        for batch in chosen[turn]:
+            mapped.take(batch, 0)
+
+    taken = in_turn({"file": from_file, "rows": rows_alone, "memory": from_memory}, 20)
+    for name, what in (("file", "reading batches from the feature file"), ("rows", "copying their rows from the map alone")):
+        note = f"{statistics.median(taken[name]) / 50 * 1e3:.3f} ms a batch of {BATCH}"
+        yield row(f"memory copy / {what}", ratio(taken["memory"], taken[name]), ">= 0.8", note)
+
+
+def extraction(args, place):
+    """Extraction against its forward pass alone, and against a loop that takes one photo at a time."""
+    paths, workers = photos_in(args.images, 120), min(4, os.cpu_count() or 1)
+    resnet = torchvision.models.resnet50().eval()
+    body = torch.nn.Sequential(*list(resnet.children())[:-2])
+    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    backbone, per_batch = load_backbone("resnet50", "random"), 8 if args.device == "cpu" else 64
+    backbone.regions.to(args.device, memory_format=torch.channels_last)
+    engines, compiling = {"eager": backbone}, time.perf_counter()
+    if args.device == "cpu":
+        engines["inductor"] = replace(backbone, regions=Compiled(backbone.regions, (per_batch, 3, 224, 224), args.device))
+    compiling = time.perf_counter() - compiling
+
+    def naive(turn):
+        with h5py.File(place / "naive.h5", "w") as file, torch.no_grad():
+            file.create_dataset("regions", (len(paths), REGIONS, DIM), "float16")
+            for number, path in enumerate(paths):
+                pixels = prepare(Image.open(path).convert("RGB"))[None].to(args.device)
+                file["regions"][number] = body(pixels).flatten(2).transpose(1, 2)[0].half().cpu().numpy()
+
+    def whole(backbone, views):  # as many images whatever the views, so that the workers' start weighs the same
+        ids = [str(i) for i in range(len(paths) * 4 // views)]
+        reader = Photos(ids, {image_id: paths[i % len(paths)] for i, image_id in enumerate(ids)}, backbone, views, 0)
+        batches = [list(range(i, min(i + per_batch // views, len(ids)))) for i in range(0, len(ids), per_batch // views)]
+
+        def work(turn):
+            path = place / f"extracted-{views}.h5"
+            create_file(path, ids, (len(ids), views, REGIONS, DIM), "float16", {"format": FORMAT})
+            with contextlib.closing(FeatureWriter(path, {}, ids)) as writer, tqdm(disable=True) as progress:
+                extract(backbone, writer, batch_loader(reader, batches, workers), batches, args.device, progress)
+
+        return work
+
+    ids = [str(i) for i in range(len(paths))]
+    reader = Photos(ids, dict(zip(ids, paths, strict=True)), backbone, 1, 0)
+    pixels = [torch.cat([reader.read(i)[0] for i in range(start, min(start + per_batch, len(ids)))])
+              for start in range(0, len(ids), per_batch)]  # fmt: skip
+
+    def forward(backbone):
+        def work(turn):
+            with torch.inference_mode():
+                for photos in pixels * 4:
+                    backbone.regions(photos.to(args.device)).cpu()
+
+        return work
+
+    cases = {"naive": naive}
+    for name, engine in engines.items():
+        cases |= {f"{name} forward": forward(engine), f"{name}, 1": whole(engine, 1), f"{name}, 4": whole(engine, 4)}
+    taken, images = in_turn(cases, 3, args.device), 4 * len(paths)
+    naive_rate = len(paths) / statistics.median(taken["naive"])
+    for name in engines:
+        for views in (1, 4):
+            note = f"{images / statistics.median(taken[f'{name}, {views}']):.1f} images/s, {images} of them, {workers} workers"
+            yield row(f"extraction / its forward pass alone, {name}, {views} view{'s' * (views > 1)}",
+                      ratio(taken[f"{name} forward"], taken[f"{name}, {views}"]), ">= 0.88", note)  # fmt: skip
+    for name, target in (("eager", 1.6), ("inductor", 2.1)):
+        if name in engines:
+            note = f"naive {naive_rate:.1f} photos/s, 1 view" + f", compiled in {compiling:.0f} s before" * (name == "inductor")
+            yield row(f"extraction, {name} / naive loop", ratio([4 * s for s in taken["naive"]], taken[f"{name}, 1"]),
+                      f">= {target}", note)  # fmt: skip
+
+
+def memory(args, place):
+    """Anonymous memory of train.py with a feature file ten times as large."""
+    demo.write_dataset(place / "data" / "demo")
+    ids, peaks = load_dataset("demo", place / "data").image_ids(), {1: [], 10: []}
+    for views in peaks:
+        write_features(place / f"{views}.h5", "demo", ids, views)
+    for turn in range(3):
+        for views in peaks:
+            command = [sys.executable, str(PROJECT / "train.py"), "--dataset", "demo", "--text-encoder", "data/demo/encoder", "--lr",
+                       "1e-3", "--epochs", "3", "--features", f"{views}.h5", "--run-dir", f"runs/{views}-{turn}"]  # fmt: skip
+            peaks[views].append(peak_anonymous(command, place))
+    sizes = [f"{(place / f'{views}.h5').stat().st_size / 1e6:.0f}" for views in peaks]
+    yield row("peak anonymous memory, feature file ten times as large", ratio(peaks[10], peaks[1]), "0.95 to 1.05",
+              f"{statistics.median(peaks[1]):.0f} MB with {sizes[0]} MB, {statistics.median(peaks[10]):.0f} with {sizes[1]}")  # fmt: skip
+
+
+STARTED = """
+import sys, time, os, json
+sys.path.insert(0, {project!r})
+import train
+def first_batch(*args):
+    os._exit(0)  # everything up to the first step is done
+train.collate = first_batch
+train.main(json.loads(sys.argv[1]))
+"""
+IMPORTS = "import sys, torch, transformers; transformers.AutoModel.from_pretrained(sys.argv[1])"
+
+
+def startup(args, place):
+    """train.py until its first step, against a process that imports torch and transformers and loads the same encoder."""
+    encoder, config = place / "encoder", RobertaConfig()
+    text_encoder(config).save_pretrained(encoder)
+    tokenizer = load_tokenizer(args.text_encoder, "ner")
+    tokenizer.save_pretrained(encoder)
+    config.vocab_size = len(tokenizer)  # as the tokenizer has it
+    text_encoder(config).save_pretrained(encoder)
+    write_features(place / "start.h5", "twitter2017", load_dataset("twitter2017", args.data_dir).image_ids())
+    flags = ["--data-dir", str(Path(args.data_dir).resolve()), "--text-encoder", str(encoder), "--features", str(place / "start.h5"),
+             "--device", args.device, "--overwrite", "--run-dir", str(place / "runs" / "start")]  # fmt: skip
+    ours = [sys.executable, "-c", STARTED.format(project=str(PROJECT)), json.dumps(flags)]
+    imports = [sys.executable, "-c", IMPORTS, str(encoder)]
+    taken = in_turn({"ours": lambda turn: run(place, *ours), "imports": lambda turn: run(place, *imports)}, 7)
+    yield row("train.py to its first step / imports and loading the encoder", ratio(taken["ours"], taken["imports"]), "<= 1.3",
+              f"{statistics.median(taken['ours']):.1f} s and {statistics.median(taken['imports']):.1f} s, Twitter-2017, film")  # fmt: skip
+
+
+def growth(args, place):
+    """Seconds of each part with 200, 2,000 and 20,000 posts; benchmarks/speed-growth.png."""
+    import matplotlib  # a requirement of this part alone
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    gc.collect()
+    gc.freeze()  # to search the imports for garbage again and again is not what grows
+    demo.write_dataset(place / "grown" / "demo", posts=(200, 20, 20))
+    examples = (place / "grown" / "demo" / "train.txt").read_text().split("\n\n")[:200]
+    encoder = AutoModel.from_pretrained(place / "grown" / "demo" / "encoder")
+    drop_pooler(encoder)
+    tokenizer, sizes, grown = load_tokenizer(place / "grown" / "demo" / "encoder", "ner"), (200, 2000, 20_000), {}
+    for size in sizes:
+        with open(place / "grown" / "demo" / "train.txt", "w") as file:
+            for number in range(size):
+                file.write("\n".join([f"IMGID:{number}", *examples[number % 200].split("\n")[1:], "", ""]))
+        began = time.perf_counter()
+        dataset = load_dataset("demo", place / "grown")
+        rows, _ = encode(tokenizer, dataset.examples["train"], dataset.labels, 128)
+        start = time.perf_counter() - began
+        began = time.perf_counter()
+        write_features(place / "grown.h5", "demo", dataset.image_ids(), shape=(4, 64))
+        written = time.perf_counter() - began
+        began = time.perf_counter()
+        cache = FeatureCache(place / "grown.h5")
+        batches = length_batches([len(row["input_ids"]) for row in rows], BATCH, np.random.default_rng(0))
+        start += time.perf_counter() - began
+        config = {"fusion": "film", "region_dim": 64, "heads": 8, "dropout": 0.1, "task": "ner", "labels": dataset.labels}
+        training = Training(encoder, "none", dataset.labels, "cpu")
+        training.model = TextRegions(encoder, config).train()
+        training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-5, fused=True)
+        train = dataset.examples["train"]
+
+        def step(turn, batches=batches, rows=rows, cache=cache, training=training, train=train):
+            photos = [train[i].image_id for i in batches[turn]]
+            training.step(collate([rows[i] for i in batches[turn]], tokenizer.pad_token_id, cache, photos))
+
+        steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
+        began = time.perf_counter()
+        predict(training.model, rows, train, dataset.labels, tokenizer.pad_token_id, 12, "cpu", "float32", cache)
+        grown[size] = {"extraction, bookkeeping": written, "start-up, data": start, "evaluation": time.perf_counter() - began,
+                       "one training step": statistics.median(steps)}  # fmt: skip
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name in grown[sizes[0]]:
+        seconds = [grown[size][name] for size in sizes]
+        axes.loglog(sizes, seconds, "o-", label=name)
+        target = "flat" if name == "one training step" else "linear: <= 10"
+        yield row(f"{name}: 20,000 / 2,000 posts", seconds[2] / seconds[1], target, " ".join(f"{s:.3f}" for s in seconds) + " s")
+    axes.set(xlabel="posts", ylabel="seconds")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(args.output.with_name("speed-growth.png"), dpi=120)
+
+
+def scores(args, place):
+    """Demo data, film, three seeds each way, stopped early so that scores differ: do the fast ways change them?"""
+    flags = ["--dataset", "demo", "--img-size", "64", "--text-encoder", "data/demo/encoder", "--epochs", "3", "--lr", "1e-3",
+             "--fusion-lr", "1e-3"]  # fmt: skip
+    run(place, sys.executable, PROJECT / "demo.py")
+    for name in ("eager", "inductor"):
+        how = ["--compile" if name == "inductor" else "--no-compile", "--cache-dir", name]
+        run(place, sys.executable, PROJECT / "extract_features.py", "--dataset", "demo", "--weights", "random", "--img-size", "64", *how)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ways = {
+        "as it is": ([sys.executable], ["--cache-dir", "eager"]),
+        "features from the compiled forward pass": ([sys.executable], ["--cache-dir", "inductor"]),
+        "two processes (torchrun)": (two, ["--cache-dir", "eager"]),
+        "bfloat16": ([sys.executable], ["--cache-dir", "eager", "--precision", "bfloat16"]),
+    }
+    for number, (way, (launch, more)) in enumerate(ways.items()):
+        reached = []
+        for seed in (1, 2, 3):
+            folder = place / "runs" / f"{number}-{seed}"
+            run(place, *launch, PROJECT / "train.py", *flags, *more, "--seed", seed, "--run-dir", folder)
+            reached.append(main_score(json.loads((folder / "metrics-test.json").read_text())))
+        yield row(f"demo entity F1, {way}", (statistics.mean(reached), min(reached), max(reached)), "the same",
+                  f"film, 3 seeds, standard deviation {statistics.stdev(reached):.4f}")  # fmt: skip
+
+
+def floor(args, place):
+    """What 5 epochs of roberta-base on Twitter-2017 take at least on an H100: arithmetic and bytes, not measured."""
+    posts, config = Posts(args, place), RobertaConfig()
+    encoder = text_encoder(config)
+    embeddings = sum(p.numel() for p in encoder.embeddings.parameters())
+    parameters, tokens = sum(p.numel() for p in encoder.parameters()), sum(posts.lengths) * 5
+    steps = 5 * len(posts.batches)
+    arithmetic = 6 * (parameters - embeddings) * tokens / 989e12  # forward and backward, dense bfloat16
+    # A step: AdamW reads weight, gradient and two moments and writes three; clipping reads and writes the gradient, the
+    # backward pass writes it; the cast to bfloat16 reads 4 bytes and writes 2, and forward and backward read these. float32.
+    moved = steps * parameters * (7 * 4 + 3 * 4 + 6 + 4) / 3.35e12
+    yield row("floor of 5 epochs, roberta-base, Twitter-2017, one H100, seconds", arithmetic + moved, "measured <= 2.5 times",
+              f"arithmetic {arithmetic:.2f} s (989 TFLOP/s), memory {moved:.2f} s (3.35 TB/s), {steps} steps; no GPU was at hand"
+              " to measure on")  # fmt: skip
+
+
+PARTS = {part.__name__: part for part in (fusion, loop, reading, extraction, memory, startup, growth, scores, floor)}
+
+
+def shown(row):
+    digits = 3 if row["value"] > 0.1 else 4
+    value = f"{row['value']:.{digits}f}" + (f" ({row['low']:.{digits}f} to {row['high']:.{digits}f})" if "low" in row else "")
+    return f"| {row['what']} | {value} | {row['target']} | {row['note']} |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--images", default="data/twitter2017/images", help="folder of real photos, some 160 or more")
+    parser.add_argument("--text-encoder", default="roberta-base", help="whose tokenizer splits the text")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--output", type=Path, help="default: benchmarks/speed-<device>.json")
+    args = parser.parse_args(argv)
+    check_device(args.device)
+    args.output = args.output or PROJECT / "benchmarks" / f"speed-{args.device}.json"
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n\n| what | median (range) | target | |\n| --- | --- | --- | --- |")
+    made = json.loads(args.output.read_text())["parts"] if args.output.exists() else {}
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as place:
+            rows = []
+            for line in PARTS[name](args, Path(place)):
+                rows.append(line)
+                print(shown(line), flush=True)
+        made[name] = {"machine": machine, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
+        write_json(args.output, {"parts": {part: made[part] for part in PARTS if part in made}})
+
+
+if __name__ == "__main__":
+    command_line(main)
