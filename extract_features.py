@@ -8,7 +8,7 @@ The file is allocated up front, and rows are written with `os.pwrite` at their o
 HDF5's own metadata is never touched again, so a run that is killed leaves a file that opens and says which rows are
 done; the same command resumes it. Photos are worked on in batches fixed by their index, and a batch with a row
 missing is computed whole, so that an interrupted run gives the same bytes as an uninterrupted one, and so do several
-processes that share the batches.
+processes of as many threads that share the batches.
 
 Why contiguous and not a chunk an image: README, "The feature file".
 """

@@ -146,8 +146,8 @@ def pad_to(batch, length, pad_id):
 class Training:
     """A model of the given text shape, and steps of it as train.py takes them."""
 
-    def __init__(self, encoder, fusion, labels, device):
-        config = {"fusion": fusion, "region_dim": DIM, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
+    def __init__(self, encoder, fusion, labels, device, region_dim=DIM):
+        config = {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device
@@ -350,7 +350,7 @@ def memory(args, place):
 
 
 STARTED = """
-import sys, time, os, json
+import sys, os, json
 sys.path.insert(0, {project!r})
 import train
 def first_batch(*args):
@@ -408,10 +408,7 @@ def growth(args, place):
         cache = FeatureCache(place / "grown.h5")
         batches = length_batches([len(row["input_ids"]) for row in rows], BATCH, np.random.default_rng(0))
         start += time.perf_counter() - began
-        config = {"fusion": "film", "region_dim": 64, "heads": 8, "dropout": 0.1, "task": "ner", "labels": dataset.labels}
-        training = Training(encoder, "none", dataset.labels, "cpu")
-        training.model = TextRegions(encoder, config).train()
-        training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-5, fused=True)
+        training = Training(encoder, "film", dataset.labels, "cpu", region_dim=64)
         train = dataset.examples["train"]
 
         def step(turn, batches=batches, rows=rows, cache=cache, training=training, train=train):
