@@ -308,6 +308,7 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
 
     `weights`: what `load_resnet50` says; for the others a hub's name or a local folder. ValueError says what is wrong.
     """
+    torch.backends.cudnn.allow_tf32 = False  # on CUDA its rounding would show in float16
     load, default = BACKBONES[name]
     return load(weights or default, img_size, seed)
 

@@ -41,7 +41,7 @@ from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_
 from data import find_photos, image_folders, load_dataset, read_attrs, read_captions, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
-COMPILE_FROM = 8000  # images; on CPU ResNet50 then is 2 to 20 ms an image faster, but first compiles for 10 to 40 s
+COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
 
 
 # -------------------------------------------------------------------------------------------- the file, write side
