@@ -16,7 +16,8 @@ All layers share one call, `fusion(text, text_mask, regions, region_mask, return
 
 Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order of
 regions changes nothing; a post without photo, like a padding token, leaves as it came in; multiplying all regions by
-a positive constant changes nothing, as long as float16 can hold them (backbones differ a thousandfold in scale).
+a positive constant changes nothing, as long as float16 can hold them (backbones differ a thousandfold in scale); a
+fresh layer leaves all text as it came in, so that training starts from the text encoder's own states.
 """
 
 import torch
@@ -50,6 +51,30 @@ def where_photo(fused, text, text_mask, region_mask):
     return torch.where(photo[..., None], fused.to(text.dtype), text)
 
 
+class RegionStates(nn.Module):
+    """Regions at the scale of token states, for layers that attend to them: [B, R, Dv] -> [B, R, D], zero where masked.
+
+    Weights of variance 1 make states of variance 1 out of vectors of length 1. With torch's own start, variance 1 / (3 Dv),
+    keys come out at some 0.02: attention then begins exactly uniform, and the gradients it would learn from are of the
+    size of AdamW's eps.
+    """
+
+    def __init__(self, region_dim, text_dim):
+        super().__init__()
+        self.linear = nn.Linear(region_dim, text_dim, bias=False)
+        nn.init.normal_(self.linear.weight)
+
+    def forward(self, regions, region_mask):
+        return self.linear(unit_length(clean(regions, region_mask)).to(self.linear.weight.dtype))
+
+
+def start_at_zero(linear):
+    """The linear layer with zero weights and bias, so that what it adds to the text begins as nothing."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 def check_heads(text_dim, heads):
     """ValueError unless the token states divide evenly among the heads."""
     if heads < 1 or text_dim % heads:
@@ -69,16 +94,13 @@ class NoFusion(nn.Module):
 class Film(nn.Module):
     """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta, channel by channel.
 
-    A linear generator makes gamma = 1 + delta and beta from the mean of the real regions. It starts at zero, so that
-    the layer starts as text only.
+    A linear generator makes gamma = 1 + delta and beta from the mean of the real regions; it starts at zero.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.generator = nn.Linear(region_dim, 2 * text_dim)
-        nn.init.zeros_(self.generator.weight)
-        nn.init.zeros_(self.generator.bias)
+        self.generator = start_at_zero(nn.Linear(region_dim, 2 * text_dim))
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
         # At unit length the sum is the mean. [B, Dv]
@@ -93,21 +115,23 @@ class Attention(nn.Module):
 
     Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r). The sum inside the tanh is what lets tokens differ: were
     h and v scored by one linear map of their concatenation, the token's part would cancel in the softmax.
-    Context c_t = sum_r weight_tr W_c v_r; output h_t + sigmoid(W_g [h_t; c_t]) * c_t. One head, `heads` is not used.
+    Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t. v: the
+    `RegionStates`. One head, `heads` is not used.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
         hidden = max(32, text_dim // 4)
+        self.regions = RegionStates(region_dim, text_dim)
         self.token = nn.Linear(text_dim, hidden)
-        self.region = nn.Linear(region_dim, hidden, bias=False)
+        self.region = nn.Linear(text_dim, hidden, bias=False)
         self.score = nn.Linear(hidden, 1, bias=False)
-        self.context = nn.Linear(region_dim, text_dim)
+        self.context = start_at_zero(nn.Linear(text_dim, text_dim))
         self.gate = nn.Linear(2 * text_dim, text_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
+        image, words = self.regions(regions, region_mask), clean(text, text_mask)
         scores = self.score(torch.tanh(self.token(words)[:, :, None] + self.region(image)[:, None]))  # [B, T, R, 1]
         weights = masked_softmax(scores.squeeze(-1), region_mask[:, None])  # [B, T, R]
         # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting them after.
@@ -118,26 +142,27 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries, regions are keys and values.
+    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries, `RegionStates` keys and values.
 
-    x = h + attention(h, v); output x + FFN(LayerNorm(x)). The residual path is free of norms, so that a post with
-    photo and one without reach the head on the same scale.
+    x = h + attention(h, v); output x + FFN(LayerNorm(x)); the last projections of both are zero at the start. The
+    residual path is free of norms, so that a post with photo and one without reach the head on the same scale.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
         check_heads(text_dim, heads)
-        self.attention = nn.MultiheadAttention(
-            text_dim, heads, dropout, kdim=region_dim, vdim=region_dim, batch_first=True
-        )
+        self.regions = RegionStates(region_dim, text_dim)
+        self.attention = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
+        start_at_zero(self.attention.out_proj)
         self.norm = nn.LayerNorm(text_dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(text_dim, 2 * text_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * text_dim, text_dim)
-        )
+            nn.Linear(text_dim, 2 * text_dim), nn.GELU(), nn.Dropout(dropout),
+            start_at_zero(nn.Linear(2 * text_dim, text_dim)),
+        )  # fmt: skip
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
+        image, words = self.regions(regions, region_mask), clean(text, text_mask)
         photo = region_mask.any(1)[:, None]  # a row with nothing to attend to would be NaN; its result is not used
         context, weights = self.attention(
             words, image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
@@ -154,24 +179,26 @@ class Bimodal(nn.Module):
     both ways as in dynamic coattention (Xiong et al., ICLR 2017, section 2.2). Regions attend over tokens, which tells
     each region what the post says of it; tokens attend over regions so enriched. A gated multimodal unit (Arevalo et
     al. 2017, section 3.1) weighs that context x_v against the token x_t: z = sigmoid(W_z [x_v; x_t]), unit =
-    z tanh(W_v x_v) + (1 - z) tanh(W_t x_t). Added to the token, so that pretrained states survive.
+    z tanh(W_v x_v) + (1 - z) tanh(W_t x_t), W_v and W_t zero at the start. The unit is added to the token. Regions: the
+    `RegionStates`.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
         check_heads(text_dim, heads)
         self.heads = heads
+        self.regions = RegionStates(region_dim, text_dim)
         self.query = nn.Linear(text_dim, text_dim)
-        self.key = nn.Linear(region_dim, text_dim, bias=False)
+        self.key = nn.Linear(text_dim, text_dim, bias=False)
         self.token_value = nn.Linear(text_dim, text_dim)
-        self.region_value = nn.Linear(region_dim, text_dim)
-        self.image_unit = nn.Linear(text_dim, text_dim)
-        self.token_unit = nn.Linear(text_dim, text_dim)
+        self.region_value = nn.Linear(text_dim, text_dim)
+        self.image_unit = start_at_zero(nn.Linear(text_dim, text_dim))
+        self.token_unit = start_at_zero(nn.Linear(text_dim, text_dim))
         self.gate = nn.Linear(2 * text_dim, text_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = unit_length(clean(regions, region_mask)).to(text.dtype), clean(text, text_mask)
+        image, words = self.regions(regions, region_mask), clean(text, text_mask)
 
         def split(states):  # [B, N, D] -> [B, heads, N, D / heads]
             return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)

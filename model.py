@@ -205,12 +205,25 @@ def load_pretrained(kind, source, option, config=None, part=""):
     return model.get_submodule(part)
 
 
-def load_tokenizer(source, task):
-    """The tokenizer at `source`, which takes word lists; for relations with the entity `MARKERS` added."""
-    tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)  # byte-level BPE needs it for word lists
-    if task == "relation":
-        tokenizer.add_tokens(list(MARKERS), special_tokens=True)
-    return tokenizer
+def load_tokenizer(source):
+    """The tokenizer at `source`, which takes word lists."""
+    return AutoTokenizer.from_pretrained(source, add_prefix_space=True)  # byte-level BPE needs it for word lists
+
+
+def add_markers(encoder, tokenizer):
+    """Teach a tokenizer and its encoder the entity `MARKERS`; those known already stay as they are.
+
+    New ones start at right angles to each other and at the median length of the other embeddings. transformers' own start
+    is so close to the mean embedding that head and tail markers are one vector, and a relation has no direction.
+    """
+    known, rows = tokenizer.get_vocab(), encoder.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    if len(tokenizer) > rows:
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new, weight = tokenizer.convert_tokens_to_ids([m for m in MARKERS if m not in known]), encoder.get_input_embeddings().weight
+    if new:
+        with torch.no_grad():
+            weight[new] = weight[:rows].norm(dim=1).median() * nn.init.orthogonal_(weight.new_empty(len(new), weight.shape[1]))
 
 
 def load_text_encoder(source, system, task, dropout):
@@ -221,7 +234,7 @@ def load_text_encoder(source, system, task, dropout):
     option = "--text-encoder"
     try:
         config = AutoConfig.from_pretrained(source)
-        tokenizer = load_tokenizer(source, task)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
@@ -244,7 +257,9 @@ def load_text_encoder(source, system, task, dropout):
             f"{option} {source}: its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings),"
             " or has no padding token; are the tokenizer's files there?"
         )
-    if len(tokenizer) > rows:
+    if task == "relation":
+        add_markers(encoder, tokenizer)
+    elif len(tokenizer) > rows:
         encoder.resize_token_embeddings(len(tokenizer))
     return encoder, tokenizer
 
@@ -296,7 +311,7 @@ def load_run(run_dir, device="cpu"):
         else:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
         drop_pooler(encoder)
-        tokenizer = load_tokenizer(run_dir / "encoder", config["task"])
+        tokenizer = load_tokenizer(run_dir / "encoder")
         model = SYSTEMS[config["model"]].model(encoder, config)
         load_model(model, str(run_dir / "model.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -3,7 +3,7 @@
     python train.py --fusion film --seed 1337
     torchrun --nproc-per-node 4 train.py --fusion film    # the same run, each batch shared by four processes
 
-Everything a run is lands in runs/<dataset>-<model>-<fusion>-s<seed>/: config.json, encoder/ (configuration and
+Everything a run is lands in runs/<dataset>-<model>[-<encoder>]-<fusion>-s<seed>/: config.json, encoder/ (configuration and
 tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl, predictions-*.jsonl,
 metrics-*.json. While it trains also state.pt, from which the same command with --resume goes on after a stop: it ends in
 the log, predictions and weights of a run that was never stopped, digit for digit on CPU.
@@ -70,7 +70,7 @@ def parse_args(argv):
     add("--data-dir", default="data")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>-<fusion>[-shuffled]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-shuffled]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -86,7 +86,9 @@ def parse_args(argv):
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    name = "-".join([dataset, args.model, *filter(None, [args.fusion]), *["shuffled"] * args.shuffle_photos])
+    encoder = [] if args.text_encoder == system.text_encoder else [Path(args.text_encoder).absolute().name]
+    fusion = [args.fusion] if args.fusion else []
+    name = "-".join([dataset, args.model, *encoder, *fusion, *["shuffled"] * args.shuffle_photos])
     args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
     if args.shuffle_photos and args.fusion == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")

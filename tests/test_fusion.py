@@ -137,10 +137,22 @@ def test_batched_equals_one_by_one(name, noise):
             close(weights[i, t][:, r], alone_weights[0])
 
 
-@pytest.mark.parametrize("name, noise", [case for case in CASES if case[0] in TRAINED])
-def test_every_parameter_gets_a_gradient(name, noise):
-    _, _, *of_parameters = gradients(make(name, noise), *batch())
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_parameter_gets_a_gradient(name):
+    _, _, *of_parameters = gradients(make(name), *batch())
     assert of_parameters and all(gradient.any() for gradient in of_parameters)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_fresh_layer_reaches_every_parameter_within_three_steps(name):
+    """What starts at zero hides what lies before it from the first gradient, and must not do so for long."""
+    fusion, inputs = make(name, noise=0), batch()
+    optimizer = torch.optim.AdamW(fusion.parameters(), lr=1e-3)
+    for _ in range(3):
+        for parameter, gradient in zip(fusion.parameters(), gradients(fusion, *inputs)[2:], strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    assert all(gradient.any() for gradient in gradients(fusion, *inputs)[2:])
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -167,7 +179,7 @@ def test_weights(name):
 def test_asking_for_weights_changes_nothing(name, noise):
     fusion, inputs = make(name, noise), batch()
     fused, weights = fusion(*inputs, return_weights=True)
-    close(fusion(*inputs), fused, 1e-6)
+    close(fusion(*inputs), fused)
     assert (weights is None) == (name not in WEIGHTED)
 
 
@@ -179,10 +191,58 @@ def test_scale_of_regions_changes_nothing(name, noise, scale):
     close(fusion(text, text_mask, scale * regions, region_mask), expected, 1e-4)
 
 
-def test_film_starts_as_text_and_none_stays_it():
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_layer_is_text_only(name, training):
     text, text_mask, regions, region_mask = batch()
-    assert torch.equal(make("film", noise=0)(text, text_mask, regions, region_mask), text)
+    assert torch.equal(make(name, noise=0).train(training)(text, text_mask, regions, region_mask), text)
+
+
+def test_none_is_text_only_and_needs_no_regions():
+    text, text_mask, _, _ = batch()
     assert torch.equal(make("none")(text, text_mask, None, None), text)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_fresh_layer_does_not_weigh_all_regions_alike(name):
+    """At real widths: unit-length regions of 2048 channels must still make keys that differ."""
+    torch.manual_seed(0)
+    text, regions = torch.randn(4, 6, 384), torch.randn(4, 49, 2048)
+    masks = torch.ones(4, 6).bool(), torch.ones(4, 49).bool()
+    _, weights = FUSIONS[name](384, 2048).eval()(text, masks[0], regions, masks[1], return_weights=True)
+    entropy = -(weights * weights.log()).sum(-1) / math.log(49)  # [B, T]; 1 = uniform
+    assert entropy.max() < 0.9999 and entropy.min() > 0.9
+
+
+def find_asked_region(name, steps=400, width=128, region_dim=512, heads=8, size=32, things=8):
+    """Accuracy by step of a layer and a linear head that learn to read the one region a token asks for.
+
+    A photo has 49 regions, each showing one of 8 things in one of 4 colours; a token names the thing that a single region
+    shows, and the answer is that region's colour: chance is 0.25.
+    """
+    torch.manual_seed(0)
+    shapes, colours, asks = torch.randn(things, region_dim), torch.randn(4, region_dim), torch.randn(things, width)
+    layer, head = FUSIONS[name](width, region_dim, heads, dropout=0.0), torch.nn.Linear(width, 4)
+    parameters, rows, correct = [*layer.parameters(), *head.parameters()], torch.arange(size), []
+    optimizer = torch.optim.AdamW(parameters, lr=1.1e-3, weight_decay=0.01)  # as train.py trains a fusion layer
+    for _ in range(steps):
+        asked, place = torch.randint(things, (size,)), torch.randint(49, (size,))
+        shown = (asked[:, None] + torch.randint(1, things, (size, 49))) % things  # anything but what is asked for
+        shown[rows, place] = asked
+        colour = torch.randint(4, (size, 49))
+        masks = torch.ones(size, 1).bool(), torch.ones(size, 49).bool()
+        logits = head(layer(asks[asked][:, None], masks[0], shapes[shown] + colours[colour], masks[1]))[:, 0]
+        correct.append((logits.argmax(-1) == colour[rows, place]).float().mean())
+        torch.nn.functional.cross_entropy(logits, colour[rows, place]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(correct)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_finds_the_region_that_the_token_asks_for(name):
+    assert find_asked_region(name)[200:].mean() >= 0.95
 
 
 def unit(region):
@@ -205,7 +265,7 @@ def film_reference(layer, tokens, regions):
 
 
 def attention_reference(layer, tokens, regions):
-    regions, fused, weights = [unit(region) for region in regions], [], []
+    regions, fused, weights = [layer.regions.linear.weight @ unit(region) for region in regions], [], []
     for h in tokens:
         weights.append(softmax([layer.score(torch.tanh(layer.token(h) + layer.region(v)))[0] for v in regions]))
         c = mix(weights[-1], [layer.context(v) for v in regions])
@@ -214,12 +274,12 @@ def attention_reference(layer, tokens, regions):
 
 
 def cross_attention_reference(layer, tokens, regions):
-    regions, fused, weights, inner = [unit(region) for region in regions], [], [], layer.attention
-    query_bias, key_bias, value_bias = inner.in_proj_bias.chunk(3)
-    keys = [inner.k_proj_weight @ v + key_bias for v in regions]
-    values = [inner.v_proj_weight @ v + value_bias for v in regions]
+    regions, inner = [layer.regions.linear.weight @ unit(region) for region in regions], layer.attention
+    of_query, of_key, of_value = zip(inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True)
+    keys, values = ([weight @ v + bias for v in regions] for weight, bias in (of_key, of_value))
+    fused, weights = [], []
     for h in tokens:
-        query = inner.q_proj_weight @ h + query_bias
+        query = of_query[0] @ h + of_query[1]
         heads = [softmax([query[s] @ key[s] / math.sqrt(D / HEADS) for key in keys]) for s in HEAD_SLICES]
         context = torch.cat([mix(w, [value[s] for value in values]) for w, s in zip(heads, HEAD_SLICES, strict=True)])
         x = h + inner.out_proj(context)
@@ -230,7 +290,8 @@ def cross_attention_reference(layer, tokens, regions):
 
 
 def bimodal_reference(layer, tokens, regions):
-    regions, contexts, weights = [unit(region) for region in regions], [[] for _ in tokens], [0] * len(tokens)
+    regions = [layer.regions.linear.weight @ unit(region) for region in regions]
+    contexts, weights = [[] for _ in tokens], [0] * len(tokens)
     for s in HEAD_SLICES:
         affinity = [[layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions] for h in tokens]
         enriched = []

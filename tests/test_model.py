@@ -10,10 +10,10 @@ from conftest import PARTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoImageProcessor, BertForTokenClassification, BlipForImageTextRetrieval, RobertaConfig
+from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval, RobertaConfig
 from transformers import RobertaModel, ViltForTokenClassification
 
-from data import MARKERS, FeatureCache, collate, encode, load_dataset
+from data import MARKERS, RELATIONS, FeatureCache, collate, encode, load_dataset
 from fusion import FUSIONS
 from model import SYSTEMS, Vilt, load_run, load_text_encoder, longest_input, save_weights
 
@@ -135,6 +135,37 @@ def test_byte_level_bpe_encoder(tmp_path, data_dir):
         batch = collate(rows, tokenizer.pad_token_id)
         batch |= {"regions": torch.zeros(24, 1, 2048, dtype=torch.float16), "region_mask": torch.ones(24, 1).bool()}
         assert model(batch).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [0, 2, 8])
+def test_entity_markers_start_apart(encoder_dir, data_dir, tmp_path, padded):
+    """Also where an encoder has rows to spare, which nothing has trained: two, or enough for all markers."""
+    source = AutoModel.from_pretrained(encoder_dir)
+    trained = source.get_input_embeddings().num_embeddings
+    source.resize_token_embeddings(trained + padded)
+    source.get_input_embeddings().weight[trained:] = 0
+    source.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder_dir / name, tmp_path)
+    encoder, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.0)
+    weight, ids = encoder.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids(list(MARKERS))
+    rows, norm = weight[ids], weight[:trained].norm(dim=1).median()
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    assert (cosines - torch.eye(4)).abs().max() < 0.5
+    assert ((rows.norm(dim=1) > norm / 2) & (rows.norm(dim=1) < 2 * norm)).all()
+    row = encode(tokenizer, load_dataset("mnre", data_dir).examples["train"][:1], RELATIONS, 128)[0][0]["input_ids"]
+    swap = dict(zip(ids, (ids[2], ids[3], ids[0], ids[1]), strict=True))  # head for tail
+    states, swapped = (encoder(torch.tensor([side])).last_hidden_state for side in (row, [swap.get(i, i) for i in row]))
+    assert (states - swapped).norm() > 0.1 * states.norm()
+
+
+def test_markers_of_a_trained_encoder_stay(encoder_dir, tmp_path):
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.0)
+    encoder.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.0)
+    assert torch.equal(again.get_input_embeddings().weight, encoder.get_input_embeddings().weight)
 
 
 def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
