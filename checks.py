@@ -71,7 +71,8 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
     `a_runs`, `b_runs`: the records of each seed's run; a system's score is the mean over its seeds, all of them scored
     on the same resampled posts (photos for relations, since rows that share a photo are not independent). Returns a
     dict: a, b, difference, low and high (95% percentile interval of a - b), p (two-sided: twice the smaller share of
-    resamples on either side of 0), units, resamples. What differs between seeds is averaged, not resampled.
+    resamples on either side of 0), units, resamples, and a_seeds, b_seeds, the score of each seed. What differs between
+    seeds is averaged, not resampled.
     ValueError if the runs were not scored on the same posts with the same gold.
     """
     order = [record["id"] for record in a_runs[0]]
@@ -90,21 +91,22 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
         counts.append(np.zeros((len(unit), rows.shape[1])))
         np.add.at(counts[-1], [unit[key] for key in keys], rows)
 
-    def difference(drawn):
-        """a and b from how often each unit was drawn [n, units]: [n] each."""
+    def both(drawn):
+        """Scores of the runs of a and of b from how often each unit was drawn [n, units]: [runs, n] each."""
         values = np.stack([SCORES[name](drawn @ count) for count in counts])
-        return values[: len(a_runs)].mean(0), values[len(a_runs) :].mean(0)
+        return values[: len(a_runs)], values[len(a_runs) :]
 
-    a, b = (float(side[0]) for side in difference(np.ones((1, len(unit)))))
+    a_seeds, b_seeds = (side[:, 0].tolist() for side in both(np.ones((1, len(unit)))))
+    a, b = np.mean(a_seeds).item(), np.mean(b_seeds).item()
     rng, drawn = np.random.default_rng(seed), []
     for start in range(0, resamples, 500):  # a slice at a time: [500, units] in memory
-        sides = difference(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), min(500, resamples - start)))
-        drawn.append(sides[0] - sides[1])
+        sides = both(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), min(500, resamples - start)))
+        drawn.append(sides[0].mean(0) - sides[1].mean(0))
     drawn = np.concatenate(drawn)
     low, high = np.percentile(drawn, (2.5, 97.5))
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return {
-        "score": name, "a": a, "b": b, "difference": a - b, "low": float(low), "high": float(high),
+        "score": name, "a": a, "b": b, "a_seeds": a_seeds, "b_seeds": b_seeds, "difference": a - b, "low": float(low), "high": float(high),
         "p": min(1.0, 2 * float(tail + 1) / (resamples + 1)), "units": len(unit), "resamples": resamples,
     }  # fmt: skip
 

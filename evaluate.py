@@ -19,7 +19,7 @@ from checks import FEWEST, SCORES, leak_check, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
 from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
-from model import autocast, load_run, read_config
+from model import autocast, differing, load_run, read_config, system_settings
 from scores import format_scores, main_score, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions
@@ -103,7 +103,8 @@ def open_run(run_dir, split, device, data_dir=None, features=None):
 def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
     """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
 
-    Returns a plain dict. See `open_run` for what it takes.
+    Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there is no
+    photo to show. See `open_run` for what it takes.
     """
     model, tokenizer, config, dataset, rows, cache = open_run(run_dir, split, device, data_dir, features)
     examples, known = dataset.examples[split], mentions(dataset.examples["train"])
@@ -114,21 +115,24 @@ def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
             model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
             config["precision"], cache, swap, known,
         )  # fmt: skip
-        return score(records)
+        return records
 
     true = run(None)
     if cache is None:  # without a photo to show, all three are one
-        return {"photos": 0, "true": true, "shuffled": [true] * shuffles, "none": true}
+        same = score(true)
+        return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
+    shuffled = [run(shuffled_photos(ids, cache, seed)) for seed in range(shuffles)]
     return {
         "photos": sum(cache.has_photo(image_id) for image_id in set(ids)),
-        "true": true,
-        "shuffled": [run(shuffled_photos(ids, cache, seed)) for seed in range(shuffles)],
-        "none": run(dict.fromkeys(ids)),
+        "true": score(true),
+        "shuffled": [score(records) for records in shuffled],
+        "none": score(run(dict.fromkeys(ids))),
+        "bootstrap": paired_bootstrap([true], shuffled),
     }
 
 
-def check_row(name, config, check):
-    """One line of the image check's table, ending in what it means. `name` is padded by the caller."""
+def check_row(name, check):
+    """One line of the image check's table. `name` is padded by the caller."""
     ner = check["true"]["task"] == "ner"
 
     def cells(level, key):
@@ -137,18 +141,24 @@ def check_row(name, config, check):
         true, none = check["true"][level][key], check["none"][level][key]
         return f"{true:.3f}  {statistics.mean(values):.3f} {spread}  {none:.3f}"
 
-    shuffled = [main_score(metrics) for metrics in check["shuffled"]]
-    drop, noise = main_score(check["true"]) - statistics.mean(shuffled), statistics.pstdev(shuffled)
-    if config["fusion"] == "none":
-        said = "text only"
-    elif check["photos"] < 2:
-        said = "fewer than 2 photos: cannot tell"
-    elif config.get("shuffle_photos"):
-        said = "trained on shuffled photos"
-    else:
-        said = "wrong photos do as well" if drop < max(0.005, 2 * noise) else ""
     f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
-    return f"{name}   {f1}   {accuracy}   {said}".rstrip()
+    return f"{name}   {f1}   {accuracy}"
+
+
+def verdict(config, check):
+    """What the image check says of a run, in words: whether the interval of true against shuffled photos holds 0."""
+    if config["fusion"] == "none":
+        return "text only"
+    if check["photos"] < 2:
+        return "fewer than 2 photos: cannot tell"
+    found = check["bootstrap"]
+    said = (
+        "depends on its photos" if found["low"] > 0 else "wrong photos do better" if found["high"] < 0 else
+        "wrong photos do as well, as far as these posts can tell"
+    )  # fmt: skip
+    trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
+    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to {found['high']:+.3f}:"
+            f" {said}")  # fmt: skip
 
 
 def type_changes(check, fewest=20):
@@ -166,7 +176,7 @@ def type_changes(check, fewest=20):
         for name in names
     }  # fmt: skip
     shown = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
-    return f"    F1 with shuffled photos, by type: {shown}"
+    return f"F1 with shuffled photos, by type: {shown}"
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -176,19 +186,19 @@ def read_runs(pattern, split):
     """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names.
 
     A pattern without "shuffled" in it leaves runs on shuffled photos out: '-s*' is the beginning of their names too.
-    ValueError if the runs differ in more than their seed.
+    ValueError if the runs differ in more than seed, paths and machine.
     """
     folders = [Path(pattern)] if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
     if len(folders) != 1 and "shuffled" not in Path(pattern).name:
         folders = [folder for folder in folders if not read_config(folder).get("shuffle_photos")]
     if not folders:
         raise FileNotFoundError(f"{pattern}: no such run folder")
-    first, seeds = read_config(folders[0]), [read_config(folder).get("seed") for folder in folders]
-    same = ("dataset", "model", "fusion", "text_encoder", "epochs", "batch_size", "lr", "fusion_lr", "max_len", "shuffle_photos")
-    for folder in folders[1:]:
-        if other := [key for key in same if read_config(folder).get(key) != first.get(key)]:
-            raise ValueError(f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other)}; name runs of one kind")
-    name = f"{Path(pattern).name} (seeds {' '.join(map(str, seeds))})" if len(folders) > 1 else folders[0].name
+    configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        if other := differing(system_settings(configs[0]), system_settings(config)):
+            raise ValueError(f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other.values())[:300]}; name runs of one kind")
+    seeds = " ".join(str(config["seed"]) for config in configs)
+    name = f"{Path(pattern).name} (seeds {seeds})" if len(folders) > 1 else folders[0].name
     return name, [read_predictions(predictions_file(folder, split)) for folder in folders]
 
 
@@ -213,13 +223,21 @@ def compare(pattern_a, pattern_b, split, name):
     if len(a_runs) != len(b_runs):
         print(f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the steadier one")
     width = max(len(a), len(b))
-    print(f"{what}\n  A  {a:<{width}}  {found['a']:.4f}\n  B  {b:<{width}}  {found['b']:.4f}")
+    print(what)
+    for side, name, value, seeds in (("A", a, found["a"], found["a_seeds"]), ("B", b, found["b"], found["b_seeds"])):
+        spread = f" ± {statistics.stdev(seeds):.4f} (n = {len(seeds)})" if len(seeds) > 1 else ""
+        print(f"  {side}  {name:<{width}}  {value:.4f}{spread}")
     print(
         f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}, p = {found['p']:.4f}"
         f" (paired bootstrap over {found['units']} {'photos' if relations else 'posts'}, {found['resamples']} resamples)"
     )
     if found["low"] <= 0 <= found["high"]:
         print("  the interval holds 0: these posts do not tell A from B")
+    if len(a_runs) == len(b_runs) == 1:
+        print("  one seed against one seed: what another seed would have changed is in no part of this interval, and is often"
+              " as large; train three of each")  # fmt: skip
+    else:
+        print("  seeds are averaged, not resampled: the interval is that of other posts, not of other seeds")
 
 
 def print_leaks(name, split, data_dir, images):
@@ -312,9 +330,10 @@ def main(argv=None):
         if args.image_check:
             check = image_check(run, split, args.shuffles, args.device, args.data_dir, args.features)
             write_json(run / f"image-check-{split}.json", check)
-            print(check_row(f"{run.name:<{width}}  {split:<5}", config, check))
+            print(check_row(f"{run.name:<{width}}  {split:<5}", check))
+            print(f"    {verdict(config, check)}", flush=True)
             if check["photos"]:
-                print(type_changes(check), flush=True)
+                print(f"    {type_changes(check)}", flush=True)
             continue
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}

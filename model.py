@@ -319,6 +319,37 @@ def load_run(run_dir, device="cpu"):
     return model.eval().to(device), tokenizer, config
 
 
+# What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
+# features also the last bits, which another machine computes differently.
+PLACES = {"data_dir", "cache_dir", "features", "run_dir", "file"}
+WRITING = {"overwrite", "resume", "save_every"}
+MACHINE = {"device", "threads", "processes", "versions"}
+OF_FEATURES = {"engine", "batch_size", "sha256", "attrs_crc32", "format"}
+
+
+def flat(config, prefix=""):
+    """A nested dict as {"a.b.c": value}."""
+    made = {}
+    for key, value in config.items():
+        made |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return made
+
+
+def system_settings(config):
+    """All of a run's configuration but its seed, paths and machine, as {"a.b.c": value}: runs that share it are one system."""
+    kept = {key: value for key, value in config.items() if key not in {"seed", "eval_batch_size"} | PLACES | WRITING | MACHINE}
+    kept["text_encoder"] = Path(config["text_encoder"]).name  # a folder may be named from elsewhere
+    if features := config.get("features_made"):
+        kept["features_made"] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
+    return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
+
+
+def differing(a, b, names=("one", "other")):
+    """What two flat configurations differ in, {key: text that shows both values}."""
+    keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return {key: f"{key} ({names[0]}: {a.get(key)}, {names[1]}: {b.get(key)})" for key in keys}
+
+
 def read_config(run_dir):
     """A run's config.json as a dict."""
     path = Path(run_dir) / "config.json"

@@ -24,7 +24,7 @@ from backbones import upright
 from commands import check_device, command_line, default_device
 from data import NONE, FeatureCache, NerExample, RelationExample, collate, encode, find_photos, image_folders
 from data import length_batches, to_device
-from evaluate import dataset_now, predictions_file
+from evaluate import dataset_now, predictions_file, verdict
 from model import autocast, load_run, read_config
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
@@ -205,14 +205,15 @@ def table(title, note, columns, rows):
     """A table for the page; `rows` {name: scores}, numbers as text, empty where a score is not there."""
     shown = {name: [scores.get(column, "") for column in columns] for name, scores in rows.items()}
     text = [[name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)] for name, row in shown.items()]
-    return {"title": title, "note": note, "columns": [column.replace("f1", "F1") for column in columns], "rows": text}
+    return {"title": title, "note": note, "columns": [column.replace("f1", "F1").replace("_", " ") for column in columns], "rows": text}
 
 
 def score_tables(metrics):
     """Both families of scores, each headed by its baseline, then the types."""
     ner, base = metrics["task"] == "ner", metrics["baseline"]
     main, level = ("entity", "token") if ner else ("relation", "row")
-    spans, labels = ("precision", "recall", "f1", "gold", "predicted"), ("accuracy", "precision", "recall", "f1")
+    spans, labels = ("precision", "recall", "f1", "macro_f1", "gold", "predicted"), ("accuracy", "precision", "recall", "f1", "macro_f1")
+    of_type = tuple(column for column in spans if column != "macro_f1")
     names = {
         "entity": "lenient (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
         "entity_seen": "mentions seen in train", "entity_unseen": "mentions not seen in train",
@@ -228,18 +229,18 @@ def score_tables(metrics):
         table("Entity level" if ner else f"Relations without {NONE}", f"{counted} What the literature reports.", spans,
               {always: {"f1": float(base["main_f1"])}} | rows),
         table("Token level" if ner else "All rows", weighted, labels, {always: base, "this run": metrics[level]}),
-        table("By type", "Entity level, lenient." if ner else "", spans, metrics[main]["types"]),
+        table("By type", "Entity level, lenient." if ner else "", of_type, metrics[main]["types"]),
     ]  # fmt: skip
 
 
-def image_check_line(check):
+def image_check_line(config, check):
     """What `evaluate.py --image-check` found, as a sentence."""
     true, none, *shuffled = [main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])]
     spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
     name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
     return (
         f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with another's"
-        f" (n = {len(shuffled)}), {none:.3f} with none"
+        f" (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
     )
 
 
@@ -307,8 +308,9 @@ def main(argv=None):
         "not used",
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
-    if check.exists():
-        facts["Image check"] = image_check_line(json.loads(check.read_text(encoding="utf-8")))
+    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
+    if "bootstrap" in found:  # not in those of earlier versions
+        facts["Image check"] = image_check_line(config, found)
     page = {
         "title": f"{run.resolve().name}, {split}", "ner": ner, "facts": facts, "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],

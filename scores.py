@@ -48,8 +48,13 @@ def ratio_scores(correct, predicted, gold):
     }
 
 
+def mean_f1(types):
+    """Macro F1: the mean of the F1 of each type that gold or predictions have, a rare one as much as a frequent one."""
+    return sum(kind["f1"] for kind in types.values()) / max(1, len(types))
+
+
 def span_scores(gold, predicted):
-    """Micro scores of whole entities over posts (sets of `entity_spans`), and `types`, the same for each type."""
+    """Micro scores of whole entities over posts (sets of `entity_spans`), their macro F1, and `types`, the scores of each."""
     counts = {"gold": Counter(), "predicted": Counter(), "correct": Counter()}
     for a, b in zip(gold, predicted, strict=True):
         for name, spans in (("gold", a), ("predicted", b), ("correct", a & b)):
@@ -58,7 +63,8 @@ def span_scores(gold, predicted):
         kind: ratio_scores(*(counts[name][kind] for name in ("correct", "predicted", "gold")))
         for kind in sorted(counts["gold"] | counts["predicted"])
     }
-    return ratio_scores(*(counts[name].total() for name in ("correct", "predicted", "gold"))) | {"types": per_type}
+    micro = ratio_scores(*(counts[name].total() for name in ("correct", "predicted", "gold")))
+    return micro | {"macro_f1": mean_f1(per_type), "types": per_type}
 
 
 def entity_scores(gold, predicted, strict=False):
@@ -95,19 +101,22 @@ def seen_scores(records):
 
 
 def label_scores(gold, predicted):
-    """Accuracy and weighted precision, recall, F1 over all labels. Weighted recall is accuracy, by definition."""
+    """Accuracy, weighted precision, recall and F1 over all labels, and macro F1. Weighted recall is accuracy, by definition."""
     precision, recall, f1, _ = precision_recall_fscore_support(gold, predicted, average="weighted", zero_division=0)
+    macro = precision_recall_fscore_support(gold, predicted, average="macro", zero_division=0)[2]
     accuracy = sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
-    return {"accuracy": accuracy, "precision": float(precision), "recall": float(recall), "f1": float(f1)}
+    rates = {"precision": precision, "recall": recall, "f1": f1, "macro_f1": macro}
+    return {"accuracy": accuracy} | {name: float(rate) for name, rate in rates.items()}
 
 
 def relation_scores(gold, predicted):
-    """Micro scores without `None`, and `types`, the same for each relation."""
+    """Micro scores without `None`, their macro F1, and `types`, the scores of each relation."""
     correct = Counter(a for a, b in zip(gold, predicted, strict=True) if a == b)
     counts = [correct, Counter(predicted), Counter(gold)]
     kinds = sorted((set(gold) | set(predicted)) - {NONE})
     micro = ratio_scores(*(sum(count[kind] for kind in kinds) for count in counts))
-    return micro | {"types": {kind: ratio_scores(*(count[kind] for count in counts)) for kind in kinds}}
+    types = {kind: ratio_scores(*(count[kind] for count in counts)) for kind in kinds}
+    return micro | {"macro_f1": mean_f1(types), "types": types}
 
 
 def score(records):
@@ -176,11 +185,12 @@ def format_scores(metrics, title):
 
     def line(name, s, accuracy=None):
         shown = f"{accuracy:9.4f}" if accuracy is not None else " " * 9
+        macro = f"{s['macro_f1']:10.4f}" if "macro_f1" in s else " " * 10
         count = f"{s['gold']:8d}{s['predicted']:11d}" if "gold" in s else ""
-        return f"{name:<{width}}{shown}{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}{count}".rstrip()
+        return f"{name:<{width}}{shown}{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}{macro}{count}".rstrip()
 
     base = metrics["baseline"]
-    lines = [f"{title}: {what}", f"{'':<{width}} accuracy  precision   recall       F1    gold  predicted"]
+    lines = [f"{title}: {what}", f"{'':<{width}} accuracy  precision   recall       F1  macro F1    gold  predicted"]
     if ner:
         lines += [line("entity level, whole spans (lenient)", metrics["entity"])]
         lines += [line(f"    {kind}", s) for kind, s in metrics["entity"]["types"].items()]

@@ -33,7 +33,8 @@ from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, collate, dataset_name
 from data import locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
-from model import SYSTEMS, TextRegions, autocast, first_line, load_text_encoder, longest_input, read_config, save_weights
+from model import MACHINE, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
+from model import longest_input, read_config, save_weights
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
@@ -162,16 +163,14 @@ def check_folder(run_dir, args):
 
 
 def check_same_run(run_dir, config):
-    """ValueError if the run in the folder was begun with other settings than `config`; another machine is only said."""
-    made, asked = read_config(run_dir), json.loads(json.dumps(config))
-    machine, free = {"versions", "threads", "device", "processes"}, {"overwrite", "resume", "save_every", "run_dir"}
-    differing = {
-        key: f"{key} (run: {made.get(key)}, asked: {asked.get(key)})"
-        for key in sorted(made.keys() | asked.keys()) if key not in free and made.get(key) != asked.get(key)
-    }  # fmt: skip
-    if other := [said for key, said in differing.items() if key not in machine]:
-        raise ValueError(f"{run_dir}: begun with other settings: {'; '.join(other)[:300]}; --overwrite starts it anew")
-    for said in differing.values():
+    """ValueError if the run in the folder was begun with other settings or data than `config`; another machine is only said."""
+    free = WRITING | {"run_dir"}
+    made, asked = ({key: value for key, value in flat(side).items() if key not in free}
+                   for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
+    changed = differing(made, asked, ("run", "now"))
+    if other := [said for key, said in changed.items() if key.partition(".")[0] not in MACHINE]:
+        raise ValueError(f"{run_dir}: begun with other settings or data: {'; '.join(other)[:500]}; --overwrite starts it anew")
+    for said in changed.values():
         print(f"WARNING    begun on another machine, {said}: the last digits may differ")
 
 

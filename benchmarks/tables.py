@@ -28,6 +28,7 @@ from checks import paired_bootstrap  # noqa: E402
 from commands import command_line  # noqa: E402
 from data import DATASETS, FeatureCache, load_dataset  # noqa: E402
 from evaluate import predictions_file  # noqa: E402
+from model import differing, read_config, system_settings  # noqa: E402
 from scores import main_score, read_predictions, write_text  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
@@ -180,16 +181,9 @@ def other_run(argv):
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
-    config, asked = json.loads((folder / "config.json").read_text()), vars(train.parse_args(argv))
-    free = {"data_dir", "cache_dir", "features", "run_dir", "device", "precision", "overwrite", "resume", "save_every",
-            "eval_batch_size"}  # fmt: skip
-    for key in sorted(asked.keys() - free):
-        made, value = config.get(key), asked[key]
-        if key == "text_encoder":  # the same folder may be named from elsewhere
-            made, value = Path(made).name, Path(value).name
-        if made != value:
-            return f"{folder} is a run with {key} {made}, this row asks {value}"
-    return ""
+    made, asked = (system_settings(config) for config in (read_config(folder), vars(train.parse_args(argv))))
+    made = {key: made.get(key) for key in asked} | {"precision": asked["precision"]}  # auto: it follows the machine
+    return f"{folder} is another run, {', '.join(other.values())}" if (other := differing(made, asked, ("its", "this row's"))) else ""
 
 
 def finished(argv):

@@ -1,14 +1,17 @@
 """The paired bootstrap against a direct computation; the leak check on data that leak and data that do not."""
 
 import random
+import statistics
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
+import train
 from checks import FEWEST, SCORES, auc, files_named_after, leak_check, paired_bootstrap
 from data import Dataset, NerExample, RelationExample
+from model import system_settings
 from scores import entity_scores, label_scores, relation_scores, write_json, write_json_lines
 
 LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -59,6 +62,8 @@ def test_bootstrap_is_what_resampling_posts_one_by_one_gives(task, name):
         times = dict(zip(units, draw, strict=True))
         differences.append(mean_score(a_runs, times) - mean_score(b_runs, times))
     once = dict.fromkeys(units, 1)
+    assert found["a_seeds"] == pytest.approx([mean_score([run], once) for run in a_runs])
+    assert found["b_seeds"] == pytest.approx([mean_score([run], once) for run in b_runs])
     assert found["a"] == pytest.approx(mean_score(a_runs, once)) and found["b"] == pytest.approx(mean_score(b_runs, once))
     assert found["difference"] == pytest.approx(found["a"] - found["b"]) and found["units"] == len(units)
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(differences, (2.5, 97.5))))
@@ -145,21 +150,47 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     made = {"x-s1": (1, runs[0]), "x-s2": (2, runs[1]), "y-s1": (1, runs[2]), "x-shuffled-s1": (1, runs[2])}
     for name, (seed, records) in made.items():
         (tmp_path / name).mkdir()
-        config = {"dataset": "d", "model": "m", "fusion": name[0], "labels": [], "data": {}, "seed": seed}
+        config = {"dataset": "d", "model": "m", "fusion": name[0], "labels": [], "data": {}, "seed": seed, "text_encoder": "e"}
         write_json(tmp_path / name / "config.json", config | {"shuffle_photos": "shuffled" in name})
         write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
     evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])
     out, found = capsys.readouterr().out, paired_bootstrap(runs[:2], runs[2:], "accuracy")
     assert "token accuracy" in out and "x-s* (seeds 1 2)" in out and f"{found['difference']:+.4f}" in out
     assert f"p = {found['p']:.4f} (paired bootstrap over 30 posts, 10000 resamples)" in out
-    assert "WARNING: 2 runs of A against 1 of B" in out
+    assert "WARNING: 2 runs of A against 1 of B" in out and "seeds are averaged, not resampled" in out
+    assert f"{found['a']:.4f} ± {statistics.stdev(found['a_seeds']):.4f} (n = 2)" in out
     evaluate.main(["--compare", str(tmp_path / "x-shuffled-s*"), str(tmp_path / "y-s1")])  # asked for by name
-    assert "+0.0000" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="x-s1 and y-s1 differ in fusion; name runs of one kind"):
+    out = capsys.readouterr().out
+    assert "+0.0000" in out and "one seed against one seed" in out
+    with pytest.raises(ValueError, match=r"x-s1 and y-s1 differ in fusion \(one: x, other: y\); name runs of one kind"):
         evaluate.main(["--compare", str(tmp_path / "*-s*"), str(tmp_path / "y-s1")])
     for pattern, message in (("z-s*", "no such run folder"), ("z", "no such run folder")):
         with pytest.raises(FileNotFoundError, match=message):
             evaluate.main(["--compare", str(tmp_path / pattern), str(tmp_path / "y-s1")])
+
+
+def test_what_counts_as_another_seed_of_the_same_system():
+    """Seed, paths and machine; every other setting makes another system."""
+    config = vars(train.parse_args(["--device", "cpu"])) | {
+        "labels": ["O"], "threads": 1, "processes": 1, "versions": {"torch": "2.15"}, "encoder_parameters": 5,
+        "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
+        "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager", "version_torch": "2.15"},
+    }  # fmt: skip
+    free = {"seed", "data_dir", "cache_dir", "features", "run_dir", "device", "overwrite", "resume", "save_every",
+            "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
+    known = system_settings(config)
+    for key in config.keys() - {"data", "features_made", "text_encoder"}:
+        assert (system_settings(config | {key: "other"}) == known) == (key in free), key
+    for part, inner, same in (
+        ("data", {"train": {"file": "elsewhere", "sha256": "a", "variant": "v"}}, True),
+        ("data", {"train": {"file": "data/train.txt", "sha256": "other", "variant": "v"}}, False),
+        ("features_made", config["features_made"] | {"sha256": "last bits", "engine": "inductor", "version_torch": "2.11"}, True),
+        ("features_made", config["features_made"] | {"views": 1}, False),
+        ("features_made", config["features_made"] | {"weights": "x"}, False),
+        ("features_made", None, False),
+        ("text_encoder", f"models/{config['text_encoder']}", True), ("text_encoder", "another", False),
+    ):  # fmt: skip
+        assert (system_settings(config | {part: inner}) == known) == same, (part, inner)
 
 
 def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):

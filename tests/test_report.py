@@ -178,8 +178,8 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
     assert sum(n for (a, b), n in pairs.items() if a == b != "None") == main["correct"]
     first, second, types = page["tables"]
     baseline = metrics["baseline"]
-    assert first["rows"][0] == [f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", ""]
-    assert first["rows"][1][1:] == [f"{main[key]:.4f}" for key in ("precision", "recall", "f1")] + [
+    assert first["rows"][0] == [f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", "", ""]
+    assert first["rows"][1][1:] == [f"{main[key]:.4f}" for key in ("precision", "recall", "f1", "macro_f1")] + [
         str(main["gold"]), str(main["predicted"])]  # fmt: skip
     assert [row[1] for row in second["rows"]] == [
         f"{baseline['accuracy']:.4f}", f"{metrics['token' if page['ner'] else 'row']['accuracy']:.4f}"]  # fmt: skip
@@ -356,10 +356,14 @@ def test_scores_that_are_there_are_shown(runs, tmp_path):
     assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
     shuffled = [metrics | {"entity": {"f1": f1}} for f1 in (0.25, 0.75)]
     check = {"photos": 8, "true": metrics, "shuffled": shuffled, "none": metrics | {"entity": {"f1": 0.125}}}
+    write_json(folder / "image-check-test.json", check)  # as earlier versions wrote it
+    assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
+    check["bootstrap"] = {"difference": 0.25, "low": 0.125, "high": 0.375}
     write_json(folder / "image-check-test.json", check)
     said = page_of(folder, tmp_path / "page.html")["facts"]["Image check"]
     own = f"{metrics['entity']['f1']:.3f} with each post's own photo"
-    assert f"{own}, 0.500 ± 0.354 with another's (n = 2), 0.125 with none" in said
+    assert f"{own}, 0.500 ± 0.354 with another's (n = 2), 0.125 with none; true - shuffled +0.250" in said
+    assert said.endswith("95% interval +0.125 to +0.375: depends on its photos")
     plain = {key: value for key, value in metrics.items() if key not in ("entity_seen", "entity_unseen")}
     more = plain | {"entity_seen": metrics["entity"] | {"f1": 0.0625}, "entity_unseen": metrics["entity"]}
     names = [[row[0] for row in score_tables(m)[0]["rows"]] for m in (plain, more)]

@@ -28,7 +28,7 @@ def place(data_dir, tmp_path_factory):
 def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
     rows = tables.all_rows()
     counts = {table: sum(row.table == table for row in rows) for table in tables.TITLES}
-    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "text": 1, "demo": 9}
+    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "relations": 5, "demo": 9}
     assert len({row.key for row in rows}) == len(rows)
     args, folders = tables.parse_args(["--runs", str(tmp_path)]), {}
     for row in rows:
@@ -81,7 +81,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     tables.main(["--only", "demo/film", "fusion/film/mnre", "--seeds", "1"])
     out = capsys.readouterr().out
     assert "left out: no feature file features/mnre-resnet50-224.h5" in out
-    true, wrong = (place / "runs" / f"demo-roberta-resnet50-film{part}-s1" for part in ("", "-shuffled"))
+    true, wrong = (place / "runs" / f"demo-roberta-resnet50-encoder-film{part}-s1" for part in ("", "-shuffled"))
     metrics = [json.loads((folder / "metrics-test.json").read_text()) for folder in (true, wrong)]
     check = json.loads((true / "image-check-test.json").read_text())
     text = (place / "benchmarks" / "RESULTS.md").read_text()
@@ -112,10 +112,10 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     (wrong / "kept").rename(wrong / "metrics-test.json")
     config = json.loads((true / "config.json").read_text())
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
-    with pytest.raises(ValueError, match="film-s1 is a run with lr 0.5, this row asks 0.001; name another folder"):
+    with pytest.raises(ValueError, match="film-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"):
         tables.main(["--only", "demo/film", "--seeds", "1"])
     tables.main(["--only", "fusion/film/mnre", "--seeds", "1"])  # a row that is not asked for does not stop the others
-    assert "film-s1 is a run with lr 0.5, this row asks 0.001 |" in (place / "benchmarks" / "RESULTS.md").read_text()
+    assert "film-s1 is another run, lr (its: 0.5, this row's: 0.001) |" in (place / "benchmarks" / "RESULTS.md").read_text()
     (true / "config.json").write_text(json.dumps(config))
 
 

@@ -196,7 +196,7 @@ def test_resume_is_refused_with_other_settings_and_leaves_a_finished_run_alone(f
     before = {path: path.read_bytes() for path in folder.glob("*.json*")}
     run(flags, folder, "--resume", "--epochs", 1)
     assert "is finished; left alone" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"begun with other settings: epochs .run: 1, asked: 2.; lr .run: 0.001, asked: 0.5"):
+    with pytest.raises(ValueError, match=r"begun with other settings or data: epochs .run: 1, now: 2.; lr .run: 0.001, now: 0.5"):
         run(flags, folder, "--resume", "--lr", 0.5)
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
     (folder / "state.pt").write_bytes(b"PK")
