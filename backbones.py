@@ -319,8 +319,11 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
 def upright(file):
     """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first picture.
 
-    ValueError if it has more pixels than Pillow thinks safe: such a picture takes over 1 GB to decode and turn.
+    ValueError if it has more pixels than Pillow thinks safe: such a picture takes over 1 GB to decode and turn; and for an
+    EPS, which Pillow would hand to Ghostscript to run.
     """
+    if file.format == "EPS":
+        raise ValueError("an EPS, which another program would have to run; save it as PNG")
     if file.width * file.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are too many")
     ImageOps.exif_transpose(file, in_place=True)  # in place, and converted only if need be: each copy may be 270 MB
@@ -330,7 +333,10 @@ def upright(file):
 
 
 class Photos:
-    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason)."""
+    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason).
+
+    `paths`: {image id: path, or an opened PIL image, or None}.
+    """
 
     def __init__(self, image_ids, paths, backbone, views, seed):
         self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
@@ -358,6 +364,8 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
+        if isinstance(path, Image.Image):
+            return self.all_views(upright(path.copy()), image_id), OK, ""
         if path is None or not os.path.lexists(path):
             return None, MISSING, "no such file"
         if not os.path.isfile(path):  # to open a pipe would be to wait for ever

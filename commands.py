@@ -1,13 +1,19 @@
 """What all command lines share: types of arguments, devices, processes under torchrun, locks, errors of one line."""
 
 import argparse
-import fcntl
+import contextlib
+import errno
 import math
 import os
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("these scripts run on Linux and macOS; on Windows use them under WSL")
 
 
 def bounded(kind, low, high=math.inf):
@@ -36,17 +42,28 @@ def check_device(name):
         raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
 
 
+def pick_precision(precision, device):
+    """`precision`, where it is auto the one for a device: bfloat16 on GPUs that compute in it, from capability 8.0 on."""
+    if precision != "auto":
+        return precision
+    fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if fast else "float32"
+
+
 def join_processes(device):
     """(rank, number of processes, device) of this process among those torchrun started; (0, 1, device) without torchrun.
 
-    Each process on cuda gets a GPU of its own. Only rank 0 prints; errors are everyone's to say.
+    Each process on cuda gets a GPU of its own, and touches no other: even a look costs memory there. ValueError if the
+    device cannot be used. Only rank 0 prints; errors are everyone's to say.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1, device
-    if device == "cuda":
+    together = "TORCHELASTIC_RUN_ID" in os.environ
+    if together and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        check_device(device)
+    check_device(device)
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    if not together:
+        return 0, 1, device
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     rank = torch.distributed.get_rank()
     if rank:
@@ -76,15 +93,47 @@ def lock(path, flags=os.O_RDONLY):
     """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks. ValueError if another has."""
     fd = os.open(path, flags, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise ValueError(f"{path}: another process is writing it; wait for it or stop it") from None
     return fd
 
 
-def command_line(main):
-    """Run a script's `main`; a user's mistake becomes one line on standard error and exit status 1."""
+def hold(fd, path, how):
+    """Lock an open file or folder; said, and gone on without, where the file system knows no locks (some network drives)."""
+    try:
+        fcntl.flock(fd, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(f"WARNING: {path}: no locks on this file system ({error.strerror}); see to it that no other process writes there",
+              file=sys.stderr)  # fmt: skip
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Wait for, and hold, the lock of a folder: one process at a time begins a file there."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        hold(fd, folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def out_of_memory(error):
+    """Whether an exception says that there was no memory, on a GPU or here."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def command_line(main, lower="use another --device"):
+    """Run a script's `main`; a user's mistake becomes one line on standard error and exit status 1.
+
+    `lower`: what helps when memory runs out.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a character of a post
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -95,6 +144,11 @@ def command_line(main):
         # What the system says of a file, without its number and with the name in front.
         said = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
         sys.exit(f"{Path(sys.argv[0]).name}: error: {said}")
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("TRACEBACK") or not out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or ["no more is said"])[0]
+        sys.exit(f"{Path(sys.argv[0]).name}: error: out of memory ({said[:200]}); {lower}")
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)

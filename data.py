@@ -509,6 +509,12 @@ def attrs_crc32(attrs):
     return zlib.crc32(json.dumps({k: v for k, v in attrs.items() if k != "attrs_crc32"}, sort_keys=True).encode())
 
 
+def photos_digest(paths):
+    """SHA-256 over the names and sizes of the photos at `paths`, {image id: path or None}: which photos they are."""
+    sizes = [[image_id, os.path.getsize(p) if os.path.isfile(p) else 0] for image_id, p in paths.items() if p is not None]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
 class FeatureCache:
     """Read side of a feature file made by extract_features.py.
 
@@ -612,18 +618,29 @@ class FeatureCache:
             self.resident[row] = torch.from_numpy(self.regions[row].copy())
 
     def require(self, image_ids, dataset):
-        """ValueError if the file was made for another data set, or for a part of this one."""
-        if self.attrs.get("dataset") != dataset:
-            raise ValueError(
-                f"{self.path}: made for {self.attrs.get('dataset')}, not for {dataset}; name its own file, or make it:"
-                f" extract_features.py --dataset {dataset}"
-            )
+        """ValueError if the file lacks photos of a data set: it was made for another, or for a part of this one."""
         absent = [image_id for image_id in image_ids if image_id not in self.rows]
         if absent:
             raise ValueError(
-                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]});"
-                f" was the text another, or --limit set? Make it anew: --dataset {dataset} --overwrite"
+                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); it was"
+                f" made for {self.attrs.get('dataset')}. Was the text another, or --limit set? Name {dataset}'s own file, or"
+                f" make it: extract_features.py --dataset {dataset}"
             )
+
+    def compare_photos(self, paths):
+        """How many of the photos the file was made of are not among `paths`, {image id: path or None}.
+
+        ValueError if all are, but are others, by name and size: of another folder, or replaced since.
+        """
+        readable = [image_id for image_id, status in zip(self.ids, self.status, strict=True) if status != MISSING]
+        absent = sum(paths.get(image_id) is None for image_id in readable)
+        if not absent and photos_digest({image_id: paths[image_id] for image_id in readable}) != self.attrs["photos_sha256"]:
+            raise ValueError(
+                f"{self.path}: made of other photos than those here (names or sizes differ; it was made from"
+                f" {self.attrs.get('made_from', 'an unknown folder')}); make it anew with extract_features.py --overwrite, or"
+                " name the right one with --features, the right photos with --images"
+            )
+        return absent
 
     def read(self, photos, views=None):
         """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.

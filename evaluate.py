@@ -19,7 +19,7 @@ from checks import FEWEST, SCORES, leak_check, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
 from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
-from model import autocast, differing, load_run, read_config, system_settings
+from model import autocast, differing, load_run, precision_on, read_config, system_settings
 from scores import format_scores, main_score, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions
@@ -113,7 +113,7 @@ def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
     def run(swap):
         records = predict(
             model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
-            config["precision"], cache, swap, known,
+            precision_on(device, config), cache, swap, known,
         )  # fmt: skip
         return records
 
@@ -285,9 +285,9 @@ def parse_args(argv):
     what.add_argument("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells of its labels")
     add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
     add("--train", type=Path, help="for --predictions: the training file, to tell mentions seen in it from others")
-    add("--score", choices=SCORES, default="f1", help="for --compare: f1 is entity F1, or micro F1 without None")
+    add("--score", choices=SCORES, help="for --compare: f1 (default) is entity F1, or micro F1 without None")
     add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the model)")
-    add("--shuffles", type=bounded(int, 1), default=3, help="seeded shuffles of the image check")
+    add("--shuffles", type=bounded(int, 1), help="for --image-check: how many seeded shuffles (default: 3)")
     add("--data-dir", help="for --image-check: where the data sets are now (default: where the run was trained), and for"
         " --leak-check (default: data)")
     add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under --data-dir")
@@ -295,10 +295,17 @@ def parse_args(argv):
     add("--device", default=default_device(), help="for --image-check")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.image_check and not args.run:
-        parser.error("--image-check needs --run: it shows the model other photos")
-    if args.train and not args.predictions:
-        parser.error("--train goes with --predictions: a run's own know what train holds")
+    for name, goes, use in (
+        ("image_check", args.run, "--run: it shows the model other photos"),
+        ("train", args.predictions, "--predictions: a run's own know what train holds"),
+        ("split", not args.predictions, "runs and data sets: --predictions is one file"),
+        ("score", args.compare, "--compare"), ("shuffles", args.image_check, "--image-check"),
+        ("features", args.image_check, "--image-check"), ("images", args.leak_check, "--leak-check"),
+        ("data_dir", args.image_check or args.leak_check, "--image-check or --leak-check"),
+    ):  # fmt: skip
+        if getattr(args, name) and not goes:
+            parser.error(f"--{name.replace('_', '-')} goes with {use}")
+    args.score, args.shuffles = args.score or "f1", args.shuffles or 3
     return args
 
 

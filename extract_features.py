@@ -15,7 +15,7 @@ Why contiguous and not a chunk an image: README, "The feature file".
 
 import argparse
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
-from commands import bounded, check_device, command_line, default_device, join_processes, lock, wait_for_all
+from commands import alone_in, bounded, command_line, default_device, join_processes, lock, wait_for_all
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, by_name, dataset_name
-from data import find_photos, image_folders, load_dataset, read_attrs, read_captions, row_crc32
+from data import find_photos, image_folders, load_dataset, photos_digest, read_attrs, read_captions, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
@@ -51,8 +51,13 @@ def reserve(path, size):
     """Take disk space for a file of `size` bytes at `path`, made if need be; OSError if there is not so much."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.posix_fallocate(fd, 0, size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, max(size, os.fstat(fd).st_size))
     except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take no space ahead
+            return os.ftruncate(fd, max(size, os.fstat(fd).st_size))
         raise OSError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}); make room or lower --views") from None
     finally:
         os.close(fd)
@@ -92,17 +97,6 @@ def create_file(path, image_ids, shape, kind, attrs):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def alone_in(folder):
-    """Wait for, and hold, the lock of a folder: one process at a time begins a file there."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 class FeatureWriter:
@@ -180,11 +174,23 @@ def low_priority(worker):
     os.nice(10)
 
 
-def batch_loader(reader, batches, workers):
-    """Decodes batches of rows of `Photos` or `Captions` ahead, in so many processes."""
+def queues(workers, batch_bytes, room=None):
+    """(workers, batches each decodes ahead) whose queues fit the shared memory they lie in: Docker gives 64 MB of it.
+
+    Half of what is free is used, `room` bytes.
+    """
+    if room is None:
+        room = shutil.disk_usage("/dev/shm").free // 2 if os.path.isdir("/dev/shm") else 2**62
+    fitting = min(workers, room // batch_bytes)
+    return fitting, min(2, max(1, room // (batch_bytes * max(1, fitting))))
+
+
+def batch_loader(reader, batches, workers, ahead=2):
+    """Decodes batches of rows of `Photos` or `Captions` ahead, in so many processes, each `ahead` batches."""
     return DataLoader(
-        reader, batch_size=None, sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=low_priority
-    )
+        reader, batch_size=None, sampler=batches, collate_fn=list, num_workers=workers, worker_init_fn=low_priority,
+        prefetch_factor=ahead if workers else None,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -274,6 +280,8 @@ def parse_args(argv):
     captions = args.backbone == "caption"
     if captions != bool(args.captions):
         parser.error("--backbone caption and --captions FILE go together")
+    if captions and args.images:
+        parser.error("--images: --backbone caption reads --captions, no photo; leave it out")
     if args.compile and args.backbone in ("pixels", "caption"):
         parser.error(f"--compile: --backbone {args.backbone} has no forward pass of one shape; leave it out")
     if args.verify and args.overwrite:
@@ -305,7 +313,10 @@ def begin(args, path, image_ids, shape, kind, attrs, found):
 
 
 def find_inputs(args, image_ids):
-    """{image id: the photo's path, or its caption, or None where there is none}. FileNotFoundError if none is there."""
+    """{image id: the photo's path, or its caption, or None where there is none}, and where they are.
+
+    FileNotFoundError if none is there.
+    """
     if args.captions:
         place, inputs = args.captions, by_name(image_ids, read_captions(args.captions))
     else:
@@ -321,16 +332,15 @@ def find_inputs(args, image_ids):
                   " with --placeholder, and these photos count as missing")  # fmt: skip
         if args.placeholder and args.placeholder not in found:
             raise ValueError(f"--placeholder {args.placeholder!r}: no caption is that; copy it as it stands in the file")
-    return inputs
+    return inputs, place
 
 
 def main(argv=None):
     args = parse_args(argv)
-    check_device(args.device)
     rank, processes, device = join_processes(args.device)
     dataset = load_dataset(args.dataset, args.data_dir)
     image_ids = dataset.image_ids()[: args.limit]
-    inputs = find_inputs(args, image_ids)
+    inputs, place = find_inputs(args, image_ids)
     found = sum(value is not None for value in inputs.values())
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
     shape = (len(image_ids), args.views, *backbone.shape)
@@ -347,9 +357,9 @@ def main(argv=None):
         compiling = shutil.which(os.environ.get("CXX", "g++")) is not None
         if not compiling:
             print("no C++ compiler here: the forward pass is not compiled")
-    sizes = [[i, os.path.getsize(p) if os.path.isfile(p) else 0] for i, p in inputs.items() if p and not args.captions]
-    recorded = {  # said in the file, not compared
-        "photos_sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+    recorded = {  # said in the file, not compared with what is asked
+        "photos_sha256": "none" if args.captions else photos_digest(inputs),
+        "made_from": str(Path(place).resolve()),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         "engine": "inductor" if compiling else "eager",
         **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},
@@ -368,11 +378,11 @@ def main(argv=None):
         print(f"{path} is finished; left alone (--overwrite makes it anew)")
         report(path)
         cache = FeatureCache(path)
-        if cache.attrs["photos_sha256"] != recorded["photos_sha256"]:
-            print("WARNING: the photos are not those it was made from (other names or sizes); --overwrite reads these")
         absent = [i for i in image_ids if cache.status[cache.rows[i]] == MISSING]
         if back := [i for i in absent if inputs[i] is not None and inputs[i] != args.placeholder]:
             print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")
+        elif not args.captions and (gone := cache.compare_photos(inputs)):
+            print(f"  {gone} of the photos it was made of are not here, so they are not compared")
         return path
 
     if rank == 0:
@@ -394,10 +404,14 @@ def main(argv=None):
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
         if args.captions:
-            reader, workers = Captions(image_ids, inputs, backbone, args.placeholder), 0
+            reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder), 0, 1
         else:
-            reader, workers = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
-        loader = batch_loader(reader, todo, workers)
+            reader, asked = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
+            # A photo that keeps its shape is at most 5 : 3 here.
+            workers, ahead = queues(asked, per_batch * args.views * 5 * settings["img_size"] ** 2)
+            if workers < asked:
+                print(f"{workers} of {asked} workers: /dev/shm has no room for more batches (docker run --shm-size 1g makes some)")
+        loader = batch_loader(reader, todo, workers, ahead)
         backbone.regions.to(device, memory_format=torch.channels_last)
         if engine == "inductor":
             side = settings["img_size"]
@@ -420,4 +434,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, lower="lower --batch-size")

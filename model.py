@@ -285,6 +285,11 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def precision_on(device, config):
+    """In what a finished run answers on a device: in its own precision on a GPU; on a CPU bfloat16 would take 6 times as long."""
+    return config["precision"] if torch.device(device).type == "cuda" else "float32"
+
+
 def save_weights(model, run_dir):
     """All weights as `model.safetensors`; a reader sees the old file or the new one, never a part."""
     temporary = Path(run_dir) / "model.safetensors.tmp"
@@ -321,7 +326,7 @@ def load_run(run_dir, device="cpu"):
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
 # features also the last bits, which another machine computes differently.
-PLACES = {"data_dir", "cache_dir", "features", "run_dir", "file"}
+PLACES = {"data_dir", "images", "cache_dir", "features", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"engine", "batch_size", "sha256", "attrs_crc32", "format"}

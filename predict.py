@@ -25,17 +25,19 @@ import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
 from commands import check_device, command_line, default_device, lock
 from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, encode
 from evaluate import predict
-from model import load_run
+from model import load_run, precision_on
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
@@ -100,14 +102,14 @@ def check_text(value, name):
 def read_post(post, task, source=None, folder=""):
     """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
 
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder`, or its "caption". Its
-    labels mean nothing.
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened PIL image, or
+    its "caption". Its labels mean nothing.
     """
     text, words, offsets = post.get("text"), post.get("words"), None
     if (text is None) == (words is None):
         raise ValueError("needs either text or words")
     photo = post.get(source)
-    if photo is not None:
+    if photo is not None and not (source == "image" and isinstance(photo, Image.Image)):
         photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
         photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
@@ -168,19 +170,24 @@ def run_backbone(made, weights=None):
 
 
 class NewPhotos(FeatureCache):
-    """A `FeatureCache` of photos that no feature file holds, given by path, or of captions: one view, in memory."""
+    """A `FeatureCache` of photos that no feature file holds, or of captions: one view, in memory.
+
+    `sources`: {name: the photo's path or an opened PIL image, or its caption}.
+    """
 
     def __init__(self, sources, made, backbone, device, pool):
+        names = list(sources)
         count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
-        self.rows, self.shape = {source: row for row, source in enumerate(sources)}, (held, 1, *backbone.shape)
+        self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
         self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
         self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
         self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
         if made["backbone"] == "caption":
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
-            read = Captions(sources, {source: source for source in sources}, backbone, placeholder).read
+            read = Captions(names, sources, backbone, placeholder).read
         else:
-            read = Photos(sources, {source: Path(source) for source in sources}, backbone, 1, made["seed"]).read
+            paths = {name: photo if isinstance(photo, Image.Image) else Path(photo) for name, photo in sources.items()}
+            read = Photos(names, paths, backbone, 1, made["seed"]).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
         for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]
@@ -207,23 +214,29 @@ class Predictor:
         predictor = Predictor("runs/twitter2017-roberta-resnet50-film-s1337")
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
-    `weights`: of the backbone, as extract_features.py takes them; needed only if they were a local file. ValueError if
-    they are not those the run's features were made with.
+    `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
+    if they were a local file. ValueError if they are not those the run's features were made with.
     """
 
-    def __init__(self, run_dir, device="cpu", weights=None):
-        self.model, self.tokenizer, self.config = load_run(run_dir, device)
-        self.device, self.made = device, self.config["features_made"]
+    def __init__(self, run_dir, device=None, weights=None):
+        self.device = device or default_device()
+        self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
+        self.made = self.config["features_made"]
         self.source = self.backbone = None  # text only
         if self.made:
             self.source = "caption" if self.made["backbone"] == "caption" else "image"
             self.backbone = run_backbone(self.made, weights)
-            self.backbone.regions.to(device, memory_format=torch.channels_last)
+            self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         # A tokenizer is not for several threads at once.
         self.pool = ThreadPoolExecutor(1 if self.source == "caption" else min(4, os.cpu_count() or 1))
 
     def __call__(self, posts, folder="."):
-        """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order. Paths of photos start at `folder`."""
+        """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order; one post -> its answer.
+
+        Paths of photos start at `folder`.
+        """
+        if isinstance(posts, dict | bytes):
+            return self.answer([posts], folder)[0]
         parts = (posts[i : i + WINDOW] for i in range(0, len(posts), WINDOW))
         return [answer for part in parts for answer in self.answer(part, folder)]
 
@@ -245,15 +258,19 @@ class Predictor:
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
-            named = dict.fromkeys(example.image_id for example in examples if example.image_id is not None)
-            photos = NewPhotos(list(named), self.made, self.backbone, self.device, self.pool)
+            # An image that is open already gets a name, for images cannot be keys.
+            examples = [replace(e, image_id=f"image {i}") if isinstance(e.image_id, Image.Image) else e for i, e in enumerate(examples)]
+            named = {e.image_id: part[2].image_id for e, part in zip(examples, read, strict=True) if e.image_id is not None}
+            photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool)
         records = predict(
             self.model, rows, examples, config["labels"], self.tokenizer.pad_token_id, config["eval_batch_size"],
-            self.device, config["precision"], photos,
+            self.device, precision_on(self.device, config), photos,
         )  # fmt: skip
-        for (answer, post, example, offsets, _), record in zip(read, records, strict=True):
+        for (answer, post, _, offsets, _), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
+                if reason and re.match("https?://", str(post.get("image"))):
+                    reason = "a link, and nothing is downloaded here: download it first and name the file"
                 if reason:
                     answer["note"] = f"{post['image'] if self.source == 'image' else 'caption'}: {reason}"
             elif self.source == "caption" and post.get("image") is not None:
@@ -292,11 +309,12 @@ def bounded_lines(file, most):
 
 
 def numbered_lines(file, shard):
-    """(number from 1 on, line) of the posts of an open file that are of `shard` (i, n): every n-th from the i-th on."""
+    """(number from 1 on, line) of an open file, of `shard` (i, n): every n-th from the i-th on; blank ones are skipped."""
     file.seek(0)
     file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
     for number, line in itertools.islice(enumerate(bounded_lines(file, LINE), 1), shard[0] - 1, None, shard[1]):
-        yield number, line and line.rstrip(b"\r\n")
+        if line is None or line.strip():
+            yield number, line and line.rstrip(b"\r\n")
 
 
 def windows(lines):
@@ -447,7 +465,12 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     predictor = Predictor(args.run, args.device, args.weights)
-    if predictor.source is None and (args.input or args.image or args.caption):
+    relations, looked_at = predictor.config["task"] == "relation", predictor.source
+    for name, use in (("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption")):
+        if getattr(args, name) is not None and not use:
+            what = "relations" if relations else "entities"
+            raise ValueError(f"--{name}: {args.run} finds {what} and looks at {looked_at or 'text'} only; leave it out")
+    if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)

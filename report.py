@@ -25,7 +25,7 @@ from commands import check_device, command_line, default_device
 from data import NONE, FeatureCache, NerExample, RelationExample, collate, encode, find_photos, image_folders
 from data import length_batches, to_device
 from evaluate import dataset_now, predictions_file, verdict
-from model import autocast, load_run, read_config
+from model import autocast, load_run, precision_on, read_config
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -180,7 +180,7 @@ def attention(run, config, records, features, device):
     for chosen in length_batches([len(row["input_ids"]) for row in rows], config["eval_batch_size"]):
         photos = [records[i]["image_id"] for i in chosen]
         batch = to_device(collate([rows[i] for i in chosen], tokenizer.pad_token_id, cache, photos), device)
-        with torch.inference_mode(), autocast(device, config["precision"]):
+        with torch.inference_mode(), autocast(device, precision_on(device, config)):
             _, weights = model(batch, return_weights=True)
         for i, photo, weight in zip(chosen, photos, weights.float().cpu(), strict=True):  # [T, R]
             if not cache.has_photo(photo):

@@ -28,9 +28,9 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from commands import bounded, check_device, command_line, default_device, gather, join_processes, lock, wait_for_all
+from commands import bounded, command_line, default_device, gather, join_processes, lock, pick_precision, wait_for_all
 from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, collate, dataset_name, encode, length_batches, load_dataset
-from data import locate, to_device
+from data import find_photos, image_folders, locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import MACHINE, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
@@ -59,16 +59,19 @@ def parse_args(argv):
     add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--heads", type=bounded(int, 1), default=8)
+    add("--heads", type=bounded(int, 1), help="of cross-attention and bimodal; default: 8")
     add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
         " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
     add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
     add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always: the control"
         " that tells what the photos are worth")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs that have"
+        " it, from Ampere on")
     add("--device", default=default_device())
     add("--data-dir", default="data")
+    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are compared, by"
+        " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-shuffled]-s<seed>")
@@ -84,6 +87,11 @@ def parse_args(argv):
         args.fusion = args.fusion or "film"
     elif args.fusion:
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
+    if args.heads and args.fusion not in ("cross-attention", "bimodal"):
+        parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
+    if args.img_size and args.features:
+        parser.error("--img-size and --features: either tells which feature file; leave one out")
+    args.heads = args.heads or 8
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
@@ -95,8 +103,6 @@ def parse_args(argv):
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite: one goes on with a run, the other deletes it; leave one out")
-    if args.precision == "auto":
-        args.precision = "bfloat16" if args.device.startswith("cuda") else "float32"
     return args
 
 
@@ -111,7 +117,15 @@ def open_features(args, dataset):
         raise ValueError(
             f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name another"
         )
-    print(f"features   {args.features}: {cache.views} views")
+    print(f"features   {args.features}: {cache.views} views, made from {made.get('made_from', 'an unknown folder')}")
+    if backbone != "caption":
+        try:
+            paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
+        except FileNotFoundError:
+            paths = {}
+        if absent := cache.compare_photos(paths):
+            print(f"           {absent} of its photos are not here (--images names their folder): nothing tells whether they are"
+                  f" {dataset.name}'s")  # fmt: skip
     if made["parameters"]:
         print(f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that file")
     what = "caption" if backbone == "caption" else "photo"
@@ -174,12 +188,12 @@ def check_same_run(run_dir, config):
         print(f"WARNING    begun on another machine, {said}: the last digits may differ")
 
 
-def save_state(path, progress, model, optimizer, scheduler):
+def save_state(path, progress, model, optimizer, scheduler, device):
     """All that going on needs, in one file: a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}  # fmt: skip
+             "cuda_rng": torch.cuda.get_rng_state(device) if device.startswith("cuda") else None}  # fmt: skip
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -189,7 +203,7 @@ def save_state(path, progress, model, optimizer, scheduler):
         temporary.unlink(missing_ok=True)
 
 
-def load_state(path, model, optimizer, scheduler):
+def load_state(path, model, optimizer, scheduler, device):
     """Put everything back as `save_state` found it; returns the progress. ValueError if the file is broken."""
     try:
         state = torch.load(path, "cpu", weights_only=True)  # data alone: no pickled code is run
@@ -197,8 +211,8 @@ def load_state(path, model, optimizer, scheduler):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        if state["cuda_rng"] is not None and device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
         return state["progress"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path}: not a state to resume from ({first_line(error)[:150]}); --overwrite starts anew") from None
@@ -211,8 +225,8 @@ def main(argv=None):
 
 def run(args, stack):
     """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
-    check_device(args.device)
     rank, processes, device = join_processes(args.device)
+    args.precision = pick_precision(args.precision, device)
     run_dir = Path(args.run_dir)
     check_folder(run_dir, args)
     dataset = load_dataset(args.dataset, args.data_dir)
@@ -292,7 +306,7 @@ def run(args, stack):
     progress = {"epoch": 1, "step": 0, "loss": 0.0, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
     saved = time.monotonic()
     if state.exists():
-        progress = load_state(state, model, optimizer, scheduler)
+        progress = load_state(state, model, optimizer, scheduler, device)
         print(f"resuming   in epoch {progress['epoch']} after {progress['step']} steps")
     for epoch in range(progress["epoch"], args.epochs + 1):
         started = time.perf_counter()
@@ -345,7 +359,7 @@ def run(args, stack):
                     )
             if save:
                 progress |= {"epoch": epoch, "step": step, "loss": loss_sum.item(), "labelled": labelled}
-                save_state(state, progress, model, optimizer, scheduler)
+                save_state(state, progress, model, optimizer, scheduler, device)
                 saved = time.monotonic()
         loss, trained = loss_sum.item() / max(1, labelled), time.perf_counter()
         metrics = score(answers("valid"))
@@ -369,7 +383,7 @@ def run(args, stack):
         )  # fmt: skip
         progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "labelled": 0.0}
         if rank == 0 and time.monotonic() - saved >= args.save_every:
-            save_state(state, progress, model, optimizer, scheduler)
+            save_state(state, progress, model, optimizer, scheduler, device)
             saved = time.monotonic()
 
     wait_for_all(processes)
@@ -390,4 +404,4 @@ def run(args, stack):
 
 
 if __name__ == "__main__":
-    command_line(main)
+    command_line(main, lower="lower --batch-size or --eval-batch-size")

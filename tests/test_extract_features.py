@@ -1,5 +1,6 @@
 """The feature file: its numbers against torchvision's own forward pass, and its bytes through every kind of trouble."""
 
+import errno
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
@@ -520,13 +521,62 @@ def test_verify_names_damaged_rows_and_only_they_are_done_again(run, capsys, mon
         run("--verify", "--img-size", 96)
 
 
-def test_photos_changed_behind_a_finished_file_are_said(run, data_dir, tmp_path, capsys):
+def test_photos_changed_behind_a_finished_file_are_refused(run, data_dir, tmp_path, capsys):
     images = tmp_path / "photos"
     shutil.copytree(data_dir / "demo" / "images", images)
-    run("--images", images)
-    capsys.readouterr()
-    run("--images", images)
-    assert "WARNING" not in capsys.readouterr().out
-    Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")
-    run("--images", images)
-    assert "WARNING: the photos are not those it was made from" in capsys.readouterr().out
+    path = run("--images", images)
+    shutil.copytree(images, tmp_path / "copy")
+    assert run("--images", tmp_path / "copy") == path  # the same photos elsewhere
+    (images / "train_0004.jpg").unlink()
+    assert run("--images", images) == path
+    assert "1 of the photos it was made of are not here" in capsys.readouterr().out
+    Image.new("RGB", (50, 50)).save(images / "train_0004.jpg")
+    with pytest.raises(ValueError, match=f"made of other photos than those here .*made from {images}"):
+        run("--images", images)
+
+
+@pytest.mark.parametrize("photos_held, workers", [(0, 0), (1, 1), (3, 3), (4, 4), (7, 4), (8, 4), (1000, 4)])
+def test_queues_of_decoded_photos_fit_the_shared_memory(photos_held, workers):
+    size = 10**6
+    fitting, ahead = extract_features.queues(4, size, room=photos_held * size + 5)
+    assert fitting == workers and ahead in (1, 2) and fitting * ahead * size <= photos_held * size + 5
+    assert ahead == 2 or photos_held < 2 * fitting or not fitting  # no less than there is room for
+
+
+def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch, capsys):
+    path = run()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000) if place == "/dev/shm" else usage)
+    monkeypatch.setattr(os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place))
+    (tmp_path / "other").mkdir()
+    other = run("--workers", 2, "--cache-dir", tmp_path / "other")
+    assert "0 of 2 workers: /dev/shm has no room" in capsys.readouterr().out
+    assert other.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("trouble", ["not there", "not supported"])
+def test_space_is_laid_out_where_none_can_be_reserved(run, tmp_path, monkeypatch, trouble):
+    """As on macOS, and on file systems that take none ahead."""
+    path = run()
+    if trouble == "not there":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        def refuse(fd, offset, size):
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    (tmp_path / "other").mkdir()
+    assert run("--cache-dir", tmp_path / "other").read_bytes() == path.read_bytes()
+
+
+def test_an_eps_is_never_run(run, data_dir, tmp_path, monkeypatch):
+    images = tmp_path / "photos"
+    shutil.copytree(data_dir / "demo" / "images", images)
+    Image.new("RGB", (20, 20)).save(images / "train_0003.jpg", "EPS")
+
+    def run_it(*args, **kwargs):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run_it)
+    cache = FeatureCache(run("--images", images))
+    assert cache.status[3] == UNREADABLE and "an EPS, which another program would have to run" in cache.reasons[3]

@@ -216,6 +216,38 @@ def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
     assert good["entities"] != plain["entities"] != grey["entities"]
 
 
+def test_a_link_is_not_followed_and_says_what_to_do(film):
+    answer = film([{"text": "Jordan today", "image": "https://example.org/1.jpg"}])[0]
+    assert answer["photo"] is False
+    assert answer["note"].startswith("https://example.org/1.jpg: a link") and "download it first" in answer["note"]
+
+
+def test_one_post_an_opened_image_and_many_are_answered_alike(film, data_dir):
+    post = posts_of(data_dir)[0]
+    with Image.open(post["image"]) as photo:
+        before = photo.copy()
+        opened = post | {"image": photo}
+        assert film(post) == film([post])[0] == film(opened) == film([opened])[0]
+        assert film([opened, post, opened | {"image": Image.new("RGB", (64, 64))}])[:2] == film([post, post])
+        assert photo.size == before.size and list(photo.getdata()) == list(before.getdata())
+
+
+def test_blank_lines_are_no_posts(runs, tmp_path):
+    (tmp_path / "in.jsonl").write_text('\n{"text": "Jordan", "id": 1}\n  \n\r\n{"text": "Paris", "id": 2}\n\n')
+    answers = jsonl(answer(runs("none"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+    assert [(a["line"], a["id"]) for a in answers] == [(2, 1), (5, 2)] and not any("error" in a for a in answers)
+
+
+@pytest.mark.parametrize("system, args, message", [
+    ("film", ["--head", "0", "1"], "--head: .* finds entities and looks at image only"), ("film", ["--caption", "x"], "--caption: .*"),
+    ("none", ["--image", "x.jpg"], "--image: .* looks at text only"), ("bert-caption", ["--image", "x.jpg"], "looks at caption only"),
+])  # fmt: skip
+def test_options_that_do_not_go_with_the_run_are_refused(runs, system, args, message):
+    run, weights = runs(system)
+    with pytest.raises(ValueError, match=message):
+        predict.main(["--run", str(run), "--text", "Jordan", *args, *(["--weights", weights] if weights else [])])
+
+
 def test_features_that_do_not_fit_are_no_photo(runs, data_dir, monkeypatch):
     predictor, (post, *_) = Predictor(runs()[0]), posts_of(data_dir)
     endless = torch.full((1, 4, 2048), torch.inf).half()

@@ -388,7 +388,7 @@ def test_what_cannot_be_shown_is_one_clear_line(runs, tmp_path, cache_dir):
         (tmp_path, [], "no config.json, so no run of train.py"),
         (runs["mnre"], ["--split", "test"], "predictions-test.jsonl: not there"),
         (run, ["--features", tmp_path / "absent.h5"], "no feature file"),
-        (run, ["--features", cache_dir / "mnre-resnet50-64.h5"], "made for mnre, not for demo"),
+        (run, ["--features", cache_dir / "mnre-resnet50-64.h5"], "no row for .*; it was made for mnre"),
         (other, [], "not the features .*other was trained on; restore them"),
         (run, ["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
     ):

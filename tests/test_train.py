@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARTS, backbone_flags
+from PIL import Image
 from safetensors.torch import load_file
 
 import demo
@@ -105,12 +106,12 @@ def test_defaults_are_the_reference_settings():
         "dataset": "twitter2017", "model": "roberta-resnet50", "text_encoder": "roberta-base", "epochs": 5, "seed": 1337,
         "batch_size": 8, "eval_batch_size": 12, "max_len": 128, "lr": 3e-5, "fusion_lr": 1.1e-3, "weight_decay": 0.01,
         "warmup_ratio": 0.1, "dropout": 0.1, "heads": 8, "img_size": 224, "augment": True, "photo_dropout": 0.1,
-        "precision": "float32", "features": "features/twitter2017-resnet50-224.h5",
+        "precision": "auto", "features": "features/twitter2017-resnet50-224.h5",
         "run_dir": "runs/twitter2017-roberta-resnet50-film-s1337",
     }  # fmt: skip
     assert {key: getattr(args, key) for key in expected} == expected
     args = train.parse_args(["--dataset", "mnre", "--device", "cuda"])
-    assert (args.model, args.text_encoder, args.precision) == ("bert-resnet50", "bert-base-uncased", "bfloat16")
+    assert (args.model, args.text_encoder, args.precision) == ("bert-resnet50", "bert-base-uncased", "auto")
 
 
 def test_defaults_of_the_other_systems():
@@ -438,6 +439,81 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     assert "Trained and scored with other posts' photos" in report.main(["--run", str(folder)]).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("args, message", [
+    (["--heads", "4"], "--heads: film has none to choose"), (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
+    (["--img-size", "64", "--features", "x.h5"], "--img-size and --features: either tells which feature file"),
+])  # fmt: skip
+def test_options_that_do_not_go_with_the_run_are_refused(args, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(args)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--run", "r", "--score", "f1"], "--score goes with --compare"), (["--run", "r", "--shuffles", "2"], "--shuffles goes with"),
+    (["--predictions", "p", "--split", "test"], "--split goes with"), (["--run", "r", "--images", "i"], "--images goes with"),
+    (["--compare", "a", "b", "--data-dir", "d"], "--data-dir goes with"), (["--run", "r", "--features", "f"], "--features goes with"),
+])  # fmt: skip
+def test_options_that_do_not_go_with_the_evaluation_are_refused(args, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(args)
+    assert message in capsys.readouterr().err
+
+
+def own_folder(folder, colour, photos=6):
+    """A folder of one's own: posts whose photos have one colour, and a size that differs with it."""
+    (folder / "images").mkdir(parents=True)
+    for split in ("train", "valid"):
+        (folder / f"{split}.txt").write_text("".join(f"IMGID:{i}\nAnn\tB-PER\nsaw\tO\n\n" for i in range(photos)))
+    for i in range(photos):
+        Image.new("RGB", (40 + i, 40 + colour), (colour, i, 0)).save(folder / "images" / f"{i}.png")
+    return str(folder)
+
+
+def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_path, encoder_dir, capsys):
+    """Also not after photos were replaced; a data set that was only renamed goes on with its features."""
+    a, b = (own_folder(tmp_path / name / "data", colour) for name, colour in (("a", 10), ("b", 90)))
+    places = ["--cache-dir", str(tmp_path), "--img-size", "32"]
+    path = extract_features.main([*places, "--dataset", a, "--weights", "random", "--views", "1", "--workers", "0"])
+    flags = ["--cache-dir", tmp_path, "--text-encoder", encoder_dir, "--epochs", 1]
+    run([*flags, "--img-size", 32], tmp_path / "run-a", "--dataset", a)
+    assert f"made from {a}/images" in capsys.readouterr().out
+    other = f"made of other photos than those here .*made from {a}/images"
+    with pytest.raises(ValueError, match=other):
+        run([*flags, "--img-size", 32], tmp_path / "run-b", "--dataset", b)
+    with pytest.raises(ValueError, match=other):
+        extract_features.main([*places, "--dataset", b, "--weights", "random", "--views", "1", "--workers", "0"])
+    shutil.copytree(a, tmp_path / "renamed")
+    run(flags, tmp_path / "run-c", "--dataset", tmp_path / "renamed", "--features", path)
+    shutil.rmtree(tmp_path / "renamed" / "images")
+    capsys.readouterr()
+    run(flags, tmp_path / "run-d", "--dataset", tmp_path / "renamed", "--features", path)
+    assert "6 of its photos are not here (--images names their folder)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=other):
+        run(flags, tmp_path / "run-e", "--dataset", tmp_path / "renamed", "--features", path, "--images", f"{b}/images")
+    Image.new("RGB", (9, 9)).save(Path(a) / "images" / "3.png")
+    with pytest.raises(ValueError, match=other):
+        run([*flags, "--img-size", 32], tmp_path / "run-f", "--dataset", a)
+
+
+def test_resume_after_the_data_changed_shows_what_differs(flags, tmp_path, data_dir):
+    shutil.copytree(data_dir / "demo", tmp_path / "demo")
+    flags = [*flags, "--data-dir", tmp_path, "--epochs", 1]
+    folder = run(flags, tmp_path / "run")
+    with open(tmp_path / "demo" / "valid.txt", "a", encoding="utf-8") as file:
+        file.write("IMGID:valid_0000\nnew\tO\n")
+    with pytest.raises(ValueError, match=r"begun with other settings or data: data.valid.sha256 \(run: [0-9a-f]+, now: [0-9a-f]+\); --overwrite"):
+        run(flags, folder, "--resume")
+
+
+def test_a_run_in_bfloat16_answers_in_float32_on_a_cpu(flags, tmp_path, monkeypatch):
+    folder, used = run(flags, tmp_path / "run", "--precision", "bfloat16", "--epochs", 1), []
+    monkeypatch.setattr(evaluate, "autocast", lambda device, precision: used.append(precision) or torch.autocast("cpu", enabled=False))
+    evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", "--device", "cpu"])
+    predictor.Predictor(folder, "cpu")([{"text": "Jordan"}])
+    assert set(used) == {"float32"}
+
+
 def test_shuffled_runs_have_a_name_of_their_own(capsys):
     args = train.parse_args(["--shuffle-photos", "--dataset", "mnre", "--model", "vilt"])
     assert args.run_dir == "runs/mnre-vilt-shuffled-s1337"
@@ -483,7 +559,7 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
     "more, message",
     [
         (["--img-size", 224], "no feature file .*demo-resnet50-224.h5; make it with extract_features.py"),
-        (["--features", "mnre-resnet50-64.h5"], "made for mnre, not for demo; "),
+        (["--features", "mnre-resnet50-64.h5"], "no row for .*; it was made for mnre. "),
         (["--features", "demo-clip-96.h5"], "made with --backbone clip, roberta-resnet50 needs resnet50"),
         (["--model", "vilt", "--features", "demo-pixels-96.h5"], "it is a bert, not a vilt"),
         (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
@@ -497,6 +573,7 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(flags, tmp_path, cache_dir, more, message):
     more = [cache_dir / arg if str(arg).endswith(".h5") else arg for arg in more]
+    flags = flags[:6] + flags[8:] if "--features" in more else flags  # without --img-size
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         run(flags, tmp_path / "run", *more)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -1,0 +1,115 @@
+"""What all command lines share: devices, precision, locks, memory, odd terminals and systems."""
+
+import errno
+import fcntl
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import commands
+from commands import alone_in, command_line, join_processes, lock, out_of_memory, pick_precision
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("asked, device, capability, picked", [
+    ("auto", "cpu", None, "float32"), ("auto", "cuda", (9, 0), "bfloat16"), ("auto", "cuda:1", (8, 0), "bfloat16"),
+    ("auto", "cuda", (7, 5), "float32"), ("bfloat16", "cuda", (7, 5), "bfloat16"), ("float32", "cuda", (9, 0), "float32"),
+    ("bfloat16", "cpu", None, "bfloat16"),
+])  # fmt: skip
+def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, asked, device, capability, picked):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: capability)
+    assert pick_precision(asked, device) == picked
+
+
+@pytest.mark.parametrize("together, asked, touched", [
+    (True, "cuda", "cuda:3"), (False, "cuda:1", "cuda:1"), (False, "cuda", "cuda"), (False, "cpu", "cpu"),
+])  # fmt: skip
+def test_a_process_touches_no_gpu_but_its_own(monkeypatch, together, asked, touched):
+    """Under torchrun rank 3 neither looks at GPU 0 nor leaves it the current one."""
+    looked, current = [], []
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value) if together else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(commands, "check_device", looked.append)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert join_processes(asked) == (0, 4 if together else 1, touched)
+    assert looked == [touched] and current == [touched] * touched.startswith("cuda")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_gone_on_with(monkeypatch, tmp_path, capsys, number):
+    def flock(fd, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    os.close(lock(tmp_path / "file", os.O_RDWR | os.O_CREAT))
+    with alone_in(tmp_path):
+        pass
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.startswith("WARNING: ") and "no locks on this file system" in line for line in said)
+
+
+def test_another_error_of_a_lock_is_no_missing_lock(monkeypatch, tmp_path):
+    def flock(fd, how):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken"):
+        lock(tmp_path)
+
+
+def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path):
+    fd = lock(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(ValueError, match="another process is writing it"):
+        lock(tmp_path / "file")
+    os.close(fd)
+    os.close(lock(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+])  # fmt: skip
+def test_no_memory_is_one_line_that_names_what_to_lower(monkeypatch, error):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert out_of_memory(error)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command_line(main, lower="lower --batch-size")
+    said = ended.value.code
+    assert said.startswith("train.py: error: out of memory (") and said.endswith("; lower --batch-size") and "\n" not in said
+
+
+def test_another_runtime_error_stays_what_it_is():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        command_line(main)
+
+
+def test_a_character_that_the_terminal_lacks_ends_nothing(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    command_line(lambda: print("café ± 😀 \udc80"))
+    sys.stdout.flush()
+    assert raw.getvalue() == rb"caf\xe9 \xb1 \U0001f600 \udc80" + b"\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "extract_features.py", "evaluate.py", "predict.py", "report.py"])
+def test_a_system_without_fcntl_is_told_in_one_line(script):
+    code = f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {str(PROJECT)!r}); import {script[:-3]}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == "these scripts run on Linux and macOS; on Windows use them under WSL"
