@@ -340,7 +340,9 @@ def read_captions(path):
 
 
 # Words that tell whether a tokenizer gives a list of words the pieces that they have in a sentence.
-PROBE = "Kevin DURANT 's 30pts @ Oracle \U0001f60d #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 ) http://t.co/Ab1 GO!!".split()
+PROBE = (
+    "Kevin DURANT 's 30pts @ Oracle 😍 #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 ) http://t.co/Ab1 GO!!".split()
+)
 
 
 def word_pieces(tokenizer, sentences):

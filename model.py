@@ -273,7 +273,8 @@ def load_text_encoder(source, system, task, dropout):
         vocabulary, rows = len(tokenizer) - len(tokenizer.get_added_vocab()), len(encoder.get_input_embeddings().weight)
         if not rows / 2 <= vocabulary <= rows:
             raise ValueError(
-                f"its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings); are the tokenizer's files there?"
+                f"its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings);"
+                " are the tokenizer's files there?"
             )
         if task == "relation":
             add_markers(encoder, tokenizer)
@@ -281,6 +282,8 @@ def load_text_encoder(source, system, task, dropout):
             encoder.resize_token_embeddings(len(tokenizer))
         if not system.checkpoint:  # those are given image states too
             try_out(encoder, tokenizer)
+        if tokenizer.pad_token_id is None:
+            raise ValueError("its tokenizer has no padding token; are the tokenizer's files there?")
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"a {config.model_type} cannot be used as a text encoder here ({first_line(error)})"
         raise ValueError(f"{option} {source}: {reason}") from None
@@ -290,32 +293,30 @@ def load_text_encoder(source, system, task, dropout):
 def try_out(encoder, tokenizer):
     """Run a new encoder, on words and backwards, as training will, and leave it as it was but for three things.
 
-    Parameters that get no gradient are frozen: they are parts of the encoder that nothing here uses. Whether it reads left to
-    right is seen from which states a change of the last sub-token changes, and said. Such a one is padded with its end token,
-    if it has no padding: what stands behind a word changes nothing. Raises whatever the encoder does not bear.
+    Parameters that get no gradient are frozen: they are parts of the encoder that nothing here uses. Whether it reads left
+    to right is seen from which states another last sub-token changes, and said. Such a one is padded with its end token if
+    it has no padding: what stands behind a word changes nothing. Raises whatever the encoder raises.
     """
     (prefix, suffix), pieces = special_ends(tokenizer), split_pieces(tokenizer, [PROBE])[0][0]
     if len(pieces) < 4:
         raise ValueError(f"its tokenizer finds {len(pieces)} sub-tokens in {len(PROBE)} words")
-    ids = torch.tensor([prefix + pieces[:16] + suffix] * 2)
-    rows, encoder = len(encoder.get_input_embeddings().weight), encoder.eval()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # training starts from the same random state, whatever this draws
-        last, first = ids[:1].clone(), ids[:1].clone()
-        last[0, -1], first[0, 0] = (last[0, -1] + 1) % rows, (first[0, 0] + 1) % rows
-        with torch.no_grad():
-            plain, last, first = (
-                encoder(input_ids=i, attention_mask=torch.ones_like(i)).last_hidden_state for i in (ids[:1], last, first)
-            )
-        left_to_right = torch.allclose(plain[:, :-1], last[:, :-1], 1e-5, 1e-5)
-        if left_to_right and torch.allclose(plain[:, 1:], first[:, 1:], 1e-5, 1e-5):
+    ids, encoder = torch.tensor([prefix + pieces[:16] + suffix] * 2), encoder.eval()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # training draws the same numbers, whatever this draws
+        states = []  # [1, T, D] each: as it is, with another first sub-token, with another last one
+        for place in (None, 0, -1):
+            changed = ids[:1].clone()
+            if place is not None:
+                changed[0, place] = (changed[0, place] + 1) % len(encoder.get_input_embeddings().weight)
+            with torch.no_grad():
+                states.append(encoder(input_ids=changed, attention_mask=torch.ones_like(changed)).last_hidden_state)
+        left_to_right = torch.allclose(states[2][:, :-1], states[0][:, :-1], 1e-5, 1e-5)
+        if left_to_right and torch.allclose(states[1][:, 1:], states[0][:, 1:], 1e-5, 1e-5):
             raise ValueError("on this machine no word's state knows of another word")
         if tokenizer.pad_token_id is None and left_to_right:
             tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token_id is None:
-            raise ValueError("its tokenizer has no padding token; are the tokenizer's files there?")
         mask = torch.ones_like(ids)
         mask[1, -2:] = 0
-        states = encoder(input_ids=ids.where(mask > 0, tokenizer.pad_token_id), attention_mask=mask).last_hidden_state
+        states = encoder(input_ids=ids.where(mask > 0, tokenizer.pad_token_id or 0), attention_mask=mask).last_hidden_state
         if states.shape != (*ids.shape, encoder.config.hidden_size):
             raise ValueError(f"{tuple(ids.shape)} sub-tokens give states {tuple(states.shape)}, not one each")
         states[mask > 0].sum().backward()

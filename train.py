@@ -260,7 +260,7 @@ def run(args, stack):
             trained = f"{count - sum(frozen.values()):,} trained" if frozen else "all trained"
             print(f"{part:<10} {count:,} parameters, {trained} at {args.lr if part == 'encoder' else args.fusion_lr:g}")
         if frozen:
-            print(f"           {sum(frozen.values()):,} frozen, which nothing uses (first: {part}.{next(iter(frozen))})")
+            print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first: {part}.{next(iter(frozen))})")
 
     run_dir.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedTokenizerFast
 import demo
 import train
 from commands import command_line
-from data import load_dataset
+from data import RELATIONS, load_dataset
 from evaluate import open_run, predict
 from scores import mentions, read_predictions
 
@@ -70,14 +70,18 @@ ENCODERS = {
     "xmod": ("bytes", OFFSET | {"languages": ["en_XX"], "default_language": "en_XX"}), "yoso": ("words", {}),
 }  # fmt: skip
 DECODERS = {
-    "biogpt": ("text", {}), "bloom": ("text", {"n_layer": 2, "n_head": 4}), "clip_text_model": ("words", {}), "ctrl": ("text", {"dff": 64}), "falcon": ("text", {}),
+    "biogpt": ("text", {}), "bloom": ("text", {"n_layer": 2, "n_head": 4}),
+    "clip_text_model": ("words", {"eos_token_id": 3}), "ctrl": ("text", {"dff": 64}), "falcon": ("text", {}),
     "gemma": ("text", LLAMA), "gemma2": ("text", LLAMA), "gemma3_text": ("text", LLAMA), "gpt2": ("text", {"n_positions": 128}),
     "gpt_neo": ("text", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}),
     "gpt_neox": ("text", {}), "llama": ("text", LLAMA), "mamba": ("text", {"state_size": 4}), "mistral": ("text", LLAMA),
-    "mixtral": ("text", LLAMA | {"num_local_experts": 4}), "modernbert-decoder": ("bytes", {}), "olmo2": ("text", {}), "openai-gpt": ("text", {"n_layer": 2, "n_head": 4}),
+    "mixtral": ("text", LLAMA | {"num_local_experts": 4}),
+    "modernbert-decoder": ("bytes", {"bos_token_id": 2, "eos_token_id": 3}), "olmo2": ("text", {}),
+    "openai-gpt": ("text", {"n_layer": 2, "n_head": 4}),
     "opt": ("text", {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 0}), "phi": ("text", {}),
     "qwen2": ("text", LLAMA), "qwen3": ("text", LLAMA),
-    "qwen3_moe": ("text", LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}), "smollm3": ("text", LLAMA),
+    "qwen3_moe": ("text", LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "smollm3": ("text", LLAMA),
 }  # fmt: skip
 OTHERS = {  # of another make: refused
     "bart": ("bytes", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
@@ -135,7 +139,8 @@ def write_data(folder):
             places = {"h": {"name": "", "pos": [head, head + 1]}, "t": {"name": "", "pos": [tail, tail + 1]}}
             for place in places.values():
                 place["name"] = example.words[place["pos"][0]]
-            rows.append({"token": list(example.words), **places, "img_id": "1.jpg", "relation": rng.choice(train.DATASETS["mnre"][1][:2])})
+            relation = rng.choice(RELATIONS[:2])
+            rows.append({"token": list(example.words), **places, "img_id": "1.jpg", "relation": relation})
         (folder / "mnre" / f"{split}.txt").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     return [word for example in posts["train"] for word in example.words]
 
@@ -158,7 +163,7 @@ def try_kind(model_type, dataset, encoder, folder):
     if again != list(read_predictions(run_dir / "predictions-test.jsonl")):
         return "**fails**: the run, loaded again, gives other predictions"
     result = "works" + ", left to right" * ("reads left to right" in said.getvalue())
-    frozen = re.search(r"([\d,]+) frozen, .*first: encoder\.(\S+)\)", said.getvalue())
+    frozen = re.search(r"([\d,]+) frozen: .*first: encoder\.(\S+)\)", said.getvalue())
     return f"{result}; {frozen[1]} parameters frozen (first: `{frozen[2]}`)" if frozen else result
 
 
