@@ -339,11 +339,14 @@ def read_captions(path):
 # ------------------------------------------------------------------------------------------------ examples -> batches
 
 
-def split_pieces(tokenizer, sentences):
-    """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
+# Words that tell whether a tokenizer gives a list of words the pieces that they have in a sentence.
+PROBE = (
+    "Kevin DURANT 's 30pts @ Oracle 😍 #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 ) http://t.co/Ab1 GO!!".split()
+)
 
-    Works word by word where the tokenizer cannot map pieces to words (slow ones, such as BERTweet's).
-    """
+
+def word_pieces(tokenizer, sentences):
+    """What `split_pieces` gives, each word tokenised as if it stood alone."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, truncation=False)
         return [(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(sentences))]
@@ -354,10 +357,40 @@ def split_pieces(tokenizer, sentences):
     return rows
 
 
+def takes_words(tokenizer):
+    """Whether words one by one have the pieces of the sentence; others (ModernBERT's, Qwen's) lose the spaces between."""
+    return word_pieces(tokenizer, [PROBE])[0][0] == tokenizer(" ".join(PROBE), add_special_tokens=False)["input_ids"]
+
+
+def split_pieces(tokenizer, sentences):
+    """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
+
+    The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are mapped to words by
+    their place in the sentence; one that begins with the space belongs to the word after it.
+    """
+    if takes_words(tokenizer):
+        return word_pieces(tokenizer, sentences)
+    rows = []
+    for words in sentences:
+        if getattr(tokenizer, "is_fast", False):
+            encoded = tokenizer(" ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True)
+            owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]  # of each character
+            word_of = [owner[start] for start, _ in encoded["offset_mapping"]]
+        else:  # no offsets: a word ends where the pieces of the sentence up to it do
+            texts = (" ".join(words[:end]) for end in range(1, len(words) + 1))
+            ends = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+            encoded = tokenizer(" ".join(words), add_special_tokens=False)
+            word_of = np.searchsorted(ends, np.arange(len(encoded["input_ids"])), side="right").tolist()
+        rows.append((encoded["input_ids"], word_of))
+    return rows
+
+
 def special_ends(tokenizer):
-    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP])."""
+    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP]); two empty lists if none."""
     bare, full = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
-    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if start is None:
+        raise ValueError("the tokenizer's special tokens change the pieces of a sentence")
     return full[:start], full[start + len(bare) :]
 
 

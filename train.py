@@ -268,8 +268,12 @@ def run(args, stack):
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
     for part, module in model.named_children():
         config[f"{part}_parameters"] = count = sum(parameter.numel() for parameter in module.parameters())
+        frozen = {name: parameter.numel() for name, parameter in module.named_parameters() if not parameter.requires_grad}
         if count:
-            print(f"{part:<10} {count:,} parameters, all trained at {args.lr if part == 'encoder' else args.fusion_lr:g}")
+            trained = f"{count - sum(frozen.values()):,} trained" if frozen else "all trained"
+            print(f"{part:<10} {count:,} parameters, {trained} at {args.lr if part == 'encoder' else args.fusion_lr:g}")
+        if frozen:
+            print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first: {part}.{next(iter(frozen))})")
 
     run_dir.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -217,6 +217,14 @@ class Slow:
         return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
+def tokenizer_for(encoder_dir, task):
+    """The tokenizer of a run on such a task."""
+    tokenizer = load_tokenizer(encoder_dir)
+    if task == "relation":
+        tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    return tokenizer
+
+
 def byte_level(words):
     """A byte-level BPE tokenizer as RoBERTa's, with few merges."""
     tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -245,7 +253,7 @@ PAIRS = [relation(["Todays", "\u200b", "@fan", "good"], *pair) for pair in itert
 
 def test_encode_by_hand(encoder_dir):
     post = NerExample("1", "1", ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O"))
-    tokenizer = load_tokenizer(encoder_dir, "ner")
+    tokenizer = load_tokenizer(encoder_dir)
     (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
     tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
     assert tokens == ["[CLS]", "messi", "today", "##s", "good", "[SEP]"]
@@ -258,7 +266,7 @@ def test_encode_by_hand(encoder_dir):
 @pytest.mark.parametrize("kind", ["WordPiece", "byte-level BPE"])
 @pytest.mark.parametrize("max_len", [6, 12, 100])
 def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
-    tokenizer = load_tokenizer(encoder_dir, "ner") if kind == "WordPiece" else byte_level(WORDS)
+    tokenizer = load_tokenizer(encoder_dir) if kind == "WordPiece" else byte_level(WORDS)
     rows, counts = encode(tokenizer, RANDOM_POSTS, LABELS, max_len)
     expected = {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
     for post, encoded in zip(RANDOM_POSTS, rows, strict=True):
@@ -281,7 +289,7 @@ def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
 @pytest.mark.parametrize("task, examples, labels", [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)])
 @pytest.mark.parametrize("max_len", [9, 100])
 def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len):
-    fast = load_tokenizer(encoder_dir, task)
+    fast = tokenizer_for(encoder_dir, task)
     assert encode(Slow(fast), examples, labels, max_len) == encode(fast, examples, labels, max_len)
 
 
@@ -303,7 +311,7 @@ def test_words_that_look_like_markers():
 
 @pytest.mark.parametrize("max_len", [6, 9, 16, 200])
 def test_encode_relations(encoder_dir, max_len):
-    tokenizer, cases = load_tokenizer(encoder_dir, "relation"), random.Random(0).choices(spans(20), k=120)
+    tokenizer, cases = tokenizer_for(encoder_dir, "relation"), random.Random(0).choices(spans(20), k=120)
     examples = [relation(["Messi", "todays"] * 10, *pair) for pair in zip(cases[::2], cases[1::2], strict=True)]
     examples.append(relation(["good"] * 60, (58, 60), (0, 1)))
     rows, counts = encode(tokenizer, examples, ("None", MEMBER), max_len)

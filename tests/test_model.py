@@ -170,7 +170,7 @@ def test_markers_of_a_trained_encoder_stay(encoder_dir, tmp_path):
 
 def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
     encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.25)
-    assert encoder.pooler is None and encoder.config.hidden_dropout_prob == 0.25
+    assert not list(encoder.pooler.parameters()) and encoder.config.hidden_dropout_prob == 0.25
     assert encoder.embeddings.dropout.p == 0.25
     assert encoder.get_input_embeddings().num_embeddings == len(tokenizer)
     assert tokenizer.convert_tokens_to_ids(list(MARKERS)) == list(range(len(tokenizer) - 4, len(tokenizer)))

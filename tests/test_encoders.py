@@ -1,0 +1,306 @@
+"""Kinds of text encoders, built tiny on the spot: what they save, what of them trains, and how their tokenizers cut words."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from encoders import KINDS, build, build_tokenizer
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+import evaluate
+import model
+import train
+from data import MARKERS, PROBE, RELATIONS, RelationExample, collate, encode, special_ends, split_pieces
+from model import SYSTEMS, load_run, load_text_encoder, load_tokenizer
+from scores import mentions, read_predictions
+
+TWEETS = """so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 , it's GREAT ...
+    | naïve café-goers ( x2 ) http://t.co/Ab1cD | they’re GO!! & "quoted" | a | 30pts 4 KD's team 💪🏽 | : ) | Zürich 東京 дом"""
+WORDS = [*TWEETS.split(), *PROBE]
+SENTENCES = [random.Random(i).choices(WORDS, k=1 + i % 14) for i in range(60)]
+PROJECT = Path(__file__).parents[1]
+BERT = SYSTEMS["bert-resnet50"]
+
+
+def encoder_of(kind, folder):
+    """A folder with a tiny encoder of one of `KINDS`."""
+    build(kind, folder, WORDS)
+    return folder
+
+
+def run(data_dir, encoder, run_dir, *more):
+    """Train on the demo posts, text only; returns the run folder."""
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--text-encoder", encoder, "--fusion", "none", "--max-len", 64,
+             "--epochs", 2, "--lr", 1e-3, "--run-dir", run_dir, *more]  # fmt: skip
+    return train.main([str(flag) for flag in flags])
+
+
+def answers_again(run_dir):
+    """(what a run answers when it is loaded again, what it answered when it was trained)."""
+    loaded, tokenizer, config, dataset, rows, _ = evaluate.open_run(run_dir, "test", "cpu")
+    known = mentions(dataset.examples["train"])
+    again = evaluate.predict(
+        loaded, rows, dataset.examples["test"], config["labels"], tokenizer.pad_token_id, 12, "cpu", "float32", known=known
+    )
+    return again, list(read_predictions(run_dir / "predictions-test.jsonl"))
+
+
+# ------------------------------------------------------------------------------------------------ weights and parts
+
+
+def views_of_one_block(encoder):
+    """Make query, key and value weights of a BERT parts of one tensor, as GTE's are when transformers has loaded them."""
+    for layer in encoder.encoder.layer:
+        attention = layer.attention.self
+        parts = [attention.query, attention.key, attention.value]
+        for part, view in zip(parts, torch.cat([part.weight.data for part in parts]).chunk(3), strict=True):
+            part.weight.data = view
+    return encoder
+
+
+def test_parameters_that_share_storage_train_save_and_load(data_dir, encoder_dir, tmp_path, monkeypatch):
+    load = AutoModel.from_pretrained
+
+    def sharing(*args, **kwargs):
+        encoder, info = load(*args, **kwargs)
+        return views_of_one_block(encoder), info
+
+    plain = run(data_dir, encoder_dir, tmp_path / "plain")
+    monkeypatch.setattr(AutoModel, "from_pretrained", sharing)
+    folder = run(data_dir, encoder_dir, tmp_path / "run")
+    again, answered = answers_again(folder)
+    assert again == answered
+    ours, expected = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], value) for key, value in expected.items())
+
+
+def unused_parts(folder):
+    """{name} of the parameters to which transformers' own model of a folder gives no gradient."""
+    encoder = AutoModel.from_pretrained(folder).train()
+    encoder(input_ids=torch.randint(5, 50, (2, 20))).last_hidden_state.square().sum().backward()
+    return {name for name, parameter in encoder.named_parameters() if parameter.grad is None and "pooler" not in name}
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "markuplm"])
+def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, monkeypatch, kind, capsys):
+    source = encoder_of(kind, tmp_path / kind)
+    unused, before = unused_parts(source), dict(AutoModel.from_pretrained(source).named_parameters())
+    folder = run(data_dir, source, tmp_path / "run")
+    out, (trained, _, _) = capsys.readouterr().out, load_run(folder)
+    after = dict(trained.encoder.named_parameters())
+    assert unused and {name for name in after if torch.equal(after[name], before[name])} == unused
+    count, first = sum(before[name].numel() for name in unused), next(name for name in before if name in unused)
+    total = sum(parameter.numel() for parameter in after.values())
+    assert f"encoder    {total:,} parameters, {total - count:,} trained at 0.001\n" in out
+    assert f"\n           {count:,} frozen: " in out and f"(first: encoder.{first})\n" in out
+    assert "all trained" in next(line for line in out.splitlines() if line.startswith("head"))
+    again, answered = answers_again(folder)
+    assert again == answered
+
+    def stop(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:  # stopped in the first epoch, a state saved after each step
+        patch.setattr(train, "score", stop)
+        with pytest.raises(InterruptedError):
+            run(data_dir, source, tmp_path / "stopped", "--save-every", 0)
+    run(data_dir, source, tmp_path / "stopped", "--resume")
+    assert "resuming   in epoch 1" in capsys.readouterr().out
+    for name in ("model.safetensors", "predictions-test.jsonl", "log.jsonl"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_trying_an_encoder_out_leaves_no_trace(encoder_dir, monkeypatch):
+    def loaded():
+        torch.manual_seed(3)
+        encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.1)
+        return encoder, tokenizer, torch.get_rng_state()
+
+    encoder, tokenizer, state = loaded()
+    monkeypatch.setattr(model, "try_out", lambda *_: None)
+    untried, other, untried_state = loaded()
+    assert torch.equal(state, untried_state) and tokenizer.get_vocab() == other.get_vocab()
+    assert encoder.training == untried.training and all(p.grad is None and p.requires_grad for p in encoder.parameters())
+    expected = untried.state_dict()
+    assert encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("bros", "You have to specify bbox"), ("canine", "get_input_embeddings"), ("reformer", "not one each"),
+    ("t5", "it is a t5, not a plain text encoder"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_one_line_before_anything_is_written(data_dir, tmp_path, kind, reason):
+    source = encoder_of(kind, tmp_path / kind)
+    with pytest.raises(ValueError, match=f"^--text-encoder {source}: .*{reason}") as error:
+        run(data_dir, source, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_states_that_know_no_other_word_are_refused(encoder_dir, tmp_path):
+    """As those of kinds whose attention is a CUDA kernel are, without one (MRA)."""
+    source = AutoModel.from_pretrained(encoder_dir)
+    for layer in source.encoder.layer:
+        torch.nn.init.zeros_(layer.attention.self.value.weight)
+    source.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder_dir).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a bert cannot be used as a text encoder here .*no word's state knows of another"):
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+
+
+def test_an_encoder_whose_pooler_is_always_called(data_dir, tmp_path):
+    again, answered = answers_again(run(data_dir, encoder_of("layoutlm", tmp_path / "encoder"), tmp_path / "run"))
+    assert again == answered
+
+
+def test_every_kind_has_its_row():
+    rows = (PROJECT / "benchmarks" / "ENCODERS.md").read_text(encoding="utf-8")
+    kinds = [line.split(" | ")[0].removeprefix("| ") for line in rows.splitlines() if line.startswith("| ")]
+    assert [kind for kind in kinds if kind in KINDS] == list(KINDS) and "fails" not in rows
+
+
+# -------------------------------------------------------------------------------------------------- left to right
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_decoder_is_taken_and_said(data_dir, tmp_path, kind, capsys):
+    source = encoder_of(kind, tmp_path / kind)
+    assert AutoTokenizer.from_pretrained(source).pad_token_id is None
+    folder = run(data_dir, source, tmp_path / "run")
+    said = [line for line in capsys.readouterr().out.splitlines() if "left to right" in line]
+    assert len(said) == 1 and said[0].startswith(f"encoder    {kind} reads left to right")
+    again, answered = answers_again(folder)
+    assert again == answered
+    loaded, tokenizer, config = load_run(folder)
+    assert tokenizer.pad_token == tokenizer.eos_token and special_ends(tokenizer) == ([], [])
+    dataset = evaluate.load_dataset("demo", data_dir)
+    rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], 64)
+    with torch.no_grad():
+        together = loaded(collate(rows, tokenizer.pad_token_id))  # padded with a token that means something
+        for row, logits in zip(rows, together, strict=True):
+            alone = loaded(collate([row], tokenizer.pad_token_id))[0]
+            torch.testing.assert_close(logits[: len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_left_to_right_is_what_an_encoder_does_not_what_it_is_called(tmp_path, encoder_dir, capsys):
+    for is_decoder in (False, True):
+        config = BertConfig.from_pretrained(encoder_dir, is_decoder=is_decoder)
+        BertModel(config).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(encoder_dir).save_pretrained(tmp_path)
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        assert ("bert reads left to right" in capsys.readouterr().out) == is_decoder
+
+
+def test_an_encoder_without_padding_is_refused(tmp_path, encoder_dir):
+    AutoModel.from_pretrained(encoder_dir).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer has no padding token"):
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+
+
+def test_dropout_reaches_a_decoder(tmp_path):
+    encoder, _ = load_text_encoder(str(encoder_of("gpt2", tmp_path)), BERT, "ner", 0.25)
+    assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+
+
+# -------------------------------------------------------------------------------------------------------- tokenizers
+
+
+class Slow:
+    """A fast tokenizer that offers only what a slow one does."""
+
+    is_fast = False
+
+    def __init__(self, fast):
+        self.fast, self.tokenize, self.convert_tokens_to_ids = fast, fast.tokenize, fast.convert_tokens_to_ids
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizers():
+    """{name: fast tokenizer}: words of a list are glued by all but WordPiece, and by SentencePiece's kind as it is set."""
+    level, split = pre_tokenizers.ByteLevel, pre_tokenizers.Split(Regex(QWEN), "isolated")
+    made = {"WordPiece": build_tokenizer("words", WORDS), "byte-level": build_tokenizer("bytes", WORDS)}
+    for name, pre_tokenizer in {
+        "byte-level, offsets with spaces": level(add_prefix_space=False, trim_offsets=False),
+        "byte-level after digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), level(add_prefix_space=False)]),
+        "Qwen": pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)]),
+        "Qwen, prefixed": pre_tokenizers.Sequence([split, level(add_prefix_space=True, use_regex=False)]),
+    }.items():
+        made[name] = copy.deepcopy(made["byte-level"])
+        made[name].backend_tokenizer.pre_tokenizer = pre_tokenizer
+    for scheme in ("always", "first", "never"):
+        letters = sorted({letter for word in WORDS for letter in word})
+        metaspace = Tokenizer(models.Unigram([("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0)], 0))
+        metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        made[f"SentencePiece, {scheme}"] = PreTrainedTokenizerFast(tokenizer_object=metaspace, unk_token="<unk>")
+    return made
+
+
+TOKENIZERS = tokenizers()
+ODD = [["a", "", "b"], ["\u00a0", "b"], ["😍", "a b", "\u200b", "GO"], ["#", "#"], ["x"], ["<s>", "a"], ["", ""]]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("slow", [False, True])
+def test_words_have_the_pieces_of_their_sentence(name, slow):
+    fast = TOKENIZERS[name]
+    tokenizer = Slow(fast) if slow else fast
+    for words, (ids, word_of) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
+        assert ids == fast(" ".join(words), add_special_tokens=False)["input_ids"]
+        assert word_of == sorted(word_of) and set(word_of) == set(range(len(words)))
+        offsets = fast(" ".join(words), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends = [len(" ".join(words[: n + 1])) for n in range(len(words))]  # where each word ends in the sentence
+        if not slow:
+            assert all(end <= ends[word] for word, (_, end) in zip(word_of, offsets, strict=True))
+            assert all(start >= ends[word - 1] for word, (start, _) in zip(word_of, offsets, strict=True) if word)
+    for words, (ids, word_of) in zip(ODD, split_pieces(tokenizer, ODD), strict=True):
+        assert len(ids) == len(word_of) and word_of == sorted(word_of) and set(word_of) <= set(range(len(words)))
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen2"])
+def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
+    source, saved = encoder_of(kind, tmp_path / kind), tmp_path / "saved"
+    published = AutoTokenizer.from_pretrained(source)
+    _, tokenizer = load_text_encoder(str(source), BERT, "relation", 0.1)
+    tokenizer.save_pretrained(saved)
+    again = load_tokenizer(saved)
+    rows = split_pieces(tokenizer, SENTENCES)
+    assert rows == split_pieces(again, SENTENCES)
+    assert [ids for ids, _ in rows] == published([" ".join(words) for words in SENTENCES], add_special_tokens=False)["input_ids"]
+    examples = [RelationExample("", "", tuple(words), (0, 1), (len(words) - 1, len(words)), RELATIONS[0]) for words in SENTENCES]
+    marked, _ = encode(again, examples, RELATIONS, 100)
+    assert marked == encode(tokenizer, examples, RELATIONS, 100)[0]
+    markers = set(again.convert_tokens_to_ids(list(MARKERS)))
+    prefix, suffix = special_ends(again)
+    for example, row in zip(examples, marked, strict=True):
+        starts = [row["input_ids"][row[key]] for key in ("head_index", "tail_index")]
+        assert again.convert_ids_to_tokens(starts) == ["[E1]", "[E2]"]
+        rest = [i for i in row["input_ids"][len(prefix) : len(row["input_ids"]) - len(suffix)] if i not in markers]
+        # Between markers words have the pieces that they have without them; the first now stands after a marker and a space.
+        assert rest == published(" " + " ".join(example.words), add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_takes_word_lists_once_it_is_asked_is_asked(tmp_path):
+    """RoBERTa's kind: each word, the first too, has the pieces that it has after a space."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    tokenizer, published = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for words, (ids, _) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
+        assert ids == published(" " + " ".join(words), add_special_tokens=False)["input_ids"]
