@@ -305,15 +305,24 @@ def begin(args, path, image_ids, shape, kind, attrs, found):
 
 
 def find_inputs(args, image_ids):
-    """{image id: the photo's path, or its caption, or None where there is none}. FileNotFoundError if none is there."""
+    """({image id: the photo's path, or its caption, or None where there is none}, the `reasons` of `find_photos`).
+
+    ValueError if no post names a photo, FileNotFoundError if none is there.
+    """
+    if not image_ids:
+        raise ValueError(f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none")
+    place, reasons = args.captions, {}
     if args.captions:
-        place, inputs = args.captions, by_name(image_ids, read_captions(args.captions))
+        inputs = by_name(image_ids, read_captions(args.captions))
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
-        place, inputs = folders[0], find_photos(image_ids, folders)
+        place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
     found = [value for value in inputs.values() if value is not None]
     if not found:
-        raise FileNotFoundError(f"none of the {len(image_ids)} photos is in {place}; name another with --images or --captions")
+        near = next((f" ({image_id}: {reason})" for image_id, reason in reasons.items()), "")
+        raise FileNotFoundError(
+            f"none of the {len(image_ids)} photos is in {place}{near}; name another with --images or --captions"
+        )
     if args.captions:
         said, count = Counter(found).most_common(1)[0]
         if count > max(10, len(found) / 100) and not args.placeholder:
@@ -321,7 +330,7 @@ def find_inputs(args, image_ids):
                   " with --placeholder, and these photos count as missing")  # fmt: skip
         if args.placeholder and args.placeholder not in found:
             raise ValueError(f"--placeholder {args.placeholder!r}: no caption is that; copy it as it stands in the file")
-    return inputs
+    return inputs, reasons
 
 
 def main(argv=None):
@@ -329,8 +338,10 @@ def main(argv=None):
     check_device(args.device)
     rank, processes, device = join_processes(args.device)
     dataset = load_dataset(args.dataset, args.data_dir)
+    for note in dataset.notes:
+        print(note)
     image_ids = dataset.image_ids()[: args.limit]
-    inputs = find_inputs(args, image_ids)
+    inputs, reasons = find_inputs(args, image_ids)
     found = sum(value is not None for value in inputs.values())
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
     shape = (len(image_ids), args.views, *backbone.shape)
@@ -396,7 +407,8 @@ def main(argv=None):
         if args.captions:
             reader, workers = Captions(image_ids, inputs, backbone, args.placeholder), 0
         else:
-            reader, workers = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
+            reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
+            workers = min(args.workers, len(todo))
         loader = batch_loader(reader, todo, workers)
         backbone.regions.to(device, memory_format=torch.channels_last)
         if engine == "inductor":
