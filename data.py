@@ -456,7 +456,7 @@ def image_folders(name, data_dir="data", images=None):
     name, data_dir = locate(name, data_dir)
     roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in IMAGE_PLACES]
     parts = ("", *(split for names in SPLITS.values() for split in names))
-    folders = [root / part for root in roots if root.is_dir() for part in parts if (root / part).is_dir()]
+    folders = [root / part for root in roots for part in parts if (root / part).is_dir()]
     if not folders:
         raise FileNotFoundError(f"no image folder {roots[0]}: put the photos there or name theirs with --images")
     return folders
