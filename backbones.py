@@ -335,11 +335,11 @@ def upright(file):
 class Photos:
     """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason).
 
-    `paths`: {image id: path, or an opened PIL image, or None}.
+    `paths`: {image id: path, or an opened PIL image, or None}; `reasons`: {image id: what `find_photos` says of a photo that is missing, or has another name}.
     """
 
-    def __init__(self, image_ids, paths, backbone, views, seed):
-        self.image_ids, self.paths, self.views, self.seed = image_ids, paths, views, seed
+    def __init__(self, image_ids, paths, backbone, views, seed, reasons=None):
+        self.image_ids, self.paths, self.views, self.seed, self.reasons = image_ids, paths, views, seed, reasons or {}
         self.prepare, self.resample = backbone.prepare, backbone.resample  # not the model: workers get a copy of this
 
     def augmented(self, photo, height, width):
@@ -367,12 +367,12 @@ class Photos:
         if isinstance(path, Image.Image):
             return self.all_views(upright(path.copy()), image_id), OK, ""
         if path is None or not os.path.lexists(path):
-            return None, MISSING, "no such file"
+            return None, MISSING, self.reasons.get(image_id, "no such file")
         if not os.path.isfile(path):  # to open a pipe would be to wait for ever
             return None, UNREADABLE, "not a file"
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as file:  # too large: `upright` says so
-                return self.all_views(upright(file), image_id), OK, ""
+                return self.all_views(upright(file), image_id), OK, self.reasons.get(image_id, "")
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
             reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
             return None, UNREADABLE, f"{type(error).__name__}: {reason}"

@@ -81,7 +81,7 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
         if run.keys() != everything[0].keys() or gold_fingerprint(run.values()) != gold_fingerprint(a_runs[0]):
             raise ValueError("the runs were scored on other posts or other gold labels; compare runs of one split")
     relations = not isinstance(a_runs[0][0]["gold"], list)
-    keys = [record.get("image_id", record["id"]) if relations else record["id"] for record in a_runs[0]]
+    keys = [record.get("image_id") or record["id"] if relations else record["id"] for record in a_runs[0]]
     unit = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     labels = sorted({y for run in everything for r in run.values() for side in (r["gold"], r["predicted"])
                      for y in ([side] if relations else side)})  # fmt: skip
@@ -137,7 +137,7 @@ def metadata(examples, paths, counts):
     """What is known of posts without reading a word or seeing a pixel: [posts, columns], -1 where there is no photo."""
     rows, sizes = [], {}
     for example in examples:
-        path = paths[example.image_id]
+        path = paths.get(example.image_id)  # None: the post names no photo
         if path is not None and path not in sizes:
             try:
                 with Image.open(path) as photo:

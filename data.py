@@ -1,7 +1,7 @@
 """Data set files -> examples -> batches, and `FeatureCache`, the read side of the feature file.
 
 Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases unpack
-to, and a folder of your own named-entity data. Needs torch, numpy and h5py only, and nothing else of this project: copy
+to, and a folder of your own of either kind. Needs torch, numpy and h5py only, and nothing else of this project: copy
 the file and use it.
 """
 
@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -36,15 +39,13 @@ def bio_labels(types):
 
 
 # Per data set: its task and every label a release of it may hold. The original Twitter-2015 says OTHER, the
-# relabelled one MISC; which of them a run predicts is read from its training file.
+# relabelled one MISC; which of them it is, is read from its files.
 DATASETS = {
     "twitter2015": ("ner", bio_labels(("LOC", "MISC", "ORG", "OTHER", "PER"))),
     "twitter2017": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
     "mnre": ("relation", RELATIONS),
     "demo": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
 }
-
-OWN_DATA = ("ner", None)  # a folder of the user's own: any BIO label
 
 # Where the public releases put things, {d} = data set, {s} = split. One release really has "mnre_val .txt".
 TEXT_PLACES = [
@@ -55,7 +56,12 @@ TEXT_PLACES = [
 IMAGE_PLACES = (
     "{d}/images", "{d}_images", "{d}/{d}_images", "{d}/{d}_image", "{d}_image", "{d}/img_org", "{d}_img_org", "img_org",
 )  # fmt: skip
-SPLITS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}  # ours -> the names files use
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}  # ours -> the names files use
+# Of photos, the first preferred; what a file really is, its content tells.
+ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .heif".split()
+# Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg, x.jpg.1
+SIZES = r"[_:](thumb|small|medium|large|orig|\d+x\d+)"
+ADDED = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})+({SIZES}|[?@].*|\.\d+)?$|\?.*$")
 
 # SHA-256 (first 16 digits) of the files as released: scores on two variants of one data set are not comparable.
 VARIANTS = {
@@ -84,10 +90,10 @@ IGNORE = -100  # label of what the loss leaves out: padding and words that have 
 
 @dataclass(frozen=True)
 class NerExample:
-    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo."""
+    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo, if it has one."""
 
     id: str
-    image_id: str
+    image_id: str | None
     words: tuple[str, ...]
     labels: tuple[str, ...]
 
@@ -97,7 +103,7 @@ class RelationExample:
     """A post with two marked entities, as word spans [start, end), and the relation from head to tail."""
 
     id: str
-    image_id: str
+    image_id: str | None
     words: tuple[str, ...]
     head: tuple[int, int]
     tail: tuple[int, int]
@@ -136,77 +142,191 @@ def check_label(label, allowed, where):
     return label
 
 
-def read_ner(path, allowed):
+def goes_on(before, label):
+    """Whether a label goes on with the entity of the label before it, in BIO, IOB1, BIOES and BILOU alike."""
+    return before[0] in "BI" and label[0] in "IEL" and before[2:] == label[2:]
+
+
+def label_scheme(path, posts):
+    """The scheme of a file's labels: BIO, IOB1, BIOES or BILOU. `posts`: [(line of the first word, labels)].
+
+    An I that begins an entity speaks for IOB1 only if each B in the file parts two touching entities of one type:
+    Twitter-2015 has such I, and is BIO. In BIOES and BILOU every entity ends as such; else a ValueError says where not.
+    """
+    prefixes = {label[0] for _, labels in posts for label in labels}
+    if not prefixes & set("ESLU"):
+        pairs = [pair for _, labels in posts for pair in pairwise(["O", *labels])]
+        begins = any(label[0] == "I" and not goes_on(before, label) for before, label in pairs)
+        parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in pairs if label[0] == "B")
+        return "IOB1" if begins and parts else "BIO"
+    scheme = "BILOU" if prefixes & set("LU") else "BIOES"
+    for first, labels in posts:
+        for number, (label, after) in enumerate(pairwise([*labels, "O"]), first):
+            if label[0] not in scheme or (label[0] in "BI" and not goes_on(label, after)):
+                odd = next(y for _, others in posts for y in others if y[0] in "ESLU")
+                raise ValueError(
+                    f"{path}:{number}: {label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in the file is"
+                    " not BIO; convert the file to BIO labels"
+                )
+    return scheme
+
+
+def to_bio(labels):
+    """BIO labels of the same entities as one post's in IOB1, BIOES or BILOU."""
+    return [y if y == "O" else ("I" if goes_on(x, y) else "B") + y[1:] for x, y in pairwise(["O", *labels])]
+
+
+def read_ner(path, allowed, notes=None):
     """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines, then a blank line or the end.
 
     `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye. With None,
     for files of one's own, any BIO label may, and spaces separate where there is no tab. A post whose id has occurred
-    before gets its line number into its `id`. Raises ValueError with file and line.
+    before gets its line number into its `id`. In a file without any IMGID line posts have no photo; IOB1, BIOES and
+    BILOU become BIO; `notes` is a list that is told of it. Raises ValueError with file and line.
     """
-    examples, ids = [], set()
-    image_id, opened, words, labels = None, 0, [], []
-    lines = read_lines(path)
+    lines, notes = read_lines(path), [] if notes is None else notes
+    photoless = not any(line.startswith("IMGID:") for _, line in lines)
+    posts, documents = {}, 0  # id: (photo's id, words, labels, line of the first word)
+    image_id, opened, words, labels = None, 0, [], []  # opened: the line at which the post begins, 0 = none is open
     for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
-        where = f"{path}:{number}"
-        starts_post = line.startswith("IMGID:") and "\t" not in line
-        if (starts_post or not line.strip(" ")) and image_id is not None:
+        where, (named, _, rest) = f"{path}:{number}", line.partition("\t")
+        # Some files label the photo's line too; where no post is open it can be no word.
+        starts_post = named.startswith("IMGID:") and (not rest.strip() or (rest.strip() == "O" and not opened))
+        starts_document = re.match(r"-DOCSTART-(\s|$)", line)
+        if (starts_post or starts_document or not line.strip()) and opened:
             if not words:
                 raise ValueError(f"{path}:{opened}: post {image_id} has no words; remove it or give it its words")
-            post_id = image_id
-            while post_id in ids:
+            post_id = f"line {opened}" if photoless else image_id
+            while post_id in posts:
                 post_id += f"@{opened}"
-            ids.add(post_id)
-            examples.append(NerExample(post_id, image_id, tuple(words), tuple(labels)))
-            image_id, words, labels = None, [], []
+            posts[post_id] = image_id, words, labels, opened + (not photoless)
+            image_id, opened, words, labels = None, 0, [], []
         if starts_post:
-            image_id, opened = check_image_id(line[len("IMGID:") :].strip(" "), where), number
-        elif line.strip(" "):
+            image_id, opened = check_image_id(named[len("IMGID:") :].strip(" "), where), number
+        elif starts_document:
+            documents += 1
+        elif line.strip():
             spaced = allowed is None and "\t" not in line
             fields = re.split(" +", line.strip(" ")) if spaced else line.split("\t")
             fields[1:] = [field.strip(" ") if allowed is None else field for field in fields[1:]]
             if len(fields) != 2:
-                raise ValueError(f"{where}: expected word<TAB>label, found {line[:80]!r}")
-            if image_id is None:
+                cut = f"cut {'-d' + repr(' ') if spaced else ''} -f1,{len(fields)}".replace("  ", " ")
+                found = f"{len(fields)} columns, {str(fields)[1:-1][:80]}; keep the word and one label, as {cut} does"
+                raise ValueError(f"{where}: expected word<TAB>label, found {found if fields[1:] else repr(line[:80])}")
+            if not opened and not photoless:
                 raise ValueError(f"{where}: a word with no IMGID:<id> line before it; each post starts with one")
+            if not re.fullmatch(r"O|[BIESLU]-\S+", fields[1]):
+                check_label(fields[1], allowed, where)
+            opened = opened or number
             words.append(fields[0])
-            labels.append(check_label(fields[1], allowed, where))
+            labels.append(fields[1])
+    scheme = label_scheme(path, [(first, labels) for _, _, labels, first in posts.values()])
+    examples, changed = [], 0
+    for post_id, (image_id, words, labels, first) in posts.items():
+        made = labels if scheme == "BIO" else to_bio(labels)
+        for number, label in enumerate(made, first):
+            check_label(label, allowed, f"{path}:{number}")
+        changed += sum(a != b for a, b in zip(labels, made, strict=True))
+        examples.append(NerExample(post_id, image_id, tuple(words), tuple(made)))
+    notes += [f"no IMGID line: {len(examples)} posts without photo"] if photoless and examples else []
+    notes += [f"{documents} -DOCSTART- lines left out"] if documents else []
+    notes += [f"{scheme} labels read as BIO, {changed} changed"] if scheme != "BIO" else []
     return examples
 
 
-def read_mnre(path, allowed):
-    """Rows of an MNRE file: one Python dict literal a line (parsed as data, never run).
+def parse_row(text):
+    """The value of one line: JSON, or else a Python literal (parsed as data, never run). ValueError says why neither.
 
-    A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Raises ValueError with file and line.
+    JSON first: as a Python literal, its "\\/" and "\\ud83d\\ude00" would be other text.
     """
-    examples = []
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        not_json = error
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        if re.match(r'\{\s*"', text) and isinstance(not_json, json.JSONDecodeError):
+            raise ValueError(f"not JSON: {not_json.msg} at character {not_json.colno}") from None
+        said = re.sub("( on line 1)?(: <ast| [(]<unknown).*", "", str(error), flags=re.DOTALL)  # no address in memory
+        raise ValueError(f"{type(error).__name__}: {said or 'not readable'}") from None
+
+
+def read_rows(path):
+    """(where, number, text or value) of each row of a file: of one row a line, or of one JSON array of all rows."""
+    lines = read_lines(path)
+    text = "\n".join(line for _, line in lines)
+    if not text.lstrip().startswith("["):
+        yield from ((f"{path}:{number}", number, line.strip()) for number, line in lines if line.strip())
+        return
+    try:
+        count = len(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "too deep")
+        raise ValueError(f"{path}:{line}: not a JSON array of rows ({reason}); correct it, or write a row a line") from None
+    decoder, counted, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
+    for number in range(1, count + 1):  # once more, for the lines they are on
+        start = re.compile(r"[\s,]*").match(text, end).end()
+        line, counted = line + text.count("\n", counted, start), start
+        row, end = decoder.raw_decode(text, start)
+        yield f"{path}:{line}: row {number}", number, row
+
+
+def same_text(name, words):
+    """Whether an entity's name is its words: in the real files it is exactly so; spaces and case are not compared."""
+    return fold("".join(str(name).split())) == fold("".join("".join(words).split()))
+
+
+def read_mnre(path, allowed, notes=None):
+    """Rows of an MNRE file: one Python dict literal or JSON object a line, or one JSON array of rows.
+
+    A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Where head and tail have a name, it must be their
+    words. With `allowed` None, for files of one's own, any relation may occur, `NA` and `no_relation` become `None`,
+    and rows may be without img_id; `notes` is a list that is told of it. Raises ValueError with file and line.
+    """
+    examples, notes, renamed = [], [] if notes is None else notes, Counter()
+    for where, number, row in read_rows(path):
         try:
-            row = ast.literal_eval(line.strip())
-            words, image_id, relation = row["token"], row["img_id"], row["relation"]
+            row = parse_row(row) if isinstance(row, str) else row
+            words, relation = row["token"], row["relation"]
+            image_id = row["img_id"] if allowed is not None else row.get("img_id")
             spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
-        except (ValueError, SyntaxError, TypeError, KeyError, IndexError, MemoryError, RecursionError) as error:
-            said = str(error).splitlines()[0].split(": <ast.")[0] if str(error) else "not readable"  # less an address in memory
-            reason = f"{type(error).__name__}: {said}"
+            names = {end: row[end].get("name") for end in "ht"}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
             ) from None
-        # Half a surrogate pair is a str to Python, but no text: no tokenizer takes it.
-        if not (isinstance(words, list) and words and all(
-            isinstance(word, str) and not re.search("[\ud800-\udfff]", word) for word in words)):  # fmt: skip
+        if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
             raise ValueError(f"{where}: 'token' must be a list of words")
-        for end, span in spans.items():
-            if not (all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(words)):
-                raise ValueError(f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words")
-        if not (isinstance(image_id, str) and isinstance(relation, str)):
+        if half := [word for word in words if re.search("[\ud800-\udfff]", word)]:  # a str to Python, but no text
+            raise ValueError(f"{where}: the word {half[0]!r} holds half a character (a lone surrogate); correct it")
+        for end, (start, stop) in spans.items():
+            name, inside = names[end], type(start) is type(stop) is int and 0 <= start <= stop <= len(words)
+            whole = inside and name not in (None, "") and same_text(name, words[start : stop + 1])
+            hint = f"; is the end inclusive? It is to be exclusive: [{start}, {stop + 1}]" if whole else ""
+            if not inside or start == stop:
+                raise ValueError(f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words{hint}")
+            if name not in (None, "") and not same_text(name, words[start:stop]):
+                held, hint = " ".join(words[start:stop]), hint or "; correct one of them (the end is exclusive)"
+                raise ValueError(f"{where}: '{end}' is named {name!r}, but pos [{start}, {stop}] holds {held!r}{hint}")
+        blind = image_id is None and allowed is None
+        if not (isinstance(relation, str) and (blind or isinstance(image_id, str))):
             raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
-        check_image_id(image_id, where)
-        check_label(relation, allowed, where)
-        examples.append(
-            RelationExample(f"{image_id}@{number}", image_id, tuple(words), spans["h"], spans["t"], relation)
-        )
+        if not blind:
+            check_image_id(image_id, where)
+        if allowed is not None:
+            check_label(relation, allowed, where)
+        elif not relation.strip() or re.search("[\x00-\x1f\ud800-\udfff]", relation):
+            raise ValueError(f"{where}: relation {relation!r} is no name; correct it")
+        elif relation.lower() in ("none", "na", "no_relation") and relation != NONE:
+            renamed[relation] += 1
+            relation = NONE
+        row_id = f"{image_id}@{number}" if image_id else f"row {number}"
+        examples.append(RelationExample(row_id, image_id, tuple(words), spans["h"], spans["t"], relation))
+    if blind := sum(example.image_id is None for example in examples):
+        notes.append(f"{blind} of {len(examples)} rows name no photo (img_id)")
+    notes += [f"{name!r} read as {NONE!r}, no relation ({count} rows)" for name, count in renamed.items()]
     return examples
 
 
@@ -219,10 +339,12 @@ class Dataset:
     files: dict
     examples: dict
     labels: tuple[str, ...]  # what a model may answer, the "nothing here" label first
+    notes: tuple[str, ...] = ()  # what was read otherwise than it stands there, to be said
 
     def image_ids(self):
         """Every photo the posts name, once, in order of first use."""
-        return list(dict.fromkeys(example.image_id for split in self.examples.values() for example in split))
+        ids = dict.fromkeys(example.image_id for split in self.examples.values() for example in split)
+        return [image_id for image_id in ids if image_id is not None]
 
     def fingerprints(self):
         """{split: {"file", "sha256", "variant"}}: which release of the data set this is."""
@@ -253,13 +375,37 @@ def first_existing(places, name, data_dir, split_names=("",)):
     return next((path for path in tried if path.exists()), None)
 
 
+def data_task(name, data_dir="data"):
+    """The task, "ner" or "relation", of one of `DATASETS` or of a folder of the user's own, whose train file tells."""
+    if name in DATASETS:
+        return DATASETS[name][0]
+    path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS["train"])
+    if path is None:
+        return "ner"  # `load_dataset` says what is missing
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first = next((line.strip() for line in file if line.strip()), "")
+    # A word may be a bracket; then a label ends the line.
+    return "relation" if first.startswith(("{", "[")) and not re.search(r"[\t ](O|[A-Z]-\S+)$", first) else "ner"
+
+
+def look_alike(names):
+    """A line for each group of names that differ only in case or in what the eye does not see."""
+    groups = {}
+    for name in sorted(names):
+        seen = "".join(c for c in fold(name) if c.isprintable() and c != " ")
+        groups.setdefault(seen, []).append(repr(name))
+    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    return [f"{group} differ in case or in what cannot be seen; are they one?" for group in alike]
+
+
 def load_dataset(name, data_dir="data"):
     """Read all splits of a data set, one of `DATASETS` under `data_dir` or a folder of the user's own.
 
-    Train and valid must be there; FileNotFoundError says where they were sought. ValueError for what cannot be read, and
-    for labels of one's own that train does not have.
+    Train and valid must be there; FileNotFoundError says where they were sought. Labels are those of the release,
+    whether train has them all or not; of one's own, those of train. ValueError for what cannot be read, for labels of
+    one's own that train does not have, and for a Twitter-2015 of two releases.
     """
-    task, known = DATASETS.get(name, OWN_DATA)
+    task, known = data_task(name, data_dir), DATASETS[name][1] if name in DATASETS else None
     name, data_dir = locate(name, data_dir)
     files = {split: first_existing(TEXT_PLACES, name, data_dir, names) for split, names in SPLITS.items()}
     for split in ("train", "valid"):
@@ -270,52 +416,116 @@ def load_dataset(name, data_dir="data"):
                 " layouts read) or point --data-dir at its parent folder"
             )
     files = {split: path for split, path in files.items() if path is not None}
-    read = read_ner if task == "ner" else read_mnre
-    examples = {"train": read(files["train"], known)}
-    if task == "ner":
-        present = {label[2:] for example in examples["train"] for label in example.labels if label != "O"}
-        labels = tuple(y for y in known or bio_labels(sorted(present)) if y == "O" or y[2:] in present)
-    else:
-        present = {example.label for example in examples["train"]}
-        labels = tuple(label for label in known if label == NONE or label in present)
-    for split in files:
-        if split != "train":
-            examples[split] = read(files[split], known and labels)
+    examples, notes, used = {}, [], {}
+    for split, path in files.items():
+        said = []
+        examples[split] = (read_ner if task == "ner" else read_mnre)(path, known, said)
+        notes += [f"{split}: {note}" for note in said]
         if not examples[split]:
-            raise ValueError(f"{files[split]}: no posts in it; the {split} split cannot be empty")
-        if known is None and (new := {y for example in examples[split] for y in example.labels} - set(labels)):
-            raise ValueError(f"{files[split]}: labels that train does not have: {' '.join(sorted(new))}; correct them")
-    return Dataset(name, task, files, examples, labels)
+            raise ValueError(f"{path}: no posts in it; the {split} split cannot be empty")
+        used[split] = {y for example in examples[split] for y in (example.labels if task == "ner" else [example.label])}
+    labels = known
+    if known is None and task == "ner":
+        labels = bio_labels(sorted({label[2:] for label in used["train"] - {"O"}}))
+    elif known is None:
+        labels = (NONE, *sorted(used["train"] - {NONE}))
+    elif name == "twitter2015":
+        says = {kind: [path for split, path in files.items() if {f"B-{kind}", f"I-{kind}"} & used[split]]
+                for kind in ("OTHER", "MISC")}  # fmt: skip
+        if says["OTHER"] and says["MISC"]:
+            raise ValueError(
+                f"{says['MISC'][-1]}: says MISC as the relabelled release does, {says['OTHER'][0]} says OTHER as the"
+                " original; take all files from one of them"
+            )
+        if not says["OTHER"] and not says["MISC"]:
+            notes.append("neither OTHER nor MISC occurs: taken for the original release, which says OTHER")
+        labels = tuple(y for y in known if y[2:] != ("OTHER" if says["MISC"] else "MISC"))
+    kinds = {y[2:] if task == "ner" else y for found in used.values() for y in found - {"O"}}
+    alike, unseen = look_alike(kinds) if known is None else [], [y for y in labels if y not in used["train"]]
+    for split, found in used.items():
+        if new := found - set(labels):
+            said = "; ".join([f"labels that train does not have: {' '.join(sorted(new))}; correct them", *alike])
+            raise ValueError(f"{files[split]}: {said}")
+    if known and unseen:
+        notes.append(f"train never shows {len(unseen)} of the {len(labels)} labels: {' '.join(unseen)}")
+    return Dataset(name, task, files, examples, labels, (*notes, *alike))
 
 
 def image_folders(name, data_dir="data", images=None):
-    """Folders that hold the photos: `images` if given, else the first place a release uses, with its split folders."""
+    """Folders that hold the photos: `images` if given, else all places a release uses, each with its split folders."""
     name, data_dir = locate(name, data_dir)
-    root = Path(images) if images else first_existing(IMAGE_PLACES, name, data_dir)
-    if root is None or not root.is_dir():
-        plain = Path(data_dir) / name / "images"
-        raise FileNotFoundError(f"no image folder {root or plain}: put the photos there or name theirs with --images")
-    return [root, *(root / split for names in SPLITS.values() for split in names if (root / split).is_dir())]
+    roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in IMAGE_PLACES]
+    parts = ("", *(split for names in SPLITS.values() for split in names))
+    folders = [root / part for root in roots for part in parts if (root / part).is_dir()]
+    if not folders:
+        raise FileNotFoundError(f"no image folder {roots[0]}: put the photos there or name theirs with --images")
+    return folders
 
 
-def find_photos(image_ids, folders):
+def find_photos(image_ids, folders, reasons=None):
     """{image id: path, or None where there is no photo}.
 
-    Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else.
+    Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else. `reasons` is a dict
+    that is told, by id, what lies there under a name like a missing photo's, or that a photo has another ending.
     """
-    names = {}
+    names, below = {}, []
     for folder in folders:
-        for entry in sorted(os.listdir(folder)):
-            names.setdefault(entry, Path(folder) / entry)
-    return by_name(image_ids, names)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            below += [Path(entry.path)] if entry.is_dir() and Path(entry.path) not in folders else []
+            if entry.name.startswith("._"):  # what macOS keeps beside a file, under its name
+                continue
+            if not entry.is_dir() or name_stem(entry.name) != fold(entry.name):  # a folder is no photo, unless named as one
+                names.setdefault(entry.name, Path(entry.path))
+    found = by_name(image_ids, names)
+    if reasons is not None:
+        near = {}  # what stands before a dot of a name: the name
+        for name in names:
+            for dot in re.finditer(r"\.", fold(name)):
+                near.setdefault(fold(name)[: dot.start()], name)
+        for folder in below if None in found.values() else ():
+            for name in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
+                near.setdefault(name_stem(name), f"{folder.name}/{name}")
+        for image_id, path in found.items():
+            stem = name_stem(image_id)
+            if path is None and stem in near:
+                reasons[image_id] = f"no such file; {near[stem]!r} lies there"
+            elif path is not None and stem != fold(image_id) and not fold(path.name).startswith(fold(image_id)):
+                reasons[image_id] = f"taken from {path.name!r}"
+    return found
+
+
+def fold(name):
+    """A name as it is compared where it is not there exactly: composed (macOS decomposes), lower case, no outer space."""
+    return unicodedata.normalize("NFC", name).strip().lower()
+
+
+def name_stem(name):
+    """A folded name of a photo without its ending and what downloads add to it."""
+    folded = fold(name)
+    found = ADDED.search(folded)
+    return folded[: found.start()] if found and found.start() else folded
 
 
 def by_name(image_ids, names):
-    """{image id: what `names` has for it, or None}: as `<id>` or `<id>.jpg` and such, exactly so or in another case."""
-    names = {name.lower(): value for name, value in reversed(names.items())} | names  # the first of equals
-    endings = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-    candidates = {i: [stem + end for stem in (i, i.lower()) for end in endings] for i in image_ids}
-    return {i: next((names[key] for key in keys if key in names), None) for i, keys in candidates.items()}
+    """{image id: what `names` has for it, or None}.
+
+    The first there is of: `<id>`, `<id>.jpg` and such in the order of `ENDINGS`; the same `fold`ed; a name of the same
+    stem, with an ending twice, another than the id's, or what downloads add (see `ADDED`).
+    """
+    folded = {fold(name): value for name, value in reversed(names.items())} | names  # the first of equals
+    like = {}
+    for name in names:
+        ending = fold(name)[len(name_stem(name)) :]
+        order = next((i for i, end in enumerate(ENDINGS) if ending.startswith(end)), len(ENDINGS))
+        like.setdefault(name_stem(name), []).append((order, len(ending), name))
+    found = {}
+    for image_id in image_ids:
+        keys = [stem + end for stem in (image_id, fold(image_id)) for end in ("", *ENDINGS)]
+        # Of the same stem: what begins as the id first, then by ending.
+        ranked = [(not fold(entry[2]).startswith(fold(image_id)), entry) for entry in like.get(name_stem(image_id), ())]
+        keys += [min(ranked)[1][2]] if ranked else []
+        found[image_id] = next((folded[key] for key in keys if key in folded), None)
+    return found
 
 
 def read_captions(path):
@@ -623,8 +833,8 @@ class FeatureCache:
         return self.shape[3]
 
     def has_photo(self, image_id):
-        """Whether the photo was there and readable."""
-        return bool(self.status[self.rows[image_id]] == OK)
+        """Whether the photo was there and readable; None is no photo."""
+        return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
 
     def whole(self, row, views=slice(None)):
         """Whether the bytes of a row are those that were written."""
@@ -652,7 +862,7 @@ class FeatureCache:
 
     def require(self, image_ids, dataset):
         """ValueError if the file lacks photos of a data set: it was made for another, or for a part of this one."""
-        absent = [image_id for image_id in image_ids if image_id not in self.rows]
+        absent = [image_id for image_id in image_ids if image_id is not None and image_id not in self.rows]
         if absent:
             raise ValueError(
                 f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); it was"

@@ -321,7 +321,9 @@ def main(argv=None):
         if args.train:
             if not all("words" in record and isinstance(record["gold"], list) for record in records):
                 raise ValueError(f"{args.predictions}: has no words or no entities, so --train cannot tell mentions apart")
-            known = mentions(read_ner(args.train, None))
+            notes = []
+            known = mentions(read_ner(args.train, None, notes))
+            print(*(f"{args.train}: {note}\n" for note in notes), sep="", end="")
             records = [record | {"seen": seen_spans(record["words"], known)} for record in records]
         metrics = score(records)
         print(format_scores(metrics, f"{args.predictions} (gold {metrics['gold_fingerprint']})"))

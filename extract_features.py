@@ -313,18 +313,24 @@ def begin(args, path, image_ids, shape, kind, attrs, found):
 
 
 def find_inputs(args, image_ids):
-    """{image id: the photo's path, or its caption, or None where there is none}, and where they are.
+    """({image id: the photo's path, or its caption, or None where there is none}, the `reasons` of `find_photos`).
 
-    FileNotFoundError if none is there.
+    ValueError if no post names a photo, FileNotFoundError if none is there.
     """
+    if not image_ids:
+        raise ValueError(f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none")
+    place, reasons = args.captions, {}
     if args.captions:
-        place, inputs = args.captions, by_name(image_ids, read_captions(args.captions))
+        inputs = by_name(image_ids, read_captions(args.captions))
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
-        place, inputs = folders[0], find_photos(image_ids, folders)
+        place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
     found = [value for value in inputs.values() if value is not None]
     if not found:
-        raise FileNotFoundError(f"none of the {len(image_ids)} photos is in {place}; name another with --images or --captions")
+        near = next((f" ({image_id}: {reason})" for image_id, reason in reasons.items()), "")
+        raise FileNotFoundError(
+            f"none of the {len(image_ids)} photos is in {place}{near}; name another with --images or --captions"
+        )
     if args.captions:
         said, count = Counter(found).most_common(1)[0]
         if count > max(10, len(found) / 100) and not args.placeholder:
@@ -332,15 +338,17 @@ def find_inputs(args, image_ids):
                   " with --placeholder, and these photos count as missing")  # fmt: skip
         if args.placeholder and args.placeholder not in found:
             raise ValueError(f"--placeholder {args.placeholder!r}: no caption is that; copy it as it stands in the file")
-    return inputs, place
+    return inputs, reasons
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, processes, device = join_processes(args.device)
     dataset = load_dataset(args.dataset, args.data_dir)
+    for note in dataset.notes:
+        print(note)
     image_ids = dataset.image_ids()[: args.limit]
-    inputs, place = find_inputs(args, image_ids)
+    inputs, reasons = find_inputs(args, image_ids)
     found = sum(value is not None for value in inputs.values())
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
     shape = (len(image_ids), args.views, *backbone.shape)
@@ -359,7 +367,7 @@ def main(argv=None):
             print("no C++ compiler here: the forward pass is not compiled")
     recorded = {  # said in the file, not compared with what is asked
         "photos_sha256": "none" if args.captions else photos_digest(inputs),
-        "made_from": str(Path(place).resolve()),
+        "made_from": str(Path(args.captions).resolve() if args.captions else next(filter(None, inputs.values())).parent.resolve()),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         "engine": "inductor" if compiling else "eager",
         **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},
@@ -406,7 +414,8 @@ def main(argv=None):
         if args.captions:
             reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder), 0, 1
         else:
-            reader, asked = Photos(image_ids, inputs, backbone, args.views, args.seed), min(args.workers, len(todo))
+            reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
+            asked = min(args.workers, len(todo))
             # A photo that keeps its shape is at most 5 : 3 here.
             workers, ahead = queues(asked, per_batch * args.views * 5 * settings["img_size"] ** 2)
             if workers < asked:

@@ -71,7 +71,8 @@ def post_of(record):
     `spans`: rows of `compare_spans`, each with the probability of what was predicted, None where there is none to tell;
     of a relation one row, start and end 0, and its `ends`, the spans of head and tail.
     """
-    post = {"id": str(record["id"]), "photo": str(record["image_id"]), "words": record["words"]}
+    photo = record["image_id"]
+    post = {"id": str(record["id"]), "photo": photo and str(photo), "words": record["words"]}
     post["blind"] = record.get("photo") is False
     gold, predicted, chance = record["gold"], record["predicted"], record.get("probability")
     if isinstance(gold, str):
@@ -282,7 +283,8 @@ def main(argv=None):
         folders = []
         warnings.append(f"Photos not shown: {error}.")
     posts = [post_of(record) for record in records]
-    photos = load_photos(dict.fromkeys(post["photo"] for post in posts), folders, (made or {}).get("resizing", ""))
+    named = dict.fromkeys(post["photo"] for post in posts if post["photo"] is not None)
+    photos = load_photos(named, folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why == MISSING else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
         warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from commands import bounded, command_line, default_device, gather, join_processes, lock, pick_precision, wait_for_all
-from data import DATASETS, IGNORE, OWN_DATA, FeatureCache, collate, dataset_name, encode, length_batches, load_dataset
-from data import find_photos, image_folders, locate, to_device
+from data import DATASETS, IGNORE, FeatureCache, collate, data_task, dataset_name, encode, find_photos, image_folders
+from data import length_batches, load_dataset, locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import MACHINE, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
@@ -80,7 +80,7 @@ def parse_args(argv):
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
     # fmt: on
     args = parser.parse_args(argv)
-    (task, _), (dataset, _) = DATASETS.get(args.dataset, OWN_DATA), locate(args.dataset, args.data_dir)
+    task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
     args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
     system = SYSTEMS[args.model]
     if system.model is TextRegions:
@@ -110,6 +110,8 @@ def open_features(args, dataset):
     """The feature cache and, said on the console, how many posts of each split have a photo; None for text only."""
     if args.fusion == "none":
         return None
+    if not dataset.image_ids():
+        raise ValueError(f"no post of {dataset.name} names a photo; --fusion none trains on the text alone")
     cache = FeatureCache(args.features)
     cache.require(dataset.image_ids(), dataset.name)
     made, backbone = cache.attrs, SYSTEMS[args.model].backbone
@@ -233,6 +235,8 @@ def run(args, stack):
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         print(f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})")
+    for note in dataset.notes:
+        print(f"           {note}")
     cache = open_features(args, dataset)
     if cache and device.startswith("cuda") and cache.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         cache.keep_on(device)

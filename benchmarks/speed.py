@@ -122,7 +122,7 @@ class Posts:
 
     def __init__(self, args, place):
         self.dataset = load_dataset("twitter2017", args.data_dir)
-        self.tokenizer = load_tokenizer(args.text_encoder, "ner")
+        self.tokenizer = load_tokenizer(args.text_encoder)
         self.rows = {split: encode(self.tokenizer, examples, self.dataset.labels, 128)[0]
                      for split, examples in self.dataset.examples.items()}  # fmt: skip
         self.lengths = [len(row["input_ids"]) for row in self.rows["train"]]
@@ -365,7 +365,7 @@ def startup(args, place):
     """train.py until its first step, against a process that imports torch and transformers and loads the same encoder."""
     encoder, config = place / "encoder", RobertaConfig()
     text_encoder(config).save_pretrained(encoder)
-    tokenizer = load_tokenizer(args.text_encoder, "ner")
+    tokenizer = load_tokenizer(args.text_encoder)
     tokenizer.save_pretrained(encoder)
     config.vocab_size = len(tokenizer)  # as the tokenizer has it
     text_encoder(config).save_pretrained(encoder)
@@ -392,7 +392,7 @@ def growth(args, place):
     examples = (place / "grown" / "demo" / "train.txt").read_text().split("\n\n")[:200]
     encoder = AutoModel.from_pretrained(place / "grown" / "demo" / "encoder")
     drop_pooler(encoder)
-    tokenizer, sizes, grown = load_tokenizer(place / "grown" / "demo" / "encoder", "ner"), (200, 2000, 20_000), {}
+    tokenizer, sizes, grown = load_tokenizer(place / "grown" / "demo" / "encoder"), (200, 2000, 20_000), {}
     for size in sizes:
         with open(place / "grown" / "demo" / "train.txt", "w") as file:
             for number in range(size):

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import random
@@ -10,12 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -55,9 +58,79 @@ def refused(path, line, reason):
 @pytest.mark.parametrize("content", [
     PLAIN, PLAIN[:-1], PLAIN[:-2], PLAIN.replace("\n", "\r\n"), "\ufeff" + PLAIN, PLAIN.replace("\n\n", "\n"),
     PLAIN.replace("\n\n", "\n\n\n"), PLAIN.replace("\n\n", "\n  \n"), "\n" + PLAIN,
+    *(PLAIN.replace("\n\n", f"\n{blank}\n") for blank in ("\t", " \t\t ", "\u00a0", "\t\r", "-DOCSTART-\tO", "-DOCSTART- -X- O")),
+    *(re.sub(r"(IMGID:.)", rf"\1{end}", PLAIN) for end in ("\t", " \t ", "\tO", "\tO\r")), "-DOCSTART-\n\n" + PLAIN,
 ])  # fmt: skip
 def test_ner_file(tmp_path, content):
     assert read_ner(tmp_path, content) == POSTS
+
+
+@pytest.mark.parametrize("blank", ["\n", "\t\n", " \n\n", "-DOCSTART- O\n"])
+def test_ner_file_without_photos(tmp_path, blank):
+    notes, path = [], write(tmp_path / "x", f"a\tO\nb\tB-PER\n{blank}c\tI-PER\n{blank}")
+    posts, second = data.read_ner(path, LABELS, notes), 3 + blank.count("\n")
+    assert posts == [NerExample("line 1", None, ("a", "b"), ("O", "B-PER")), NerExample(f"line {second}", None, ("c",), ("I-PER",))]
+    assert notes == ["no IMGID line: 2 posts without photo"] + ["2 -DOCSTART- lines left out"] * ("DOC" in blank)
+
+
+def test_a_photo_line_with_a_label_is_a_word_within_a_post(tmp_path):
+    (post,) = read_ner(tmp_path, "IMGID:1\tO\nIMGID:2\tO\n")
+    assert (post.image_id, post.words) == ("1", ("IMGID:2",))
+
+
+def in_scheme(entities, length, scheme):
+    """Labels of (type, start, end) entities, in order, as the scheme has them."""
+    labels, end_before, kind_before = ["O"] * length, None, None
+    single, last = {"IOBES": "SE", "BILOU": "UL"}.get(scheme, "BI")
+    for kind, start, end in entities:
+        touches = end_before == start and kind_before == kind
+        first = "I" if scheme == "IOB1" and not touches else "B"
+        labels[start:end] = [f"{first}-{kind}", *[f"I-{kind}"] * (end - start - 1)]
+        if scheme in ("IOBES", "BILOU"):
+            labels[end - 1] = f"{last if end - start > 1 else single}-{kind}"
+        end_before, kind_before = end, kind
+    return labels
+
+
+@pytest.mark.parametrize("scheme", [IOB1, IOB2, IOBES, BILOU])
+@pytest.mark.parametrize("seed", range(8))
+def test_label_schemes(tmp_path, scheme, seed):
+    rng, posts = random.Random(seed), []
+    for _ in range(30):
+        cuts = sorted(rng.sample(range(13), rng.randint(2, 7)))
+        parts = [(rng.choice(["LOC", "PER", "creative-work"]), *span) for span in itertools.pairwise(cuts)]
+        posts.append(in_scheme([part for part in parts if rng.random() < 0.7], 12, scheme.__name__))
+    posts.append(in_scheme([("PER", 0, 1), ("PER", 1, 3), ("LOC", 4, 6)], 12, scheme.__name__))
+    text, notes = "\n".join("IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels) for labels in posts), []
+    read = data.read_ner(write(tmp_path / "x", text), None, notes)
+
+    def strict(sequences, kind):
+        return [[entity.to_tuple()[1:] for entity in post] for post in Entities(sequences, kind).entities]
+
+    made = [list(post.labels) for post in read]
+    assert strict(made, IOB2) == strict(posts, scheme) and any(strict(made, IOB2))
+    changed = sum(a != b for pair in zip(posts, made, strict=True) for a, b in zip(*pair, strict=True))
+    name = {"IOBES": "BIOES"}.get(scheme.__name__, scheme.__name__)
+    assert notes == ([] if scheme is IOB2 else [f"{name} labels read as BIO, {changed} changed"]) and (made == posts) == (scheme is IOB2)
+
+
+def test_orphans_in_a_bio_file_stay(tmp_path):
+    notes, labels = [], ["I-PER", "O", "B-LOC", "O", "B-PER", "I-LOC", "B-LOC", "B-LOC"]
+    (post,) = data.read_ner(write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels)), LABELS, notes)
+    assert (list(post.labels), notes) == (labels, [])
+
+
+@pytest.mark.parametrize("labels, line, said", [
+    (["B-PER", "E-PER", "B-LOC", "O"], 4, "'B-LOC' before 'O' is not BIOES, and 'E-PER' elsewhere in the file is not BIO"),
+    (["S-PER", "B-LOC", "E-PER"], 3, "'B-LOC' before 'E-PER' is not BIOES"),
+    (["B-LOC", "L-LOC", "I-PER"], 4, "'I-PER' before 'O' is not BILOU"),
+    (["U-LOC", "O", "E-PER"], 4, "'E-PER' before 'O' is not BILOU"),
+])  # fmt: skip
+def test_labels_of_no_one_scheme_are_refused(tmp_path, labels, line, said):
+    path = write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels))
+    for allowed in (None, LABELS):
+        with refused(path, line, re.escape(said)):
+            data.read_ner(path, allowed)
 
 
 # What strip, split and splitlines take for a space or for the end of a line is a part of the word.
@@ -76,10 +149,12 @@ def test_ner_repeated_ids(tmp_path, ids):
 
 
 @pytest.mark.parametrize("content, line, reason", [
-    ("IMGID:1\na O\n", 2, "word<TAB>"), ("IMGID:1\na\tO\tO\n", 2, "word<TAB>"), (POST + "2\n", 5, "word<TAB>"),
+    ("IMGID:1\na O\n", 2, "word<TAB>label, found 'a O'"), (POST + "2\n", 5, "word<TAB>label, found '2'"),
+    ("IMGID:1\na\tX\tO\n", 2, "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep the word and one label, as cut -f1,3 does"),
+    ("IMGID:1\na\tS-ORG\n", 2, "unknown label 'B-ORG'"),
     ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
     ("IMGID:1\na\tb-Per\n", 2, "unknown label 'b-Per'"), ("IMGID:1\na\to\n", 2, "unknown label 'o'"),
-    ("a\tO\n", 1, "no IMGID"), (POST + "c\tO\n", 5, "no IMGID"),
+    (POST + "c\tO\n", 5, "no IMGID"), ("c\tO\n\n" + POST, 1, "no IMGID"),
     (b"IMGID:1\na\tO\nb\xff\tO\n", 3, "not UTF-8"), (b"IMGID:1\na\tO\n\xc3", 3, "not UTF-8"),
     (b"\xef\xbb\xbfIMGID:1\na\tO\n\xff\tO\n", 3, "not UTF-8"),  # the byte order mark must not shift the count
     (POST + "IMGID:2\n\nIMGID:3\na\tO\n", 5, "post 2 has no words"), (POST + "IMGID:2", 5, "post 2 has no words"),
@@ -102,6 +177,59 @@ def test_mnre_rows_that_share_a_photo(tmp_path, start, end):
     path = write(tmp_path / "x", (start + row() + row(relation="None") + "\n" + row()[:-1]).replace("\n", end))
     found = [(example.id, example.image_id, example.label) for example in read_mnre(path, RELATIONS)]
     assert found == [("1.jpg@1", "1.jpg", MEMBER), ("1.jpg@2", "1.jpg", "None"), ("1.jpg@4", "1.jpg", MEMBER)]
+
+
+@pytest.mark.parametrize("allowed", [RELATIONS, None])
+@pytest.mark.parametrize("form", [
+    lambda rows: "".join(f"{r}\n" for r in rows),
+    lambda rows: "".join(json.dumps(r) + "\n" for r in rows),
+    lambda rows: "".join(json.dumps(r, ensure_ascii=False).replace("/", "\\/") + "\r\n" for r in rows),
+    lambda rows: "".join(f"{json.dumps(r) if i % 2 else r}\n" for i, r in enumerate(rows)),
+    json.dumps, lambda rows: "\ufeff\n" + json.dumps(rows, indent=2), lambda rows: f" [\n{json.dumps(rows[0])}\n,\n{json.dumps(rows[1])}\n]\n\n",
+])  # fmt: skip
+def test_mnre_rows_of_any_form(tmp_path, form, allowed):
+    words = ["\N{GRINNING FACE}", "a\\/b", '"', "it's", "\\u0041", "\u00a0", "\u2028", "Ann", "Lee"]
+    rows = [ROW | {"token": words, "h": {"name": "Ann Lee", "pos": [7, 9]}, "t": {"name": name, "pos": [0, 1]}, "more": more}
+            for name, more in (("\N{GRINNING FACE}", None), ("", [True, {"x": 1.5}]))]  # fmt: skip
+    found = read_mnre(write(tmp_path / "x", form(rows)), allowed)
+    assert [(e.words, e.head, e.tail, e.label, e.image_id) for e in found] == [(tuple(words), (7, 9), (0, 1), MEMBER, "1.jpg")] * 2
+    assert [e.id for e in found] == ["1.jpg@1", "1.jpg@2"]
+
+
+@pytest.mark.parametrize("content, line, reason", [
+    (json.dumps(ROW)[:-1], 1, r"not a row .*\(not JSON: Expecting ',' delimiter at character 1"),
+    (json.dumps(ROW).replace("null", "nul").replace('"h"', "h"), 1, "not JSON: Expecting property name"),
+    (f"{ROW}"[:-1] + ", 'x': null}", 1, r"\(ValueError: malformed node or string\)"), (row() + "[1, 2]", 2, "not a row .*TypeError"),
+    (json.dumps(ROW | {"token": ["\ud83d", *TOKENS]}), 1, r"'\\ud83d' holds half a character"),
+    (f"[\n{row()}]", 2, "not a JSON array of rows .Expecting property name"), ("[\n1]", 2, "row 1: not a row"),
+    (json.dumps([ROW, ROW | {"relation": "x"}], indent=1), 24, "row 2: unknown label 'x'"), ("[" * 100_000, 1, "too deep"),
+    (json.dumps([ROW]) + "\n{}", 2, "Extra data"),
+])  # fmt: skip
+def test_mnre_errors_say_why(tmp_path, content, line, reason):
+    path = write(tmp_path / "x", content)
+    with refused(path, line, reason):
+        read_mnre(path, RELATIONS)
+
+
+@pytest.mark.parametrize("end", ["h", "t"])
+@pytest.mark.parametrize("pos, name, said", [
+    ([0, 1], "Messi joins", r"'{}' is named 'Messi joins', but pos \[0, 1\] holds 'Messi'; is the end inclusive\? .* \[0, 2\]"),
+    ([2, 2], "Miami", r"'{}' pos is not a span \[start, end\) of its 4 words; is the end inclusive\? .* \[2, 3\]"),
+    ([2, 2], "today", r"'{}' pos is not a span \[start, end\) of its 4 words$"),
+    ([1, 3], "Miami", r"'{}' is named 'Miami', but pos \[1, 3\] holds 'joins Miami'; correct one of them"),
+    ([3, 4], "x\ny", r"'{}' is named 'x\\ny', but pos \[3, 4\] holds 'today'; correct one of them"),
+])  # fmt: skip
+def test_mnre_names_are_the_words_of_their_span(tmp_path, end, pos, name, said):
+    path = write(tmp_path / "x", row() + row(**{end: {"name": name, "pos": pos}}))
+    for allowed in (RELATIONS, None):
+        with refused(path, 2, said.format(end)):
+            read_mnre(path, allowed)
+
+
+@pytest.mark.parametrize("name", ["Messi joins", "messi  joins", "Messijoins", "", None])
+def test_mnre_names_that_fit(tmp_path, name):
+    (example,) = read_mnre(write(tmp_path / "x", row(h={"name": name, "pos": [0, 2]})), RELATIONS)
+    assert example.head == (0, 2)
 
 
 @pytest.mark.parametrize("place", ["{}", "{{'token': {}}}", "[{} for _ in (1,)]", "{{'token': f'{{{}}}'}}"])
@@ -139,7 +267,8 @@ def test_mnre_errors(tmp_path, line, reason):
     ("twitter2015", "twitter2015_txt/train.txt", "twitter2015_txt/val.txt"),
     ("mnre", "mnre_txt/mnre_train.txt", "mnre_txt/mnre_val.txt"),
     ("mnre", "mnre/mnre_txt/mnre_train.txt", "mnre/mnre_txt/mnre_val .txt"),
-    ("mnre", "mnre/txt/ours_train.txt", "mnre/txt/ours_val.txt"),
+    ("mnre", "mnre/txt/ours_train.txt", "mnre/txt/ours_val.txt"), ("mnre", "mnre/mnre_train.txt", "mnre/mnre_dev.txt"),
+    ("twitter2017", "twitter2017/train.txt", "twitter2017/dev.txt"),
 ])  # fmt: skip
 def test_text_layouts(tmp_path, monkeypatch, name, train, valid):
     one, two = (row(), row(img_id="2.jpg") + row()) if name == "mnre" else (POST, PLAIN)
@@ -169,17 +298,39 @@ def test_image_layouts(tmp_path, name, folder):
             data.image_folders(name, "no", images)
 
 
-@pytest.mark.parametrize("name, train, labels, other", [
-    ("twitter2015", "IMGID:1\na\tB-PER\nb\tI-OTHER\n", "O B-OTHER I-OTHER B-PER I-PER", "IMGID:1\na\tB-MISC\n"),
-    ("twitter2015", "IMGID:1\na\tB-MISC\nb\tB-LOC\n", "O B-LOC I-LOC B-MISC I-MISC", "IMGID:1\na\tI-OTHER\n"),
-    ("mnre", row(relation="/per/per/peer") + row(), f"None {MEMBER} /per/per/peer", row() + row(relation="x")),
+def types(*names):
+    return "".join(f"IMGID:1\nw\tB-{name}\nw\tI-{name}\n\n" for name in names)
+
+
+@pytest.mark.parametrize("name, train, valid, labels, said", [
+    ("twitter2017", types("PER"), types("ORG"), data.bio_labels(("LOC", "MISC", "ORG", "PER")),
+     "train never shows 7 of the 9 labels: O B-LOC I-LOC B-MISC I-MISC B-ORG I-ORG"),
+    ("twitter2015", types("PER", "LOC", "ORG", "MISC") + POST, POST, data.bio_labels(("LOC", "MISC", "ORG", "PER")), None),
+    ("twitter2015", types("PER", "LOC", "ORG", "OTHER") + POST, POST, data.bio_labels(("LOC", "ORG", "OTHER", "PER")), None),
+    ("twitter2015", POST, types("MISC"), data.bio_labels(("LOC", "MISC", "ORG", "PER")),
+     "train never shows 7 of the 9 labels: B-LOC I-LOC B-MISC I-MISC B-ORG I-ORG I-PER"),
+    ("twitter2015", types("PER", "LOC", "ORG") + POST, POST, data.bio_labels(("LOC", "ORG", "OTHER", "PER")),
+     "neither OTHER nor MISC occurs: taken for the original release, which says OTHER"),
+    ("mnre", "".join(row(relation=relation) for relation in RELATIONS), row(), RELATIONS, None),
+    ("mnre", "".join(row(relation=relation) for relation in RELATIONS[2:]), row(relation=RELATIONS[1]), RELATIONS,
+     "train never shows 2 of the 23 labels: None /loc/loc/contain"),
 ])  # fmt: skip
-def test_labels_are_those_of_train(tmp_path, name, train, labels, other):
-    for split in ("train", "valid"):
-        write(tmp_path / name / f"{split}.txt", train)
-    assert data.load_dataset(name, tmp_path).labels == tuple(labels.split())
-    with refused(write(tmp_path / name / "test.txt", other), 2, "unknown label"):
+def test_labels_are_those_of_the_release(tmp_path, name, train, valid, labels, said):
+    write(tmp_path / name / "train.txt", train)
+    write(tmp_path / name / "valid.txt", valid)
+    dataset = data.load_dataset(name, tmp_path)
+    assert dataset.labels == labels
+    assert dataset.notes[:1] == ((said,) if said else ())
+    with refused(write(tmp_path / name / "test.txt", row(relation="x") if name == "mnre" else types("x")), "[12]", "unknown label"):
         data.load_dataset(name, tmp_path)
+
+
+@pytest.mark.parametrize("train, other", [("MISC", "OTHER"), ("OTHER", "MISC")])
+def test_two_releases_of_twitter2015_are_refused(tmp_path, train, other):
+    paths = [write(tmp_path / "twitter2015" / f"{split}.txt", types(kind)) for split, kind in (("train", train), ("valid", other))]
+    misc, other = paths if train == "MISC" else paths[::-1]
+    with pytest.raises(ValueError, match=re.escape(f"{misc}: says MISC as the relabelled release does, {other} says OTHER")):
+        data.load_dataset("twitter2015", tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -203,6 +354,55 @@ def test_find_photos(tmp_path, image_id, expected):
     absolute, folders = str(tmp_path / "outside.jpg"), [tmp_path / "a", tmp_path / "b"]
     expected = tmp_path / expected if expected else None
     assert find_photos([image_id, absolute], folders) == {image_id: expected, absolute: None}
+
+
+NFD = unicodedata.normalize("NFD", "rev\u00e9")
+NFC = unicodedata.normalize("NFC", NFD)
+
+
+@pytest.mark.parametrize("image_id, names, expected", [
+    *(("x", f"x{ending}", f"x{ending}") for ending in (*data.ENDINGS, ".JPG", ".Tiff")),
+    *(("x", f"x.jpg{more}", f"x.jpg{more}") for more in ("_large", ":large", ":orig", "?name=large", ".jpg", ".1", ".12", " ")),
+    ("x", "x.png:900x900", "x.png:900x900"), ("x", "x?format=jpg&name=large", "x?format=jpg&name=large"),
+    ("x", "X.JPG_LARGE", "X.JPG_LARGE"), (NFC, f"{NFD}.jpg", f"{NFD}.jpg"), (NFD, f"{NFC}.jpg", f"{NFC}.jpg"),
+    (NFC.upper(), f"{NFD}.jpg.1", f"{NFD}.jpg.1"), ("x.jpg", "x.png", "x.png"), ("x.jpg", "x", "x"), ("x.jpg", "x.jpg.jpg", "x.jpg.jpg"),
+    ("copy (1)", "copy (1).jpg|copy.jpg", "copy (1).jpg"), ("copy", "copy (1).jpg", None), ("x", "._x.jpg", None), ("x", "._x", None),
+    ("._x", "._x.jpg", None), ("x", "x.mp4|x.txt|x.jpg.part|xy.jpg|y_x.jpg|x_large|x.1", None), ("1", "01.jpg|11.jpg|1 (1).jpg", None),
+    # Of several: the exact name, then a fixed order of endings, and only then a like name.
+    ("x", "x.png|x.jpg|X.jpg", "x.jpg"), ("x.png", "x.jpg|x.png|x.png.jpg", "x.png"), ("x.png", "x.jpg|x.png.jpg", "x.png.jpg"),
+    ("x", "x.webp|x.gif|x.tif", "x.webp"), ("x", "x.jpg.1|x.heic", "x.heic"), ("x", "x.jpg.1|X.avif", "X.avif"),
+    ("x", "x.png_large|x.jpg.1|x.jpg.jpg.1", "x.jpg.1"), ("x.jpg", "x.bmp|x.gif", "x.gif"),
+])  # fmt: skip
+def test_names_of_photos(tmp_path, image_id, names, expected):
+    for order in itertools.permutations(names.split("|")[:3]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in [*order, *names.split("|")[3:], "other.jpg"]:
+            write(folder / name, "")
+        assert find_photos([image_id, "other"], [folder]) == {image_id: expected and folder / expected, "other": folder / "other.jpg"}
+    names = {name: name for name in ["other.jpg", *names.split("|")] if not name.startswith("._")}
+    assert data.by_name([image_id], names) == {image_id: expected}  # as captions are found
+
+
+def test_why_a_photo_is_missing(tmp_path):
+    for name in ("a.mp4", "B.jpg.part", "._c.jpg", "d.png", "sub/e.jpg", "train/f.jpg", "sub/g.JPG_large", "g.txt", "k/._k.jpg"):
+        write(tmp_path / "images" / name, "")
+    (tmp_path / "images" / "closed").mkdir(mode=0)
+    folders, reasons = data.image_folders("x", images=tmp_path / "images"), {}
+    found = find_photos([*"abcefgk", "d.jpg", "../images/d", "absent"], folders, reasons)
+    assert {image_id: path.name for image_id, path in found.items() if path} == {"f": "f.jpg", "d.jpg": "d.png"}
+    assert reasons == {
+        "a": "no such file; 'a.mp4' lies there", "b": "no such file; 'B.jpg.part' lies there", "d.jpg": "taken from 'd.png'",
+        "e": "no such file; 'sub/e.jpg' lies there", "g": "no such file; 'g.txt' lies there",
+    }  # fmt: skip
+
+
+def test_all_usual_places_are_searched(tmp_path):
+    (tmp_path / "mnre" / "images").mkdir(parents=True)
+    first, second = write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", ""), write(tmp_path / "mnre_image" / "2.jpg", "")
+    write(tmp_path / "img_org" / "val" / "1.jpg", "")
+    assert find_photos(["1", "2"], data.image_folders("mnre", tmp_path)) == {"1": first, "2": second}
+    only = data.image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
+    assert only == [first.parent.parent, first.parent] and find_photos(["1", "2"], only) == {"1": first, "2": None}
 
 
 class Slow:
@@ -566,20 +766,75 @@ def test_labels_that_train_does_not_have_are_named(own):
         data.load_dataset(folder)
 
 
-@pytest.mark.parametrize("label", ["S-地名", "E-x", "b-PER", "PER", "B-", "", "B-a b"])
+@pytest.mark.parametrize("label", ["b-PER", "PER", "B-", "", "B-a b", "M-地名", "Bx地名"])
 def test_labels_that_are_not_bio_are_refused(own, label):
     folder = own("test", [("a", "O"), ("b", label)], separator="\t")
     with pytest.raises(ValueError, match="test.txt:3: label .* is not O, B-TYPE or I-TYPE"):
         data.load_dataset(folder)
 
 
-def test_a_word_and_label_too_few_or_many(own):
-    for line in ("a", "a b O"):
-        folder = own("test", [("x", "O")])
-        with open(Path(folder, "test.txt"), "a", encoding="utf-8") as file:
-            file.write(line)
-        with pytest.raises(ValueError, match="test.txt:3: expected word<TAB>label"):
-            data.load_dataset(folder)
+def test_conversions_are_said_once_a_file(own):
+    folder = own("test", [("a", "O"), ("b", "S-地名")])
+    dataset = data.load_dataset(folder)
+    assert dataset.examples["test"][0].labels == ("O", "B-地名")
+    assert dataset.notes == ("test: BIOES labels read as BIO, 1 changed",)
+
+
+@pytest.mark.parametrize("line, columns", [("a b O", "3 columns, 'a', 'b', 'O'.* cut -d' ' -f1,3 "), ("a", "'a'$")])
+def test_a_word_and_label_too_few_or_many(own, line, columns):
+    folder = own("test", [("x", "O")])
+    with open(Path(folder, "test.txt"), "a", encoding="utf-8") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match=f"test.txt:3: expected word<TAB>label, found {columns}"):
+        data.load_dataset(folder)
+
+
+@pytest.mark.parametrize("other", ["Персона", "персона\u200b", "персо\u00adна", "\ufeffперсона", unicodedata.normalize("NFD", "й")])
+def test_types_that_look_alike_are_pointed_out(own, other):
+    posts = [("a", "B-персона")], [("b", f"B-{other}")], [("c", "B-место")]
+    folder = own("train", *posts, [("d", "B-й")])
+    pair = sorted([other, "й" if len(other) == 2 else "персона"])
+    said = f"{pair[0]!r} and {pair[1]!r} differ in case or in what cannot be seen; are they one?"
+    assert data.load_dataset(folder).notes == (said,)
+    own("train", posts[0], posts[2], [("d", "B-й")])
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/test.txt: labels that train does not have: B-{other}; correct them; {said}")):
+        data.load_dataset(own("test", posts[1]))
+
+
+def test_own_folder_of_relations(tmp_path):
+    def lines(*relations, **changes):
+        return "".join(json.dumps(ROW | {"relation": relation} | changes) + "\n" for relation in relations)
+
+    folder = tmp_path / "own"
+    write(folder / "train.txt", "\n" + lines("worksFor", "NA", "Other", "no_relation", "NA"))
+    write(folder / "dev.txt", lines("None", "Other", img_id=None) + lines("na"))
+    dataset = data.load_dataset(str(folder))
+    assert (dataset.task, dataset.name, dataset.labels) == ("relation", "own", ("None", "Other", "worksFor"))
+    assert [example.label for example in dataset.examples["train"]] == ["worksFor", "None", "Other", "None", "None"]
+    assert [(e.id, e.image_id) for e in dataset.examples["valid"]] == [("row 1", None), ("row 2", None), ("1.jpg@3", "1.jpg")]
+    assert dataset.image_ids() == ["1.jpg"]
+    assert dataset.notes == (
+        "train: 'NA' read as 'None', no relation (2 rows)", "train: 'no_relation' read as 'None', no relation (1 rows)",
+        "valid: 2 of 3 rows name no photo (img_id)", "valid: 'na' read as 'None', no relation (1 rows)",
+    )  # fmt: skip
+    for relation, said in (("bornIn", "test.txt: labels that train does not have: bornIn; correct them"),
+                           (" ", "test.txt:1: relation ' ' is no name"), ("a\nb", r"test.txt:1: relation 'a\\nb' is no name"),
+                           (3, "test.txt:1: 'img_id' and 'relation' must be text")):  # fmt: skip
+        write(folder / "test.txt", lines(relation))
+        with pytest.raises(ValueError, match=said):
+            data.load_dataset(str(folder))
+
+
+@pytest.mark.parametrize("content, task", [
+    (row(), "relation"), ("\ufeff\n \n" + json.dumps(ROW), "relation"), ("[\n{", "relation"), (f"[{row()}]", "relation"), ("{", "relation"),
+    (PLAIN, "ner"), ("[\tO\n", "ner"), ("{ B-x\n", "ner"), ("[ NN O\n", "ner"), ("", "ner"), (None, "ner"),
+])  # fmt: skip
+def test_train_tells_the_task_of_an_own_folder(tmp_path, content, task):
+    (tmp_path / "twitter2017").mkdir()
+    if content is not None:
+        write(tmp_path / "twitter2017" / "train.txt", content)
+    assert data.data_task(str(tmp_path / "twitter2017")) == task
+    assert (data.data_task("twitter2017", tmp_path), data.data_task("mnre", tmp_path)) == ("ner", "relation")
 
 
 def test_dataset_name(tmp_path):

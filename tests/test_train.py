@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
@@ -553,6 +554,61 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
         evaluate.main(["--run", str(folder), "--image-check"])
     evaluate.main(["--run", str(folder), "--image-check", "--data-dir", str(tmp_path / "moved")])
     assert (folder / "report-test.html").exists() and "runs" not in {p.name for p in tmp_path.iterdir()}
+
+
+def test_your_own_relations_in_every_script(flags, tmp_path, data_dir, capsys):
+    """A folder of rows with relations of its own, most with a photo; the system is chosen by what train.txt holds."""
+    own, rng = tmp_path / "own", random.Random(0)
+    for split, count in (("train", 24), ("dev", 6), ("test", 7)):
+        (own / "images").mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i in range(count):
+            words = rng.choices(["Messi", "joins", "BBC", "today"], k=4)
+            rows.append({"token": words, "h": {"name": words[0], "pos": [0, 1]}, "t": {"name": words[3], "pos": [3, 4]},
+                         "img_id": f"{split}{i}.jpg" if i else None, "relation": ("worksFor", "NA", "bornIn")[i % 3]})  # fmt: skip
+            shutil.copy(data_dir / "demo" / "images" / "train_0000.jpg", own / "images" / f"{split}{i}.png")
+        (own / f"{split}.txt").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
+    assert train.parse_args(places).model == "bert-resnet50"
+    path = extract_features.main([*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"])
+    assert f"{path}: 34 photos, 34 ok, 0 missing" in (out := capsys.readouterr().out)
+    assert "ok, but: train1.jpg (taken from 'train1.png')" in out and "train: 1 of 24 rows name no photo" in out
+    folder = run(flags, tmp_path / "run", *places, "--img-size", 32, "--fusion", "bimodal")
+    out = capsys.readouterr().out
+    assert "           train: 'NA' read as 'None', no relation (8 rows)\n" in out and "train: 23 of 24 posts have a photo" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["task"], config["labels"]) == ("relation", ["None", "bornIn", "worksFor"])
+    assert json.loads((folder / "metrics-test.json").read_text())["relation"]["gold"] == 5
+    records = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
+    assert (records[0]["id"], records[0]["image_id"], records[0]["photo"]) == ("row 1", None, False)
+    assert (records[1]["id"], records[1]["gold"], records[1]["photo"]) == ("test1.jpg@2", "None", True)
+    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+        evaluate.main([str(part) for part in command])
+    report.main(["--run", str(folder)])
+    predictor.main(["--run", str(folder), "--words", "Messi", "joins", "BBC", "--head", "0", "1", "--tail", "2", "3"])
+    assert any(label in capsys.readouterr().out for label in config["labels"])
+
+
+def test_posts_without_photo_in_every_script(flags, tmp_path, capsys):
+    """Files without IMGID lines, in IOB1, split by lines of a tab."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for split in ("train", "valid", "test"):
+        (own / f"{split}.txt").write_text("Messi\tI-PER\njoins\tO\n\t\nBBC\tI-ORG\n\t\n" * 4, encoding="utf-8")
+    places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
+    folder = run(flags, tmp_path / "run", *places, "--fusion", "none")
+    out = capsys.readouterr().out
+    assert out.count("train: no IMGID line: 8 posts without photo\n") == out.count("train: IOB1 labels read as BIO, 8 changed\n") == 1
+    records = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["image_id"], r["gold"]) for r in records[:2]] == [("line 1", None, ["B-PER", "O"]), ("line 4", None, ["B-ORG"])]
+    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+        evaluate.main([str(part) for part in command])
+    report.main(["--run", str(folder)])
+    assert "0 photos;" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no post of own names a photo; --fusion none trains on the text alone"):
+        run(flags, tmp_path / "film", *places, "--fusion", "film")
+    with pytest.raises(ValueError, match="no post of .*own names a photo: there is nothing to extract"):
+        extract_features.main(places)
 
 
 @pytest.mark.parametrize(
