@@ -21,7 +21,7 @@ demo: $(VENV)/run
 	  $(RUN) train.py $(DEMO) --fusion $$fusion --text-encoder data/demo/encoder \
 	    --epochs 15 --lr 1e-3 --fusion-lr 1e-3 --overwrite || exit 1; \
 	done
-	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-roberta-resnet50-%-s1337)
+	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-roberta-resnet50-encoder-%-s1337)
 
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -364,18 +364,22 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if isinstance(path, Image.Image):
-            return self.all_views(upright(path.copy()), image_id), OK, ""
+        if isinstance(path, Image.Image):  # open already: `upright` changes what it is given, but must be the first to read an EPS
+            return self.decode(lambda: path if path.format == "EPS" else path.copy(), image_id)
         if path is None or not os.path.lexists(path):
             return None, MISSING, self.reasons.get(image_id, "no such file")
         if not os.path.isfile(path):  # to open a pipe would be to wait for ever
             return None, UNREADABLE, "not a file"
+        views, status, reason = self.decode(lambda: Image.open(path), image_id)
+        return views, status, reason.replace(f"{path.parent}{os.sep}", "")  # the same on every machine
+
+    def decode(self, open_file, image_id):
+        """What `read` gives, of the picture that `open_file()` opens."""
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as file:  # too large: `upright` says so
+            with warnings.catch_warnings(action="ignore"), open_file() as file:  # too large: `upright` says so
                 return self.all_views(upright(file), image_id), OK, self.reasons.get(image_id, "")
         except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
-            reason = str(error).replace(f"{path.parent}{os.sep}", "")  # the same on every machine
-            return None, UNREADABLE, f"{type(error).__name__}: {reason}"
+            return None, UNREADABLE, f"{type(error).__name__}: {error}"
 
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]

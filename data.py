@@ -360,6 +360,9 @@ def dataset_name(text):
     """argparse type: one of `DATASETS`, or a folder of the user's own data."""
     if text not in DATASETS and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}")
+    path = Path(text).resolve()
+    if text not in DATASETS and path.name in DATASETS:  # its labels and layouts are known by that name
+        raise argparse.ArgumentTypeError(f"for the data set in {text} type {path.name}, and --data-dir {path.parent}")
     return text if text in DATASETS else str(Path(text).resolve())
 
 

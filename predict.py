@@ -258,8 +258,8 @@ class Predictor:
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
-            # An image that is open already gets a name, for images cannot be keys.
-            examples = [replace(e, image_id=f"image {i}") if isinstance(e.image_id, Image.Image) else e for i, e in enumerate(examples)]
+            # An image that is open already gets a name, which no file can have: images cannot be keys.
+            examples = [replace(e, image_id=f"\0{i}") if isinstance(e.image_id, Image.Image) else e for i, e in enumerate(examples)]
             named = {e.image_id: part[2].image_id for e, part in zip(examples, read, strict=True) if e.image_id is not None}
             photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool)
         records = predict(
@@ -468,8 +468,8 @@ def main(argv=None):
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
     for name, use in (("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption")):
         if getattr(args, name) is not None and not use:
-            what = "relations" if relations else "entities"
-            raise ValueError(f"--{name}: {args.run} finds {what} and looks at {looked_at or 'text'} only; leave it out")
+            what = f"{'relations' if relations else 'entities'} in text{f' and {looked_at}' if looked_at else ''}"
+            raise ValueError(f"--{name} does not go with {args.run}, which finds {what}; leave it out")
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if args.input is not None:

@@ -683,10 +683,10 @@ def test_require(features):
     path, _, ids = features
     cache = FeatureCache(path)
     assert cache.require(ids, "demo") is None
-    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: no row for 2 of demo's 42 photos \(first: y\); "):
-        cache.require([*ids, "y", "x"], "demo")
-    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))}: made for demo, not for mnre; "):
-        cache.require(ids, "mnre")
+    message = rf"\A{re.escape(str(path))}: no row for 2 of mnre's 42 photos \(first: y\); it was made for demo\. "
+    with pytest.raises(ValueError, match=message):
+        cache.require([*ids, "y", "x"], "mnre")
+    assert cache.require(ids, "another name for the same photos") is None
 
 
 def read_bytes(cache, photos, views):  # torch cannot send tensors out of a forked process that has used threads
@@ -841,6 +841,9 @@ def test_dataset_name(tmp_path):
     assert data.dataset_name("mnre") == "mnre" and data.dataset_name(str(tmp_path)) == str(tmp_path)
     with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of twitter2015, "):
         data.dataset_name(str(tmp_path / "absent"))
+    (tmp_path / "mnre").mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match=f"type mnre, and --data-dir {tmp_path}$"):
+        data.dataset_name(str(tmp_path / "mnre"))
 
 
 def test_read_captions(tmp_path):

@@ -412,13 +412,13 @@ def test_captions_need_no_photo_and_are_counted(run_captions, capsys):
     def edit(lines):
         return [*lines[3:-1], lines[-1].split(":")[0] + ":nothing to see"]
 
-    path = run_captions("--images", "absent", "--placeholder", "nothing to see", edit=edit)
+    path = run_captions("--placeholder", "nothing to see", edit=edit)
     cache, out = FeatureCache(path), capsys.readouterr().out
     assert path.name == "demo-caption-64.h5" and "demo: 40 photos, 37 captions, x 1 views" in out
     assert cache.status.tolist() == [MISSING] * 3 + [OK] * 36 + [MISSING]
     assert "36 ok, 4 missing" in out and "(no caption)" in out and "(caption of a placeholder picture)" in out
     again = path.read_bytes()
-    run_captions("--images", "absent", "--placeholder", "nothing to see", edit=edit)
+    run_captions("--placeholder", "nothing to see", edit=edit)
     assert path.read_bytes() == again
 
 

@@ -155,7 +155,7 @@ def test_regions_are_those_of_the_feature_file(runs, data_dir, cache_dir, system
     sources = [post[predictor.source] for post in posts]
     cache = FeatureCache(predictor.config["features"])
     there = cache.read([post["id"] for post in posts])
-    named = list(dict.fromkeys(sources))
+    named = {source: source for source in sources}
     here = predict.NewPhotos(named, predictor.made, predictor.backbone, "cpu", predictor.pool).read(sources)
     assert all(torch.equal(here[name], there[name]) for name in ("region_mask", "region_grid"))
     assert here["regions"].dtype == there["regions"].dtype and here["regions"].any()
@@ -229,7 +229,7 @@ def test_one_post_an_opened_image_and_many_are_answered_alike(film, data_dir):
         opened = post | {"image": photo}
         assert film(post) == film([post])[0] == film(opened) == film([opened])[0]
         assert film([opened, post, opened | {"image": Image.new("RGB", (64, 64))}])[:2] == film([post, post])
-        assert photo.size == before.size and list(photo.getdata()) == list(before.getdata())
+        assert photo.size == before.size and photo.tobytes() == before.tobytes()
 
 
 def test_blank_lines_are_no_posts(runs, tmp_path):
@@ -239,8 +239,9 @@ def test_blank_lines_are_no_posts(runs, tmp_path):
 
 
 @pytest.mark.parametrize("system, args, message", [
-    ("film", ["--head", "0", "1"], "--head: .* finds entities and looks at image only"), ("film", ["--caption", "x"], "--caption: .*"),
-    ("none", ["--image", "x.jpg"], "--image: .* looks at text only"), ("bert-caption", ["--image", "x.jpg"], "looks at caption only"),
+    ("film", ["--head", "0", "1"], "--head does not go with .* finds entities in text and image"),
+    ("film", ["--caption", "x"], "--caption does not go with"), ("none", ["--image", "x.jpg"], "--image .* entities in text; "),
+    ("bert-caption", ["--image", "x.jpg"], "finds entities in text and caption; leave it out"),
 ])  # fmt: skip
 def test_options_that_do_not_go_with_the_run_are_refused(runs, system, args, message):
     run, weights = runs(system)
@@ -326,7 +327,7 @@ def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked)
 # ----------------------------------------------------------------------------------------------- files of posts
 
 BROKEN = [
-    (b"", "not JSON"), (b"{", "not JSON"), (b'{"words": ' + b"[" * 10**5, "not JSON"), (b"[1]", "not a JSON object"),
+    (b"{", "not JSON"), (b'{"words": ' + b"[" * 10**5, "not JSON"), (b"[1]", "not a JSON object"),
     (b'{"text": "\xff"}', "not UTF-8 (byte 10)"), (b'{"text": "' + b"a" * 2**20, "longer than 1,048,576 bytes"),
     (b'{"image": "a.jpg"}', "needs either text or words"), (b'{"text": "a", "words": ["a"]}', "needs either text or"),
     (b'{"text": 3}', "text is not text"), (b'{"text": "\\ud83d"}', "text holds half a character"),

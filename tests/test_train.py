@@ -440,6 +440,13 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     assert "Trained and scored with other posts' photos" in report.main(["--run", str(folder)]).read_text(encoding="utf-8")
 
 
+def test_run_folders_tell_encoders_apart():
+    for encoder, name in (("roberta-base", ""), ("vinai/bertweet-base", "-bertweet-base"), ("models/mine", "-mine"),
+                          ("models/mine/", "-mine")):  # fmt: skip
+        args = train.parse_args(["--text-encoder", encoder, "--fusion", "none"])
+        assert args.run_dir == f"runs/twitter2017-roberta-resnet50{name}-none-s1337"
+
+
 @pytest.mark.parametrize("args, message", [
     (["--heads", "4"], "--heads: film has none to choose"), (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
     (["--img-size", "64", "--features", "x.h5"], "--img-size and --features: either tells which feature file"),
