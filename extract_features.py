@@ -367,7 +367,7 @@ def main(argv=None):
             print("no C++ compiler here: the forward pass is not compiled")
     recorded = {  # said in the file, not compared with what is asked
         "photos_sha256": "none" if args.captions else photos_digest(inputs),
-        "made_from": str(Path(args.captions).resolve() if args.captions else next(filter(None, inputs.values())).parent.resolve()),
+        "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         "engine": "inductor" if compiling else "eager",
         **{f"version_{m.__name__}": str(m.__version__) for m in (torch, torchvision, transformers, h5py, np, PIL)},

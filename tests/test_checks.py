@@ -176,7 +176,7 @@ def test_what_counts_as_another_seed_of_the_same_system():
         "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
         "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager", "version_torch": "2.15"},
     }  # fmt: skip
-    free = {"seed", "data_dir", "cache_dir", "features", "run_dir", "device", "overwrite", "resume", "save_every",
+    free = {"seed", "data_dir", "images", "cache_dir", "features", "run_dir", "device", "overwrite", "resume", "save_every",
             "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
     known = system_settings(config)
     for key in config.keys() - {"data", "features_made", "text_encoder"}:
