@@ -316,16 +316,22 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
 # ------------------------------------------------------------------------------------------------------- photos
 
 
-def upright(file):
-    """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first picture.
-
-    ValueError if it has more pixels than Pillow thinks safe: such a picture takes over 1 GB to decode and turn; and for an
-    EPS, which Pillow would hand to Ghostscript to run.
-    """
+def check_picture(file):
+    """The open picture, unless it has more pixels than Pillow thinks safe (over 1 GB to decode and turn), or is an EPS, which
+    Pillow would hand to Ghostscript to run: ValueError."""
     if file.format == "EPS":
         raise ValueError("an EPS, which another program would have to run; save it as PNG")
     if file.width * file.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are too many")
+    return file
+
+
+def upright(file):
+    """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first picture.
+
+    ValueError as `check_picture` says.
+    """
+    check_picture(file)
     ImageOps.exif_transpose(file, in_place=True)  # in place, and converted only if need be: each copy may be 270 MB
     if file.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
         file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
@@ -364,8 +370,8 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if isinstance(path, Image.Image):  # open already: `upright` changes what it is given, but must be the first to read an EPS
-            return self.decode(lambda: path if path.format == "EPS" else path.copy(), image_id)
+        if isinstance(path, Image.Image):  # open already, and not ours to change
+            return self.decode(lambda: check_picture(path).copy(), image_id)
         if path is None or not os.path.lexists(path):
             return None, MISSING, self.reasons.get(image_id, "no such file")
         if not os.path.isfile(path):  # to open a pipe would be to wait for ever

@@ -60,7 +60,7 @@ def join_processes(device):
     if together and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(device)
-    if device.startswith("cuda"):
+    if torch.device(device).index is not None:  # plain "cuda" is the current one already
         torch.cuda.set_device(device)
     if not together:
         return 0, 1, device
@@ -105,7 +105,7 @@ def hold(fd, path, how):
     try:
         fcntl.flock(fd, how)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         print(f"WARNING: {path}: no locks on this file system ({error.strerror}); see to it that no other process writes there",
               file=sys.stderr)  # fmt: skip

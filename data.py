@@ -190,8 +190,7 @@ def read_ner(path, allowed, notes=None):
     image_id, opened, words, labels = None, 0, [], []  # opened: the line at which the post begins, 0 = none is open
     for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
         where, (named, _, rest) = f"{path}:{number}", line.partition("\t")
-        # Some files label the photo's line too; where no post is open it can be no word.
-        starts_post = named.startswith("IMGID:") and (not rest.strip() or (rest.strip() == "O" and not opened))
+        starts_post = named.startswith("IMGID:") and rest.strip() in ("", "O")  # some files label the photo's line too
         starts_document = re.match(r"-DOCSTART-(\s|$)", line)
         if (starts_post or starts_document or not line.strip()) and opened:
             if not words:
@@ -289,7 +288,7 @@ def read_mnre(path, allowed, notes=None):
         try:
             row = parse_row(row) if isinstance(row, str) else row
             words, relation = row["token"], row["relation"]
-            image_id = row["img_id"] if allowed is not None else row.get("img_id")
+            image_id = row["img_id"] if allowed is not None else row.get("img_id") or None
             spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
             names = {end: row[end].get("name") for end in "ht"}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -359,7 +358,8 @@ class Dataset:
 def dataset_name(text):
     """argparse type: one of `DATASETS`, or a folder of the user's own data."""
     if text not in DATASETS and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}")
+        held = "; name the folder that holds its files" if Path(text).is_file() else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}{held}")
     path = Path(text).resolve()
     if text not in DATASETS and path.name in DATASETS:  # its labels and layouts are known by that name
         raise argparse.ArgumentTypeError(f"for the data set in {text} type {path.name}, and --data-dir {path.parent}")
@@ -457,7 +457,8 @@ def load_dataset(name, data_dir="data"):
 def image_folders(name, data_dir="data", images=None):
     """Folders that hold the photos: `images` if given, else all places a release uses, each with its split folders."""
     name, data_dir = locate(name, data_dir)
-    roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in IMAGE_PLACES]
+    places = [place for place in IMAGE_PLACES if "{d}" in place or name == "mnre"]  # a bare img_org is MNRE's
+    roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in places]
     parts = ("", *(split for names in SPLITS.values() for split in names))
     folders = [root / part for root in roots for part in parts if (root / part).is_dir()]
     if not folders:
@@ -471,15 +472,17 @@ def find_photos(image_ids, folders, reasons=None):
     Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else. `reasons` is a dict
     that is told, by id, what lies there under a name like a missing photo's, or that a photo has another ending.
     """
-    names, below = {}, []
+    found, names, below = dict.fromkeys(image_ids), {}, []
     for folder in folders:
+        there = {}
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             below += [Path(entry.path)] if entry.is_dir() and Path(entry.path) not in folders else []
             if entry.name.startswith("._"):  # what macOS keeps beside a file, under its name
                 continue
             if not entry.is_dir() or name_stem(entry.name) != fold(entry.name):  # a folder is no photo, unless named as one
-                names.setdefault(entry.name, Path(entry.path))
-    found = by_name(image_ids, names)
+                there[entry.name] = Path(entry.path)
+        found |= by_name([image_id for image_id, path in found.items() if path is None], there)
+        names = there | names
     if reasons is not None:
         near = {}  # what stands before a dot of a name: the name
         for name in names:
@@ -755,10 +758,21 @@ def attrs_crc32(attrs):
     return zlib.crc32(json.dumps({k: v for k, v in attrs.items() if k != "attrs_crc32"}, sort_keys=True).encode())
 
 
-def photos_digest(paths):
-    """SHA-256 over the names and sizes of the photos at `paths`, {image id: path or None}: which photos they are."""
-    sizes = [[image_id, os.path.getsize(p) if os.path.isfile(p) else 0] for image_id, p in paths.items() if p is not None]
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+def photo_bytes(paths):
+    """The size of each photo at `paths`, {image id: path or None}, in bytes; 0 where there is none."""
+    return [os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()]
+
+
+def refuse_other_photos(path, attrs, image_ids, sizes, paths):
+    """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` in bytes (0 = unknown) of a feature file's."""
+    here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
+    other = [image_id for image_id, a, b in zip(image_ids, sizes, here, strict=True) if a and b and a != b]
+    if other:
+        raise ValueError(
+            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]}; it was made from"
+            f" {attrs.get('made_from', 'an unknown folder')}); make it anew with extract_features.py --overwrite, or name the"
+            " right one with --features or --cache-dir, the right photos with --images"
+        )
 
 
 class FeatureCache:
@@ -796,6 +810,8 @@ class FeatureCache:
                     )
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
                 self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
+                unknown = np.zeros(len(self.status), np.int64)  # files of earlier versions do not tell
+                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else unknown
                 ids = [name.decode() for name in file["image_id"][:]]
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
                 regions = file["regions"]
@@ -876,17 +892,10 @@ class FeatureCache:
     def compare_photos(self, paths):
         """How many of the photos the file was made of are not among `paths`, {image id: path or None}.
 
-        ValueError if all are, but are others, by name and size: of another folder, or replaced since.
+        ValueError if some that are have another size: they are of another folder, or were replaced since.
         """
-        readable = [image_id for image_id, status in zip(self.ids, self.status, strict=True) if status != MISSING]
-        absent = sum(paths.get(image_id) is None for image_id in readable)
-        if not absent and photos_digest({image_id: paths[image_id] for image_id in readable}) != self.attrs["photos_sha256"]:
-            raise ValueError(
-                f"{self.path}: made of other photos than those here (names or sizes differ; it was made from"
-                f" {self.attrs.get('made_from', 'an unknown folder')}); make it anew with extract_features.py --overwrite, or"
-                " name the right one with --features, the right photos with --images"
-            )
-        return absent
+        refuse_other_photos(self.path, self.attrs, self.ids, self.photo_bytes, paths)
+        return sum(size > 0 and paths.get(image_id) is None for image_id, size in zip(self.ids, self.photo_bytes, strict=True))
 
     def read(self, photos, views=None):
         """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.

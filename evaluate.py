@@ -73,10 +73,12 @@ def shuffled_photos(image_ids, cache, seed):
 
 
 def dataset_now(config, data_dir=None):
-    """(name, --data-dir) of a run's data set; `data_dir`: where it is now, the parent folder if it is the user's own."""
+    """(name, --data-dir) of a run's data set; `data_dir`: where it is now. Of the user's own, that is its parent folder, or
+    itself under another name."""
     name = config["dataset"]
     if data_dir and name not in DATASETS:
-        name = str(Path(data_dir) / Path(name).name)
+        inside = Path(data_dir) / Path(name).name
+        name = str(inside if inside.is_dir() else Path(data_dir))
     return name, data_dir or config["data_dir"]
 
 
@@ -111,11 +113,10 @@ def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
     ids = [example.image_id for example in examples]
 
     def run(swap):
-        records = predict(
+        return predict(
             model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
             precision_on(device, config), cache, swap, known,
         )  # fmt: skip
-        return records
 
     true = run(None)
     if cache is None:  # without a photo to show, all three are one

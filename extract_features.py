@@ -38,7 +38,8 @@ from tqdm import tqdm
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
 from commands import alone_in, bounded, command_line, default_device, join_processes, lock, wait_for_all
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, by_name, dataset_name
-from data import find_photos, image_folders, load_dataset, photos_digest, read_attrs, read_captions, row_crc32
+from data import find_photos, image_folders, load_dataset, photo_bytes, read_attrs, read_captions
+from data import refuse_other_photos, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
@@ -63,7 +64,7 @@ def reserve(path, size):
         os.close(fd)
 
 
-def create_file(path, image_ids, shape, kind, attrs):
+def create_file(path, image_ids, sizes, shape, kind, attrs):
     """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
 
     Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
@@ -75,8 +76,9 @@ def create_file(path, image_ids, shape, kind, attrs):
     columns = {
         "regions": (shape, kind), "num_regions": ((rows,), "uint16"), "grid": ((rows, 2), "uint16"),
         "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"),
-        "crc32": ((rows, views), "uint32"),
+        "crc32": ((rows, views), "uint32"), "photo_bytes": ((rows,), "int64"),
     }  # fmt: skip
+    known = {"image_id": names, "photo_bytes": sizes}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         reserve(temporary, int(np.prod(shape)) * np.dtype(kind).itemsize)  # HDF5 says it less clearly
@@ -89,7 +91,7 @@ def create_file(path, image_ids, shape, kind, attrs):
                 stored, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
                 h5py.h5d.create(file.id, name.encode(), stored, space, layout)
                 if name != "regions":
-                    file[name][:] = names if name == "image_id" else np.zeros(size, dtype)
+                    file[name][:] = known.get(name, np.zeros(size, dtype))
             attrs = attrs | {"attrs_crc32": attrs_crc32(attrs)}
             for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
                 file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
@@ -110,6 +112,7 @@ class FeatureWriter:
             self.attrs = refuse_other_settings(path, settings)
             with h5py.File(path, "r", locking=False) as file:  # the lock is ours
                 self.status = file["status"][:]
+                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(image_ids), np.int64)
                 self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
         except ValueError:
             self.close()
@@ -174,13 +177,13 @@ def low_priority(worker):
     os.nice(10)
 
 
-def queues(workers, batch_bytes, room=None):
-    """(workers, batches each decodes ahead) whose queues fit the shared memory they lie in: Docker gives 64 MB of it.
+def shared_memory(processes):
+    """Bytes of shared memory for the queues of each of so many processes: half of what is free."""
+    return shutil.disk_usage("/dev/shm").free // (2 * processes) if os.path.isdir("/dev/shm") else 2**62
 
-    Half of what is free is used, `room` bytes.
-    """
-    if room is None:
-        room = shutil.disk_usage("/dev/shm").free // 2 if os.path.isdir("/dev/shm") else 2**62
+
+def queues(workers, batch_bytes, room):
+    """(workers, batches each decodes ahead) whose queues fit into `room` bytes of shared memory: Docker gives 64 MB of it."""
     fitting = min(workers, room // batch_bytes)
     return fitting, min(2, max(1, room // (batch_bytes * max(1, fitting))))
 
@@ -293,7 +296,7 @@ def parse_args(argv):
     return args
 
 
-def begin(args, path, image_ids, shape, kind, attrs, found):
+def begin(args, path, image_ids, sizes, shape, kind, attrs, found):
     """Make the unfinished file at `path`.partial if there is none; ValueError if the disk has no room for it."""
     partial = path.with_name(path.name + ".partial")
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
@@ -305,11 +308,11 @@ def begin(args, path, image_ids, shape, kind, attrs, found):
         raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
     if args.overwrite:
         if partial.exists():
-            os.close(lock(partial))  # refused while another process is filling it
+            os.close(lock(partial, os.O_RDWR))  # refused while another process is filling it
             partial.unlink()
         path.unlink(missing_ok=True)
     if not partial.exists():
-        create_file(partial, image_ids, shape, kind, attrs)
+        create_file(partial, image_ids, sizes, shape, kind, attrs)
 
 
 def find_inputs(args, image_ids):
@@ -365,8 +368,9 @@ def main(argv=None):
         compiling = shutil.which(os.environ.get("CXX", "g++")) is not None
         if not compiling:
             print("no C++ compiler here: the forward pass is not compiled")
+    sizes = [0] * len(image_ids) if args.captions else photo_bytes(inputs)
     recorded = {  # said in the file, not compared with what is asked
-        "photos_sha256": "none" if args.captions else photos_digest(inputs),
+        "photos_sha256": hashlib.sha256(repr([*zip(image_ids, sizes, strict=True)]).encode()).hexdigest(),
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         "engine": "inductor" if compiling else "eager",
@@ -389,18 +393,20 @@ def main(argv=None):
         absent = [i for i in image_ids if cache.status[cache.rows[i]] == MISSING]
         if back := [i for i in absent if inputs[i] is not None and inputs[i] != args.placeholder]:
             print(f"  {len(back)} photos recorded as missing are there now (first: {back[0]}); --overwrite reads them")
-        elif not args.captions and (gone := cache.compare_photos(inputs)):
+        if not args.captions and (gone := cache.compare_photos(inputs)):
             print(f"  {gone} of the photos it was made of are not here, so they are not compared")
         return path
 
     if rank == 0:
         with alone_in(path.parent):
-            begin(args, path, image_ids, shape, backbone.dtype, settings | recorded, found)
+            begin(args, path, image_ids, sizes, shape, backbone.dtype, settings | recorded, found)
             writer = FeatureWriter(partial, settings, image_ids)
     wait_for_all(processes)
     if rank:
         writer = FeatureWriter(partial, settings, image_ids, alone=False)
     with contextlib.closing(writer):
+        if not args.captions:
+            refuse_other_photos(partial, writer.attrs, image_ids, writer.photo_bytes, inputs)
         for key in ("batch_size", "engine"):  # another one would change the last bits
             if writer.attrs[key] != recorded[key]:
                 print(f"resuming with the {key.replace('_', ' ')} the file was begun with, {writer.attrs[key]}")
@@ -417,7 +423,7 @@ def main(argv=None):
             reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
             asked = min(args.workers, len(todo))
             # A photo that keeps its shape is at most 5 : 3 here.
-            workers, ahead = queues(asked, per_batch * args.views * 5 * settings["img_size"] ** 2)
+            workers, ahead = queues(asked, per_batch * args.views * 5 * settings["img_size"] ** 2, shared_memory(processes))
             if workers < asked:
                 print(f"{workers} of {asked} workers: /dev/shm has no room for more batches (docker run --shm-size 1g makes some)")
         loader = batch_loader(reader, todo, workers, ahead)

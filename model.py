@@ -17,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
+from commands import out_of_memory
 from data import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
 from fusion import FUSIONS, clean
 
@@ -285,6 +286,8 @@ def load_text_encoder(source, system, task, dropout):
         if tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token; are the tokenizer's files there?")
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         reason = f"a {config.model_type} cannot be used as a text encoder here ({first_line(error)})"
         raise ValueError(f"{option} {source}: {reason}") from None
     return encoder, tokenizer
@@ -395,7 +398,8 @@ def load_run(run_dir, device="cpu"):
 PLACES = {"data_dir", "images", "cache_dir", "features", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every"}
 MACHINE = {"device", "threads", "processes", "versions"}
-OF_FEATURES = {"engine", "batch_size", "sha256", "attrs_crc32", "format"}
+OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
+RUN_FORMAT = 2  # raised when training itself changes, so that runs of before and after are not taken for one system
 
 
 def flat(config, prefix=""):
@@ -407,9 +411,11 @@ def flat(config, prefix=""):
 
 
 def system_settings(config):
-    """All of a run's configuration but its seed, paths and machine, as {"a.b.c": value}: runs that share it are one system."""
+    """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
+    share it are one system."""
     kept = {key: value for key, value in config.items() if key not in {"seed", "eval_batch_size"} | PLACES | WRITING | MACHINE}
-    kept["text_encoder"] = Path(config["text_encoder"]).name  # a folder may be named from elsewhere
+    for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
+        kept[name] = Path(config[name]).name
     if features := config.get("features_made"):
         kept["features_made"] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
     return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}

@@ -79,6 +79,8 @@ def load_line(line):
     """The post on a line of JSON (bytes; None stands for one that is too long). ValueError says what is wrong."""
     if line is None:
         raise ValueError(f"longer than {LINE:,} bytes")
+    if not isinstance(line, bytes):
+        raise ValueError("not a post: give a dict, {'text': ...}")
     try:
         post = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -235,8 +237,9 @@ class Predictor:
 
         Paths of photos start at `folder`.
         """
-        if isinstance(posts, dict | bytes):
+        if isinstance(posts, dict | bytes | str):
             return self.answer([posts], folder)[0]
+        posts = list(posts)
         parts = (posts[i : i + WINDOW] for i in range(0, len(posts), WINDOW))
         return [answer for part in parts for answer in self.answer(part, folder)]
 
@@ -258,8 +261,11 @@ class Predictor:
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
-            # An image that is open already gets a name, which no file can have: images cannot be keys.
-            examples = [replace(e, image_id=f"\0{i}") if isinstance(e.image_id, Image.Image) else e for i, e in enumerate(examples)]
+            # An opened image gets a name that no file can have, for images cannot be keys; the same one in several posts is
+            # decoded once, by one thread: two would get in each other's way.
+            examples = [
+                replace(e, image_id=f"\0{id(e.image_id)}") if isinstance(e.image_id, Image.Image) else e for e in examples
+            ]
             named = {e.image_id: part[2].image_id for e, part in zip(examples, read, strict=True) if e.image_id is not None}
             photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool)
         records = predict(
@@ -271,8 +277,9 @@ class Predictor:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
                 if reason and re.match("https?://", str(post.get("image"))):
                     reason = "a link, and nothing is downloaded here: download it first and name the file"
+                named = "caption" if self.source == "caption" else post["image"]
                 if reason:
-                    answer["note"] = f"{post['image'] if self.source == 'image' else 'caption'}: {reason}"
+                    answer["note"] = f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}"
             elif self.source == "caption" and post.get("image") is not None:
                 answer["note"] = "the run looks at captions, not at images; give the post its caption"
             if config["task"] == "relation":
@@ -470,6 +477,8 @@ def main(argv=None):
         if getattr(args, name) is not None and not use:
             what = f"{'relations' if relations else 'entities'} in text{f' and {looked_at}' if looked_at else ''}"
             raise ValueError(f"--{name} does not go with {args.run}, which finds {what}; leave it out")
+    if looked_at is None and (args.images or args.weights):
+        raise ValueError(f"--images and --weights do not go with {args.run}, which looks at text only; leave them out")
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if args.input is not None:

@@ -33,7 +33,7 @@ from data import DATASETS, IGNORE, FeatureCache, collate, data_task, dataset_nam
 from data import length_batches, load_dataset, locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
-from model import MACHINE, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
+from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
 from model import longest_input, read_config, save_weights
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
@@ -91,6 +91,8 @@ def parse_args(argv):
         parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
     if args.img_size and args.features:
         parser.error("--img-size and --features: either tells which feature file; leave one out")
+    if args.fusion == "none" and (args.images or args.features):
+        parser.error("--images and --features: --fusion none is shown no photo; leave them out")
     args.heads = args.heads or 8
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
@@ -101,6 +103,8 @@ def parse_args(argv):
     args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
     if args.shuffle_photos and args.fusion == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
+    if args.images and system.backbone == "caption":
+        parser.error(f"--images: {args.model} reads captions, no photo; leave it out")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite: one goes on with a run, the other deletes it; leave one out")
     return args
@@ -124,7 +128,11 @@ def open_features(args, dataset):
         try:
             paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
         except FileNotFoundError:
+            if args.images:
+                raise
             paths = {}
+        if not cache.photo_bytes.any():
+            print("           made by an earlier version, which kept no photo's size: not compared with the photos here")
         if absent := cache.compare_photos(paths):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing tells whether they are"
                   f" {dataset.name}'s")  # fmt: skip
@@ -254,6 +262,7 @@ def run(args, stack):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | {
+        "run_format": RUN_FORMAT,
         "task": dataset.task,
         "labels": list(dataset.labels),
         "data": prints,
@@ -288,6 +297,8 @@ def run(args, stack):
         if (run_dir / f"metrics-{last}.json").exists() and not state.exists():
             print(f"{run_dir} is finished; left alone (--overwrite trains it anew)")
             return run_dir
+    elif args.resume:
+        print(f"{run_dir}: nothing there to resume; the run begins")
     wait_for_all(processes)  # all have seen the folder as it was
     if rank == 0:
         for path in run_dir.iterdir() if args.overwrite else ():

@@ -56,7 +56,7 @@ MADE = {  # name: what the command makes
                       "predictions-test.jsonl", "metrics-valid.json", "metrics-test.json")),
     "predict.py": ("answers.jsonl",),
     "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
-                  *(f"runs/demo-roberta-resnet50-{fusion}-s1/{name}" for fusion in ("none", "film")
+                  *(f"runs/demo-roberta-resnet50-encoder-{fusion}-s1/{name}" for fusion in ("none", "film")
                     for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
 }  # fmt: skip
 

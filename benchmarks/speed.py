@@ -107,7 +107,7 @@ def run(folder, *command):
 def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
     """A feature file of random regions, as extract_features.py lays it out and train.py takes it for ResNet50's."""
     attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views, "weights": "none", "parameters": 0}
-    create_file(path, image_ids, (len(image_ids), views, *shape), "float16", attrs)
+    create_file(path, image_ids, [0] * len(image_ids), (len(image_ids), views, *shape), "float16", attrs)
     values = np.random.default_rng(0).standard_normal(views * shape[0] * shape[1] + 997).astype(np.float16)
     with contextlib.closing(FeatureWriter(path, {}, image_ids)) as writer:
         for number in range(len(image_ids)):
@@ -297,7 +297,7 @@ def extraction(args, place):
 
         def work(turn):
             path = place / f"extracted-{views}.h5"
-            create_file(path, ids, (len(ids), views, REGIONS, DIM), "float16", {"format": FORMAT})
+            create_file(path, ids, [0] * len(ids), (len(ids), views, REGIONS, DIM), "float16", {"format": FORMAT})
             with contextlib.closing(FeatureWriter(path, {}, ids)) as writer, tqdm(disable=True) as progress:
                 extract(backbone, writer, batch_loader(reader, batches, workers), batches, args.device, progress)
 

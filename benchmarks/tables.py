@@ -28,7 +28,7 @@ from checks import paired_bootstrap  # noqa: E402
 from commands import command_line  # noqa: E402
 from data import DATASETS, FeatureCache, load_dataset  # noqa: E402
 from evaluate import predictions_file  # noqa: E402
-from model import differing, read_config, system_settings  # noqa: E402
+from model import RUN_FORMAT, differing, read_config, system_settings  # noqa: E402
 from scores import main_score, read_predictions, write_text  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
@@ -181,7 +181,8 @@ def other_run(argv):
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
-    made, asked = (system_settings(config) for config in (read_config(folder), vars(train.parse_args(argv))))
+    asked = vars(train.parse_args(argv)) | {"run_format": RUN_FORMAT}
+    made, asked = (system_settings(config) for config in (read_config(folder), asked))
     made = {key: made.get(key) for key in asked} | {"precision": asked["precision"]}  # auto: it follows the machine
     return f"{folder} is another run, {', '.join(other.values())}" if (other := differing(made, asked, ("its", "this row's"))) else ""
 

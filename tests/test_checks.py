@@ -188,6 +188,7 @@ def test_what_counts_as_another_seed_of_the_same_system():
         ("features_made", config["features_made"] | {"views": 1}, False),
         ("features_made", config["features_made"] | {"weights": "x"}, False),
         ("features_made", None, False),
+        ("dataset", "/moved/twitter2017", True), ("run_format", 1, False),
         ("text_encoder", f"models/{config['text_encoder']}", True), ("text_encoder", "another", False),
     ):  # fmt: skip
         assert (system_settings(config | {part: inner}) == known) == same, (part, inner)

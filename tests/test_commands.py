@@ -41,7 +41,7 @@ def test_a_process_touches_no_gpu_but_its_own(monkeypatch, together, asked, touc
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     assert join_processes(asked) == (0, 4 if together else 1, touched)
-    assert looked == [touched] and current == [touched] * touched.startswith("cuda")
+    assert looked == [touched] and current == [touched] * (":" in touched)  # torch takes no "cuda" without a number there
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -73,9 +73,9 @@ def test_ner_file_without_photos(tmp_path, blank):
     assert notes == ["no IMGID line: 2 posts without photo"] + ["2 -DOCSTART- lines left out"] * ("DOC" in blank)
 
 
-def test_a_photo_line_with_a_label_is_a_word_within_a_post(tmp_path):
-    (post,) = read_ner(tmp_path, "IMGID:1\tO\nIMGID:2\tO\n")
-    assert (post.image_id, post.words) == ("1", ("IMGID:2",))
+def test_a_photo_line_with_a_label_starts_a_post_too(tmp_path):
+    posts = read_ner(tmp_path, "IMGID:1\tO\na\tO\nIMGID:2\tO\nb\tB-PER\n")
+    assert [(post.image_id, post.words) for post in posts] == [("1", ("a",)), ("2", ("b",))]
 
 
 def in_scheme(entities, length, scheme):
@@ -403,6 +403,14 @@ def test_all_usual_places_are_searched(tmp_path):
     assert find_photos(["1", "2"], data.image_folders("mnre", tmp_path)) == {"1": first, "2": second}
     only = data.image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
     assert only == [first.parent.parent, first.parent] and find_photos(["1", "2"], only) == {"1": first, "2": None}
+
+
+def test_a_data_sets_own_folder_comes_first_and_mnres_is_no_others(tmp_path):
+    own, mnre = write(tmp_path / "twitter2017" / "images" / "16.png", ""), write(tmp_path / "img_org" / "train" / "16.jpg", "")
+    second = write(tmp_path / "twitter2017_images" / "16.jpg", "")
+    folders = data.image_folders("twitter2017", tmp_path)
+    assert folders == [own.parent, second.parent] and find_photos(["16", "17"], folders) == {"16": own, "17": None}
+    assert find_photos(["16"], data.image_folders("mnre", tmp_path)) == {"16": mnre}
 
 
 class Slow:
@@ -841,6 +849,8 @@ def test_dataset_name(tmp_path):
     assert data.dataset_name("mnre") == "mnre" and data.dataset_name(str(tmp_path)) == str(tmp_path)
     with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of twitter2015, "):
         data.dataset_name(str(tmp_path / "absent"))
+    with pytest.raises(argparse.ArgumentTypeError, match="; name the folder that holds its files$"):
+        data.dataset_name(__file__)
     (tmp_path / "mnre").mkdir()
     with pytest.raises(argparse.ArgumentTypeError, match=f"type mnre, and --data-dir {tmp_path}$"):
         data.dataset_name(str(tmp_path / "mnre"))

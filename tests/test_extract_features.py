@@ -530,9 +530,27 @@ def test_photos_changed_behind_a_finished_file_are_refused(run, data_dir, tmp_pa
     (images / "train_0004.jpg").unlink()
     assert run("--images", images) == path
     assert "1 of the photos it was made of are not here" in capsys.readouterr().out
-    Image.new("RGB", (50, 50)).save(images / "train_0004.jpg")
-    with pytest.raises(ValueError, match=f"made of other photos than those here .*made from {images}"):
+    Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")  # one that is there is enough
+    with pytest.raises(ValueError, match=rf"other photos than those here: 1 differ in size .first: train_0003; it was made from {images}"):
         run("--images", images)
+
+
+def test_an_unfinished_file_is_not_filled_with_other_photos(run, data_dir, tmp_path, monkeypatch):
+    """Nor if one that was missing is there by now."""
+    images = tmp_path / "photos"
+    shutil.copytree(data_dir / "demo" / "images", images)
+    photo = (images / "train_0000.jpg").read_bytes()
+    (images / "train_0000.jpg").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_features, "extract", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("--images", images)
+    Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")
+    (images / "train_0000.jpg").write_bytes(photo)
+    with pytest.raises(ValueError, match=r"h5.partial: made of other photos than those here: 1 differ in size .first: train_0003"):
+        run("--images", images)
+    shutil.copy(data_dir / "demo" / "images" / "train_0003.jpg", images)
+    assert (FeatureCache(run("--images", images)).status == OK).all()
 
 
 @pytest.mark.parametrize("photos_held, workers", [(0, 0), (1, 1), (3, 3), (4, 4), (7, 4), (8, 4), (1000, 4)])
@@ -548,6 +566,7 @@ def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch,
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000) if place == "/dev/shm" else usage)
     monkeypatch.setattr(os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place))
+    assert [extract_features.shared_memory(processes) for processes in (1, 5)] == [500, 100]
     (tmp_path / "other").mkdir()
     other = run("--workers", 2, "--cache-dir", tmp_path / "other")
     assert "0 of 2 workers: /dev/shm has no room" in capsys.readouterr().out

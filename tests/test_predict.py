@@ -232,6 +232,22 @@ def test_one_post_an_opened_image_and_many_are_answered_alike(film, data_dir):
         assert photo.size == before.size and photo.tobytes() == before.tobytes()
 
 
+def test_one_opened_image_in_several_posts(clip, data_dir, tmp_path):
+    """Decoded by one thread: opened, not read yet, and large enough for two to meet in it."""
+    words = {"words": posts_of(data_dir)[0]["words"]}
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)).save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as photo:
+        answers = clip([words | {"image": photo}] * 8)
+    assert answers == clip([words | {"image": str(tmp_path / "large.jpg")}] * 8) and all(answer["photo"] for answer in answers)
+    broken = Image.open(io.BytesIO((tmp_path / "large.jpg").read_bytes()[:9000]))
+    assert clip(words | {"image": broken})["note"].startswith("opened image: OSError: image file is truncated")
+
+
+def test_what_is_no_post_is_an_error_in_its_place(film):
+    assert film("Jordan")["error"].startswith("not a post") and film(["Jordan", {"text": "Jordan"}])[0]["error"].startswith("not a")
+    assert len(film(post for post in [{"text": "Jordan"}] * 2)) == 2
+
+
 def test_blank_lines_are_no_posts(runs, tmp_path):
     (tmp_path / "in.jsonl").write_text('\n{"text": "Jordan", "id": 1}\n  \n\r\n{"text": "Paris", "id": 2}\n\n')
     answers = jsonl(answer(runs("none"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"))

@@ -195,6 +195,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monk
 
 def test_resume_is_refused_with_other_settings_and_leaves_a_finished_run_alone(flags, tmp_path, capsys):
     folder = run(flags, tmp_path / "run", "--resume", "--epochs", 1)
+    assert f"{folder}: nothing there to resume; the run begins" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in folder.glob("*.json*")}
     run(flags, folder, "--resume", "--epochs", 1)
     assert "is finished; left alone" in capsys.readouterr().out
@@ -450,6 +451,8 @@ def test_run_folders_tell_encoders_apart():
 @pytest.mark.parametrize("args, message", [
     (["--heads", "4"], "--heads: film has none to choose"), (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
     (["--img-size", "64", "--features", "x.h5"], "--img-size and --features: either tells which feature file"),
+    (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"), (["--fusion", "none", "--images", "x"], "--images"),
+    (["--model", "bert-caption", "--images", "x"], "--images: bert-caption reads captions"),
 ])  # fmt: skip
 def test_options_that_do_not_go_with_the_run_are_refused(args, message, capsys):
     with pytest.raises(SystemExit):
@@ -486,7 +489,7 @@ def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_pa
     flags = ["--cache-dir", tmp_path, "--text-encoder", encoder_dir, "--epochs", 1]
     run([*flags, "--img-size", 32], tmp_path / "run-a", "--dataset", a)
     assert f"made from {a}/images" in capsys.readouterr().out
-    other = f"made of other photos than those here .*made from {a}/images"
+    other = f"made of other photos than those here: .*made from {a}/images"
     with pytest.raises(ValueError, match=other):
         run([*flags, "--img-size", 32], tmp_path / "run-b", "--dataset", b)
     with pytest.raises(ValueError, match=other):
@@ -499,6 +502,9 @@ def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_pa
     assert "6 of its photos are not here (--images names their folder)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=other):
         run(flags, tmp_path / "run-e", "--dataset", tmp_path / "renamed", "--features", path, "--images", f"{b}/images")
+    with pytest.raises(FileNotFoundError, match="no image folder .*imagse"):
+        run(flags, tmp_path / "run-g", "--dataset", tmp_path / "renamed", "--features", path, "--images", f"{a}/imagse")
+    evaluate.main(["--run", str(tmp_path / "run-a"), "--image-check", "--data-dir", str(tmp_path / "renamed")])
     Image.new("RGB", (9, 9)).save(Path(a) / "images" / "3.png")
     with pytest.raises(ValueError, match=other):
         run([*flags, "--img-size", 32], tmp_path / "run-f", "--dataset", a)
