@@ -763,6 +763,11 @@ def photo_bytes(paths):
     return [os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()]
 
 
+def photos_sha256(image_ids, sizes):
+    """SHA-256 over the names and sizes of photos: which photos they are."""
+    return hashlib.sha256(repr([*zip(image_ids, map(int, sizes), strict=True)]).encode()).hexdigest()
+
+
 def refuse_other_photos(path, attrs, image_ids, sizes, paths):
     """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` in bytes (0 = unknown) of a feature file's."""
     here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
@@ -810,9 +815,10 @@ class FeatureCache:
                     )
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
                 self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
-                unknown = np.zeros(len(self.status), np.int64)  # files of earlier versions do not tell
-                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else unknown
                 ids = [name.decode() for name in file["image_id"][:]]
+                # Files of earlier versions have none.
+                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(self.status), np.int64)
+                told = "photo_bytes" not in file or photos_sha256(ids, self.photo_bytes) == self.attrs.get("photos_sha256")
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
                 regions = file["regions"]
                 self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
@@ -828,7 +834,7 @@ class FeatureCache:
             raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
         if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
             raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
-        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs):
+        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not told:
             raise ValueError(f"{path}: what it says of itself is damaged; make it anew with extract_features.py --overwrite")
         self.ids = ids
         self.rows = {image_id: row for row, image_id in enumerate(ids)}

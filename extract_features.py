@@ -39,7 +39,7 @@ from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
 from commands import alone_in, bounded, command_line, default_device, join_processes, lock, wait_for_all
 from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, by_name, dataset_name
 from data import find_photos, image_folders, load_dataset, photo_bytes, read_attrs, read_captions
-from data import refuse_other_photos, row_crc32
+from data import photos_sha256, refuse_other_photos, row_crc32
 
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
@@ -92,7 +92,8 @@ def create_file(path, image_ids, sizes, shape, kind, attrs):
                 h5py.h5d.create(file.id, name.encode(), stored, space, layout)
                 if name != "regions":
                     file[name][:] = known.get(name, np.zeros(size, dtype))
-            attrs = attrs | {"attrs_crc32": attrs_crc32(attrs)}
+            attrs = attrs | {"photos_sha256": photos_sha256(image_ids, sizes)}
+            attrs |= {"attrs_crc32": attrs_crc32(attrs)}
             for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
                 file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
         reserve(temporary, temporary.stat().st_size)
@@ -370,7 +371,6 @@ def main(argv=None):
             print("no C++ compiler here: the forward pass is not compiled")
     sizes = [0] * len(image_ids) if args.captions else photo_bytes(inputs)
     recorded = {  # said in the file, not compared with what is asked
-        "photos_sha256": hashlib.sha256(repr([*zip(image_ids, sizes, strict=True)]).encode()).hexdigest(),
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters, "batch_size": args.batch_size,
         "engine": "inductor" if compiling else "eager",

@@ -107,7 +107,7 @@ def test_what_is_compiled_by_itself(run, monkeypatch):
     """From so many images on, with ResNet50 on CPU, where there is a compiler."""
     engines = []
 
-    def create_file(path, image_ids, shape, kind, attrs):
+    def create_file(path, image_ids, sizes, shape, kind, attrs):
         engines.append(attrs["engine"])
         raise KeyboardInterrupt
 
@@ -123,7 +123,7 @@ def test_what_is_compiled_by_itself(run, monkeypatch):
 def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     path = run()
     with h5py.File(path) as file:
-        assert set(file) == {"regions", "num_regions", "grid", "image_id", "status", "reason", "crc32"}
+        assert set(file) == {"regions", "num_regions", "grid", "image_id", "status", "reason", "crc32", "photo_bytes"}
         assert all(file[name].dtype.kind != "O" and file[name].chunks is None for name in file)
         assert all(h5py.check_string_dtype(file.attrs.get_id(key).dtype) is None or
                    h5py.check_string_dtype(file.attrs.get_id(key).dtype).length for key in file.attrs)  # fmt: skip
@@ -482,7 +482,7 @@ def test_a_flipped_bit_anywhere_in_a_row_is_found_when_it_is_read(run, tmp_path)
                     cache.read([cache.ids[row]], [view])
                 cache.read([ids[(row + 1) % rows]])  # the others are as they were
             except (ValueError, UnicodeDecodeError, KeyError) as error:  # an id or a status that cannot be: refused on opening
-                assert name in ("image_id", "status", "reason"), (name, at, error)
+                assert name in ("image_id", "status", "reason", "photo_bytes"), (name, at, error)
     path.write_bytes(whole)
     assert all(map(FeatureCache(path).whole, range(10)))
 
