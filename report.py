@@ -125,10 +125,10 @@ def seen_part(width, height, resizing):
 
 def load_photos(image_ids, folders, resizing):
     """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}."""
-    photos = {}
-    for image_id, path in find_photos(image_ids, folders).items():
+    photos, reasons = {}, {}
+    for image_id, path in find_photos(image_ids, folders, reasons).items():
         if path is None:
-            photos[image_id] = MISSING
+            photos[image_id] = reasons.get(image_id, MISSING)
             continue
         try:
             photo, buffer = thumbnail(path), io.BytesIO()
@@ -285,7 +285,7 @@ def main(argv=None):
     posts = [post_of(record) for record in records]
     named = dict.fromkeys(post["photo"] for post in posts if post["photo"] is not None)
     photos = load_photos(named, folders, (made or {}).get("resizing", ""))
-    absent = Counter("missing" if why == MISSING else "unreadable" for why in photos.values() if isinstance(why, str))
+    absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
         warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
                         " own, which the model did not see; so there is no attention to show.")  # fmt: skip

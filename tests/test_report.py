@@ -284,10 +284,12 @@ def test_photos_that_are_not_here_are_said_and_counted(runs, tmp_path, data_dir,
     for name in ("test_0001", "test_0002"):
         (images / f"{name}.jpg").write_bytes((data_dir / "demo" / "images" / f"{name}.jpg").read_bytes())
     (images / "test_0003.jpg").write_bytes(b"no picture")
+    (images / "test_0004.txt").touch()
     page = page_of(runs["cross-attention"], tmp_path / "page.html", "--images", images)
     assert "8 photos, 5 missing, 1 unreadable;" in capsys.readouterr().out
     assert "5 missing and 1 unreadable of 8 photos: their posts say 'no photo here'." in page["warnings"]
     assert page["photos"]["test_0000"] == "no such file"
+    assert page["photos"]["test_0004"] == "no such file; 'test_0004.txt' lies there"
     assert page["photos"]["test_0003"] == "cannot be read (UnidentifiedImageError)"
     shown = {post["photo"] for post in page["posts"] if "maps" in post}
     assert shown == {"test_0001", "test_0002"} == {i for i, photo in page["photos"].items() if isinstance(photo, list)}
