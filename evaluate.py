@@ -20,7 +20,7 @@ from commands import bounded, check_device, command_line, default_device
 from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
-from scores import format_scores, main_score, mentions, read_predictions, score, seen_spans, write_json
+from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions
 

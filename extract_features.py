@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import sys

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import Slow
 from seqeval.scheme import BILOU, IOB1, IOB2, IOBES, Entities
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -411,18 +412,6 @@ def test_a_data_sets_own_folder_comes_first_and_mnres_is_no_others(tmp_path):
     folders = data.image_folders("twitter2017", tmp_path)
     assert folders == [own.parent, second.parent] and find_photos(["16", "17"], folders) == {"16": own, "17": None}
     assert find_photos(["16"], data.image_folders("mnre", tmp_path)) == {"16": mnre}
-
-
-class Slow:
-    """All that a slow tokenizer offers: no word_ids and no word lists."""
-
-    is_fast = False
-
-    def __init__(self, fast):
-        self.fast, self.tokenize, self.convert_tokens_to_ids = fast, fast.tokenize, fast.convert_tokens_to_ids
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
 def tokenizer_for(encoder_dir, task):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Slow
 from encoders import KINDS, build, build_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -211,18 +212,6 @@ def test_dropout_reaches_a_decoder(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizers
-
-
-class Slow:
-    """A fast tokenizer that offers only what a slow one does."""
-
-    is_fast = False
-
-    def __init__(self, fast):
-        self.fast, self.tokenize, self.convert_tokens_to_ids = fast, fast.tokenize, fast.convert_tokens_to_ids
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
 
 QWEN = (
