@@ -235,8 +235,8 @@ def compare(pattern_a, pattern_b, split, name):
     if found["low"] <= 0 <= found["high"]:
         print("  the interval holds 0: these posts do not tell A from B")
     if len(a_runs) == len(b_runs) == 1:
-        print("  one seed against one seed: what another seed would have changed is in no part of this interval, and is often"
-              " as large; train three of each")  # fmt: skip
+        print("  one seed against one seed: what another seed would change is in no part of this interval (a standard deviation of"
+              " 0.005 to 0.010 on Twitter-2017); train three of each")  # fmt: skip
     else:
         print("  seeds are averaged, not resampled: the interval is that of other posts, not of other seeds")
 
