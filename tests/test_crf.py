@@ -1,0 +1,165 @@
+"""The CRF against enumeration of all label sequences, and against a softmax where it has learned nothing."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crf import Crf
+
+K = 3
+
+
+def random_crf(seed, labels=K):
+    torch.manual_seed(seed)
+    crf = Crf(labels)
+    with torch.no_grad():
+        for parameter in crf.parameters():
+            parameter.normal_()
+    return crf
+
+
+def enumerated(crf, logits, mask, bias=None):
+    """{label sequence: its score} of one post's words [W, K], added up word by word, holes left out."""
+    words = [t for t in range(len(mask)) if mask[t]]
+    between = (crf.transitions if bias is None else crf.transitions + bias).tolist()
+    start, end, logits, scores = crf.start.tolist(), crf.end.tolist(), logits.tolist(), {}
+    for labels in itertools.product(range(len(start)), repeat=len(words)):
+        total = start[labels[0]] + end[labels[-1]] if labels else 0.0
+        total += sum(logits[t][y] for t, y in zip(words, labels, strict=True))
+        scores[labels] = total + sum(between[a][b] for a, b in itertools.pairwise(labels))
+    return scores
+
+
+def log_sum(scores):
+    return math.log(math.fsum(math.exp(score) for score in scores))
+
+
+@st.composite
+def posts(draw):
+    """(seed, mask [B, W]) with any holes, posts without words among them."""
+    width = draw(st.integers(1, 6))
+    rows = st.lists(st.booleans(), min_size=width, max_size=width)
+    return draw(st.integers(0, 2**31)), torch.tensor(draw(st.lists(rows, min_size=1, max_size=3)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(posts(), st.booleans())
+def test_partition_loss_path_and_marginals_are_those_of_enumeration(drawn, biased):
+    seed, mask = drawn
+    crf = random_crf(seed)
+    logits, labels = torch.randn(*mask.shape, K), torch.randint(K, mask.shape)
+    bias = torch.randn(len(mask), K, K) if biased else None
+    hidden = logits.masked_fill(~mask[..., None], math.nan)  # what stands in a hole is nobody's business
+    loss = crf.loss(hidden, mask, labels.masked_fill(~mask, -100), bias)
+    best, probability = crf.decode(hidden, mask, bias)
+    for i, row in enumerate(mask):
+        scores = enumerated(crf, logits[i], row, None if bias is None else bias[i])
+        log_z = log_sum(scores.values())
+        assert loss[i].item() == pytest.approx(log_z - scores[tuple(labels[i][row].tolist())], abs=1e-4)
+        path = tuple(best[i][row].tolist())
+        assert scores[path] == pytest.approx(max(scores.values()), abs=1e-4)
+        for word, label in enumerate(path):
+            share = sum(math.exp(s - log_z) for y, s in scores.items() if y[word] == label)
+            assert probability[i][row][word].item() == pytest.approx(share, abs=1e-4)
+        assert not best[i][~row].any() and not probability[i][~row].any()
+
+
+def test_the_gradient_is_marginals_less_gold_and_reaches_every_parameter():
+    crf, mask = random_crf(1), torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    logits, labels = torch.randn(3, 4, K).masked_fill_(~mask[..., None], math.nan).requires_grad_(), torch.randint(K, (3, 4))
+    crf.loss(logits, mask, labels).sum().backward()
+    assert logits.grad.isfinite().all() and not logits.grad[~mask].any()
+    for i in (0, 2):
+        scores = enumerated(crf, logits[i].nan_to_num(), mask[i])
+        log_z = log_sum(scores.values())
+        for word, place in enumerate(mask[i].nonzero().flatten().tolist()):
+            for label in range(K):
+                share = sum(math.exp(s - log_z) for y, s in scores.items() if y[word] == label)
+                wanted = share - (labels[i, place] == label).item()
+                assert logits.grad[i, place, label].item() == pytest.approx(wanted, abs=1e-5)
+    for name, parameter in crf.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 1e-3, name
+
+
+def test_a_new_one_is_a_softmax_of_each_word():
+    torch.manual_seed(2)
+    crf, logits, mask, labels = Crf(5), torch.randn(4, 7, 5), torch.rand(4, 7) < 0.7, torch.randint(5, (4, 7))
+    wanted = [F.cross_entropy(x[m], y[m], reduction="sum") for x, m, y in zip(logits, mask, labels, strict=True)]
+    assert torch.allclose(crf.loss(logits, mask, labels), torch.stack(wanted), atol=1e-5)
+    best, probability = crf.decode(logits, mask)
+    softmax = logits.softmax(-1).max(-1)
+    assert torch.equal(best[mask], softmax.indices[mask])
+    assert torch.allclose(probability[mask], softmax.values[mask], atol=1e-6)
+
+
+def test_a_batch_is_its_posts_one_by_one_at_any_padding():
+    crf = random_crf(3)
+    mask = torch.zeros(5, 40, dtype=torch.bool)
+    for i, length in enumerate((1, 2, 17, 33, 40)):
+        mask[i, :length] = torch.rand(length) < 0.9
+    logits, labels = torch.randn(5, 40, K), torch.randint(K, (5, 40))
+    loss, (best, probability) = crf.loss(logits, mask, labels), crf.decode(logits, mask)
+    for i, length in enumerate((1, 2, 17, 33, 40)):
+        alone = logits[i : i + 1, :length], mask[i : i + 1, :length]
+        assert torch.allclose(crf.loss(*alone, labels[i : i + 1, :length]), loss[i], atol=1e-4)
+        assert torch.equal(crf.decode(*alone)[0][0], best[i, :length])
+        assert torch.allclose(crf.decode(*alone)[1][0], probability[i, :length], atol=1e-5)
+
+
+def test_equal_scores_give_one_whole_path():
+    """Only 0 1 0 1 ... and 1 0 1 0 ... are best, and equal: a word of the one and a word of the other are neither."""
+    crf = Crf(2)
+    with torch.no_grad():
+        crf.transitions.fill_diagonal_(-5)
+    best, probability = crf.decode(torch.zeros(1, 9, 2), torch.ones(1, 9, dtype=torch.bool))
+    assert (best[0, 1:] != best[0, :-1]).all()
+    assert torch.allclose(probability, torch.tensor(0.5), atol=1e-6)
+
+
+def test_long_and_extreme_posts_stay_finite():
+    crf = random_crf(4)
+    logits = 1e4 * torch.randn(2, 300, K)
+    mask, labels = torch.ones(2, 300, dtype=torch.bool), torch.randint(K, (2, 300))
+    logits.requires_grad_()
+    loss = crf.loss(logits, mask, labels)
+    loss.sum().backward()
+    assert loss.isfinite().all() and (loss > 0).all() and logits.grad.isfinite().all()
+
+
+def test_float32_under_autocast_and_no_gradients_needed():
+    crf, logits, mask, labels = random_crf(5), torch.randn(2, 20, K), torch.ones(2, 20, dtype=torch.bool), torch.randint(K, (2, 20))
+    wanted, path = crf.loss(logits, mask, labels), crf.decode(logits, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(crf.loss(logits, mask, labels), wanted)
+    with torch.inference_mode():
+        for a, b in zip(crf.decode(logits.clone(), mask.clone()), path, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_steps_grow_with_the_logarithm_of_the_longest_post():
+    """What a GPU waits for are kernels: those of a post of 64 words are at most twice those of 8, whatever the batch."""
+
+    def kernels(posts, words):
+        crf, logits = Crf(K), torch.randn(posts, words, K, requires_grad=True)
+        mask, labels = torch.ones(posts, words, dtype=torch.bool), torch.zeros(posts, words, dtype=torch.long)
+        with torch.profiler.profile() as seen:
+            crf.loss(logits, mask, labels).sum().backward()
+        return sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))
+
+    assert kernels(2, 8) == kernels(16, 8)
+    assert kernels(2, 64) < 2 * kernels(2, 8)
+
+
+def test_the_file_works_alone(tmp_path):
+    (tmp_path / "crf.py").write_text(Path("crf.py").read_text(encoding="utf-8"), encoding="utf-8")
+    run = "import torch; from crf import Crf; m = torch.ones(1, 2).bool(); print(Crf(3).decode(torch.eye(3)[None, :2], m)[0].tolist())"
+    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[[0, 1]]", done.stderr
