@@ -707,8 +707,9 @@ def length_batches(lengths, batch_size, rng=None):
 def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
-    input_ids, attention_mask [B, T]; word_starts, labels [B, W] or head_index, tail_index, labels [B]. With a cache
-    also what `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
+    input_ids, attention_mask [B, T]; word_starts, labels [B, W] or head_index, tail_index, labels [B]. Where a row has a
+    second segment, and so a `text_length`, also text_mask [B, T], True = of the post. With a cache also what
+    `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
     """
 
     def pad(key, value):
@@ -717,7 +718,11 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch = {"input_ids": pad("input_ids", pad_id)}
-    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    place = torch.arange(batch["input_ids"].shape[1])
+    batch["attention_mask"] = (place < lengths[:, None]).long()
+    if any("text_length" in row for row in rows):
+        texts = torch.tensor([row.get("text_length", len(row["input_ids"])) for row in rows])
+        batch["text_mask"] = place < texts[:, None]
     if "word_starts" in rows[0]:
         batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
     else:

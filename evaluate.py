@@ -20,30 +20,37 @@ from commands import bounded, check_device, command_line, default_device
 from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
+from notes import Notes
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions
 
 
-def predict(model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=()):
+def predict(
+    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(), notes=None
+):
     """Predictions for encoded `rows` of `examples`, one record a post, in their order.
 
     `swap`: {image id: image id or None}, the photo to show in place of a post's own. `known`: the `mentions` of train.
-    A word the model has no state for (cut off, or no sub-token) is answered `O` with probability null.
+    `notes`: the `Notes` that were attached to the rows, if any. A word the model has no state for (cut off, or no
+    sub-token) is answered `O` with probability null.
     """
     model.eval()
+    photos = [swap[example.image_id] if swap is not None else example.image_id for example in examples]
+    if notes is not None:
+        rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
     records = [None] * len(rows)
     for chosen in length_batches([len(row["input_ids"]) for row in rows], batch_size):
-        own = [examples[i].image_id for i in chosen]
-        photos = [swap[photo] for photo in own] if swap is not None else own
-        batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, photos), device)
+        batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, [photos[i] for i in chosen]), device)
         with torch.inference_mode(), autocast(device, precision):
-            best = model(batch).float().softmax(-1).max(-1)
-        for i, photo, values, indices in zip(chosen, photos, best.values.tolist(), best.indices.tolist(), strict=True):
+            best, probability = model.answer(batch)
+        for i, indices, values in zip(chosen, best.tolist(), probability.tolist(), strict=True):
             example = examples[i]
             record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
             if cache is not None:
-                record["photo"] = photo is not None and cache.has_photo(photo)
+                record["photo"] = photos[i] is not None and cache.has_photo(photos[i])
+            if notes is not None:
+                record["extra"] = "text_length" in rows[i]
             if "word_starts" in rows[i]:
                 reached = [start >= 0 for start in rows[i]["word_starts"]]
                 record["gold"] = list(example.labels)
@@ -61,13 +68,14 @@ def predict(model, rows, examples, labels, pad_id, batch_size, device, precision
 # -------------------------------------------------------------------------------------------------- image check
 
 
-def shuffled_photos(image_ids, cache, seed):
+def shuffled_photos(image_ids, cache, seed, notes=None):
     """{image id: another post's image id}: one random cycle through the photos, so none stays with its own post.
 
-    Works on photos, not posts: rows that share a photo share the wrong one. An id without a photo keeps having none;
-    a lone photo has no other to change with.
+    Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes have of one. An
+    id without a photo keeps having none; a lone photo has no other to change with.
     """
-    with_photo = [image_id for image_id in dict.fromkeys(image_ids) if cache.has_photo(image_id)]
+    known = [source for source in (cache, notes) if source is not None]
+    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
     order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
     return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
 
@@ -82,10 +90,27 @@ def dataset_now(config, data_dir=None):
     return name, data_dir or config["data_dir"]
 
 
-def open_run(run_dir, split, device, data_dir=None, features=None):
-    """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache or None).
+def run_notes(config, tokenizer, rows, examples, split, path=None):
+    """The `Notes` a run was trained with, attached to encoded `rows` of `examples` as they were; None if it read none.
 
-    `data_dir`, `features`: where they are now, if no longer where the run was trained. ValueError if they have changed.
+    `path`: where they are now. ValueError if they have changed.
+    """
+    if config["extra"] == "none":
+        return None
+    notes = Notes(path or config["notes"], tokenizer, config["extra"], config["extra_len"])
+    if notes.sha256 != config["notes_sha256"]:
+        raise ValueError(f"{notes.path}: not the notes the run was trained with ({config['notes_sha256'][:16]}); restore them")
+    notes.attach(rows, examples, split)
+    if config["shuffle_notes"]:
+        notes.shuffle(rows, config["seed"])
+    return notes
+
+
+def open_run(run_dir, split, device, data_dir=None, features=None, notes=None):
+    """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`).
+
+    The last two are None where the run has none. `data_dir`, `features`, `notes`: where they are now, if no longer where the
+    run was trained. ValueError if they have changed.
     """
     model, tokenizer, config = load_run(run_dir, device)
     dataset = load_dataset(*dataset_now(config, data_dir))
@@ -99,32 +124,35 @@ def open_run(run_dir, split, device, data_dir=None, features=None):
         cache.require([example.image_id for example in dataset.examples[split]], dataset.name)
         if cache.sha256 != config["features_made"]["sha256"]:
             raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
-    return model, tokenizer, config, dataset, rows, cache
+    return model, tokenizer, config, dataset, rows, cache, run_notes(
+        config, tokenizer, rows, dataset.examples[split], split, notes
+    )
 
 
-def image_check(run_dir, split, shuffles, device, data_dir=None, features=None):
+def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None):
     """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
 
-    Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there is no
-    photo to show. See `open_run` for what it takes.
+    What notes say of a photo is shown with it. Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true
+    against shuffled photos, None where there is no photo to show. See `open_run` for what it takes.
     """
-    model, tokenizer, config, dataset, rows, cache = open_run(run_dir, split, device, data_dir, features)
+    model, tokenizer, config, dataset, rows, cache, notes = open_run(run_dir, split, device, data_dir, features, notes)
     examples, known = dataset.examples[split], mentions(dataset.examples["train"])
     ids = [example.image_id for example in examples]
+    photos = sum(any(source.has_photo(i) for source in (cache, notes) if source) for i in set(ids))
 
     def run(swap):
         return predict(
             model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
-            precision_on(device, config), cache, swap, known,
+            precision_on(device, config), cache, swap, known, notes,
         )  # fmt: skip
 
     true = run(None)
-    if cache is None:  # without a photo to show, all three are one
+    if not photos:  # all three are one
         same = score(true)
         return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
-    shuffled = [run(shuffled_photos(ids, cache, seed)) for seed in range(shuffles)]
+    shuffled = [run(shuffled_photos(ids, cache, seed, notes)) for seed in range(shuffles)]
     return {
-        "photos": sum(cache.has_photo(image_id) for image_id in set(ids)),
+        "photos": photos,
         "true": score(true),
         "shuffled": [score(records) for records in shuffled],
         "none": score(run(dict.fromkeys(ids))),
@@ -148,8 +176,8 @@ def check_row(name, check):
 
 def verdict(config, check):
     """What the image check says of a run, in words: whether the interval of true against shuffled photos holds 0."""
-    if config["fusion"] == "none":
-        return "text only"
+    if config["fusion"] == "none" and not check["photos"]:
+        return "text only" if config["extra"] == "none" else "text and notes on the post only"
     if check["photos"] < 2:
         return "fewer than 2 photos: cannot tell"
     found = check["bootstrap"]
@@ -293,6 +321,7 @@ def parse_args(argv):
         " --leak-check (default: data)")
     add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under --data-dir")
     add("--features", help="for --image-check: where the run's feature file is now")
+    add("--notes", help="for --image-check: where the run's notes are now; for --leak-check: notes to look for labels in")
     add("--device", default=default_device(), help="for --image-check")
     # fmt: on
     args = parser.parse_args(argv)
@@ -302,6 +331,7 @@ def parse_args(argv):
         ("split", not args.predictions, "runs and data sets: --predictions is one file"),
         ("score", args.compare, "--compare"), ("shuffles", args.image_check, "--image-check"),
         ("features", args.image_check, "--image-check"), ("images", args.leak_check, "--leak-check"),
+        ("notes", args.image_check or args.leak_check, "--image-check or --leak-check"),
         ("data_dir", args.image_check or args.leak_check, "--image-check or --leak-check"),
     ):  # fmt: skip
         if getattr(args, name) and not goes:
@@ -338,7 +368,7 @@ def main(argv=None):
         path, config = predictions_file(run, args.split), read_config(run)
         split = path.stem.removeprefix("predictions-")
         if args.image_check:
-            check = image_check(run, split, args.shuffles, args.device, args.data_dir, args.features)
+            check = image_check(run, split, args.shuffles, args.device, args.data_dir, args.features, args.notes)
             write_json(run / f"image-check-{split}.json", check)
             print(check_row(f"{run.name:<{width}}  {split:<5}", check))
             print(f"    {verdict(config, check)}", flush=True)

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from commands import out_of_memory
-from data import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
+from crf import Crf
+from data import IGNORE, MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
 from fusion import FUSIONS, clean
 
 transformers.logging.set_verbosity_error()
@@ -27,7 +28,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 class Head(nn.Module):
-    """Dropout and a linear layer over the token states of what is labelled.
+    """Dropout and a linear layer over the token states of what is labelled; softmax or, for named entities, a `Crf` decides.
 
     Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini Soares et
     al., ACL 2019, "entity start").
@@ -37,6 +38,7 @@ class Head(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config["dropout"])
         self.linear = nn.Linear(width if config["task"] == "ner" else 2 * width, len(config["labels"]))
+        self.crf = Crf(len(config["labels"])) if config["decoder"] == "crf" else None
 
     def forward(self, states, batch):
         """states [B, T, D] -> logits [B, W, labels] or [B, labels]. Those of a word with `word_starts` -1 mean nothing."""
@@ -47,15 +49,57 @@ class Head(nn.Module):
             states = torch.cat([states[rows, batch["head_index"]], states[rows, batch["tail_index"]]], -1)  # [B, 2 D]
         return self.linear(self.dropout(states))
 
+    def loss(self, logits, batch):
+        """The negative log-likelihood of the batch's labels, summed over a post's words. [B]"""
+        labels = batch["labels"]
+        if self.crf is not None:
+            return self.crf.loss(logits, batch["word_starts"] >= 0, labels)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return loss.view(len(labels), -1).sum(1)
 
-# Every system is made as System.model(encoder, config), from its encoder and a run's configuration (task, labels,
-# dropout; where used fusion, heads, region_dim, features_made), and called as model(batch, return_weights=False) on a
-# batch of `data.collate`. It returns logits (see `Head`) and, with return_weights=True, also each token's attention to
-# the regions [B, T, R], zero for a post without photo (None where there is no such thing). What it gives for a post
-# without photo depends on no image state at all.
+    def answer(self, logits, batch):
+        """(number of the label, its probability), [B, W] or [B] each: the most probable label or, of a CRF, the label in the
+        most probable sequence and its marginal probability."""
+        if self.crf is not None:
+            return self.crf.decode(logits, batch["word_starts"] >= 0)
+        best = logits.float().softmax(-1).max(-1)
+        return best.indices, best.values
 
 
-class TextRegions(nn.Module):
+class Model(nn.Module):
+    """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
+
+    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
+    features_made). Its `states` takes a batch of `data.collate` and return_weights, and gives states [B, T, D] and, if
+    asked, each token's attention to the regions [B, T, R], zero for a post without photo (None where there is no such
+    thing). For a post without photo the states depend on no image state at all.
+    """
+
+    loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
+
+    def forward(self, batch, return_weights=False, losses=False):
+        """logits (see `Head`); with return_weights also the weights of `states`, with losses also {name: loss [B]}.
+
+        Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere. Each is 0 where
+        it does not apply.
+        """
+        states, weights = self.states(batch, return_weights)
+        logits = self.head(states, batch)
+        if losses:
+            return logits, {"labels": self.head.loss(logits, batch)}
+        return (logits, weights) if return_weights else logits
+
+    def total(self, sums, words, posts):
+        """What is minimised: the weighted losses, from their sums over a batch, by the word ("labels") or by the post."""
+        weights = self.loss_weights.items()
+        return sum(s * (w / max(1, words if name == "labels" else posts)) for s, (name, w) in zip(sums, weights, strict=True))
+
+    def answer(self, batch):
+        """What `Head.answer` says of a batch."""
+        return self.head.answer(self(batch), batch)
+
+
+class TextRegions(Model):
     """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head."""
 
     def __init__(self, encoder, config):
@@ -65,17 +109,14 @@ class TextRegions(nn.Module):
         self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
         self.head = Head(width, config)
 
-    def forward(self, batch, return_weights=False):
+    def states(self, batch, return_weights):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        fused = self.fusion(
-            text, batch["attention_mask"].bool(), batch.get("regions"), batch.get("region_mask"), return_weights
-        )
-        fused, weights = fused if return_weights else (fused, None)
-        logits = self.head(fused, batch)
-        return (logits, weights) if return_weights else logits
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
+        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights)
+        return fused if return_weights else (fused, None)
 
 
-class Blip(nn.Module):
+class Blip(Model):
     """BLIP (Li et al., ICML 2022): its text encoder, each layer of which attends to the cached states of its vision
     model, and a head. The weights returned are the mean over layers and heads."""
 
@@ -90,7 +131,7 @@ class Blip(nn.Module):
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
 
-    def forward(self, batch, return_weights=False):
+    def states(self, batch, return_weights):
         # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23 drops this
         # mask on the way. States of zero say nothing whatever the weights.
         states = clean(batch["regions"].float(), batch["region_mask"])
@@ -98,13 +139,13 @@ class Blip(nn.Module):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], encoder_hidden_states=states,
             encoder_attention_mask=batch["region_mask"].long(), output_attentions=return_weights,
         )  # fmt: skip
-        logits = self.head(made.last_hidden_state, batch)
         if not return_weights:
-            return logits
-        return logits, torch.stack(made.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
+            return made.last_hidden_state, None
+        weights = torch.stack(made.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
+        return made.last_hidden_state, weights
 
 
-class Vilt(nn.Module):
+class Vilt(Model):
     """ViLT (Kim et al., ICML 2021): one transformer over the words and the pixels of the photo, and a head.
 
     The regions are the photo's patches, uint8; embedding them is what `ViltModel` does with pixels, all of it trained.
@@ -144,7 +185,7 @@ class Vilt(nn.Module):
         states = torch.cat((cls, states + places.squeeze(2).mT), 1)
         return clean(embeddings.dropout(states), with_cls(mask))
 
-    def forward(self, batch, return_weights=False):
+    def states(self, batch, return_weights):
         mask = with_cls(batch["region_mask"])
         made = self.encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_mask=mask.long(),
@@ -152,10 +193,8 @@ class Vilt(nn.Module):
             output_attentions=return_weights,
         )  # fmt: skip
         length = batch["input_ids"].shape[1]
-        logits = self.head(made.last_hidden_state[:, :length], batch)
-        if not return_weights:
-            return logits
-        return logits, torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :]
+        weights = torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :] if return_weights else None
+        return made.last_hidden_state[:, :length], weights
 
 
 def with_cls(mask):
@@ -395,11 +434,16 @@ def load_run(run_dir, device="cpu"):
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
 # features also the last bits, which another machine computes differently.
-PLACES = {"data_dir", "images", "cache_dir", "features", "run_dir", "file", "made_from"}
+PLACES = {"data_dir", "images", "cache_dir", "features", "notes", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
 RUN_FORMAT = 2  # raised when training itself changes, so that runs of before and after are not taken for one system
+
+
+# What runs of before an option are: as it is when left out.
+BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
+          "train_share": 1.0}
 
 
 def flat(config, prefix=""):
@@ -438,4 +482,4 @@ def read_config(run_dir):
         raise ValueError(f"{path}: not JSON ({error}); train the run again") from None
     if not isinstance(config, dict) or not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
         raise ValueError(f"{path}: not the configuration of a run of train.py; train it again")
-    return config
+    return BEFORE | config

@@ -5,8 +5,8 @@
 
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
 its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
-spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back. Other keys are
-ignored.
+spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
+`about_post` and `about_photo`, as in their notes. Other keys are ignored.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
 `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
@@ -38,6 +38,7 @@ from commands import check_device, command_line, default_device, lock
 from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, encode
 from evaluate import predict
 from model import load_run, precision_on
+from notes import Segments, check_note, note_text
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
@@ -229,6 +230,9 @@ class Predictor:
             self.source = "caption" if self.made["backbone"] == "caption" else "image"
             self.backbone = run_backbone(self.made, weights)
             self.backbone.regions.to(self.device, memory_format=torch.channels_last)
+        self.segments = None
+        if self.config["extra"] != "none":
+            self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         # A tokenizer is not for several threads at once.
         self.pool = ThreadPoolExecutor(1 if self.source == "caption" else min(4, os.cpu_count() or 1))
 
@@ -253,11 +257,16 @@ class Predictor:
                 post_id = post.get("id")
                 answer["id"] = post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
                 example, offsets = read_post(post, config["task"], self.source, folder)
+                note = check_note(post, "the post") if self.segments else {}
             except ValueError as error:
                 answer["error"] = str(error)
                 continue
             (row,), counts = encode(self.tokenizer, [example], config["labels"], config["max_len"])
             answer |= {"photo": False} | ({"cut_words": counts["cut_words"]} if counts["cut_words"] else {})
+            if self.segments:
+                row = self.segments(row, note)
+                if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
+                    remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
@@ -279,14 +288,19 @@ class Predictor:
                     reason = "a link, and nothing is downloaded here: download it first and name the file"
                 named = "caption" if self.source == "caption" else post["image"]
                 if reason:
-                    answer["note"] = f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}"
+                    remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
             elif self.source == "caption" and post.get("image") is not None:
-                answer["note"] = "the run looks at captions, not at images; give the post its caption"
+                remark(answer, "the run looks at captions, not at images; give the post its caption")
             if config["task"] == "relation":
                 answer |= {"relation": record["predicted"], "probability": record["probability"]}
             else:
                 answer["entities"] = entities(record, offsets, post.get("text"))
         return answers
+
+
+def remark(answer, said):
+    """Add to the `note` of an answer."""
+    answer["note"] = "; ".join(filter(None, [answer.get("note"), said]))
 
 
 def entities(record, offsets, text):
@@ -439,6 +453,8 @@ def parse_args(argv):
     what.add_argument("--input", help="many posts: JSON lines with text or words, image, head and tail, id")
     add("--image", help="the photo of --text or --words")
     add("--caption", help="the caption of its photo, for runs on captions")
+    add("--about-post", help="what is said of it, for runs with --extra post or both")
+    add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"))
     add("--json", action="store_true", help="print the answer as JSON")
@@ -453,9 +469,9 @@ def parse_args(argv):
     many = args.input is not None
     if many != (args.output is not None):
         parser.error("--input and --output go together")
-    for name, of_many in (("image", False), ("caption", False), ("head", False), ("tail", False), ("images", True)):
-        if getattr(args, name) is not None and many != of_many:
-            parser.error(f"--{name} does not go with {'--input' if many else '--text or --words'}")
+    for name in ("image", "caption", "about_post", "about_photo", "head", "tail", "images"):
+        if getattr(args, name) is not None and many != (name == "images"):
+            parser.error(f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}")
     return args
 
 
@@ -473,17 +489,21 @@ def main(argv=None):
     check_device(args.device)
     predictor = Predictor(args.run, args.device, args.weights)
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
-    for name, use in (("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption")):
+    read = predictor.segments.keys if predictor.segments else ()
+    for name, use in (
+        ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption"),
+        ("about_post", "about_post" in read), ("about_photo", "about_photo" in read),
+    ):  # fmt: skip
         if getattr(args, name) is not None and not use:
-            what = f"{'relations' if relations else 'entities'} in text{f' and {looked_at}' if looked_at else ''}"
-            raise ValueError(f"--{name} does not go with {args.run}, which finds {what}; leave it out")
+            what = f"{'relations' if relations else 'entities'} in {' and '.join(filter(None, ('text', looked_at, *read)))}"
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {args.run}, which finds {what}; leave it out")
     if looked_at is None and (args.images or args.weights):
         raise ValueError(f"--images and --weights do not go with {args.run}, which looks at text only; leave them out")
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
-    names = ("text", "words", "image", "caption", "head", "tail")
+    names = ("text", "words", "image", "caption", "about_post", "about_photo", "head", "tail")
     (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")

@@ -22,7 +22,6 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_model
 from torch import nn
@@ -35,6 +34,7 @@ from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
 from model import longest_input, read_config, save_weights
+from notes import EXTRAS, Notes
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
@@ -47,6 +47,7 @@ def parse_args(argv):
     add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
     add("--fusion", choices=FUSIONS, help="none = text only; default: film. blip and vilt bring their own")
+    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0, help="train on this share of its posts, drawn with --seed")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
     add("--epochs", type=bounded(int, 1), default=5)
@@ -59,6 +60,14 @@ def parse_args(argv):
     add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
+    add("--decoder", choices=("softmax", "crf"), default="softmax", help="what decides on the labels of a post's words: each by"
+        " itself, or all together (crf.py)")
+    add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
+    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
+        " of the post, of the photo, or both")
+    add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
+    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells what"
+        " --extra post is worth")
     add("--heads", type=bounded(int, 1), help="of cross-attention and bimodal; default: 8")
     add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
         " 384 for blip and vilt")
@@ -99,10 +108,21 @@ def parse_args(argv):
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
     encoder = [] if args.text_encoder == system.text_encoder else [Path(args.text_encoder).absolute().name]
     fusion = [args.fusion] if args.fusion else []
-    name = "-".join([dataset, args.model, *encoder, *fusion, *["shuffled"] * args.shuffle_photos])
+    fusion += [f"train{args.train_share:g}"] * (args.train_share < 1)
+    fusion += ["crf"] * (args.decoder == "crf") + [f"extra-{args.extra}"] * (args.extra != "none")
+    fusion += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
+    name = "-".join([dataset, args.model, *encoder, *fusion])
     args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
-    if args.shuffle_photos and args.fusion == "none":
+    if args.shuffle_photos and args.fusion == args.extra == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
+    if args.decoder == "crf" and task != "ner":
+        parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
+    if (args.extra == "none") != (args.notes is None):
+        parser.error("--notes and --extra go together: --notes FILE --extra post, for one")
+    if args.shuffle_notes and args.extra not in ("post", "both"):
+        parser.error("--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post")
+    if args.extra != "none" and system.checkpoint == "vilt":
+        parser.error(f"--extra {args.extra}: {args.model} has no room for it, 40 sub-tokens in all; choose another --model")
     if args.images and system.backbone == "caption":
         parser.error(f"--images: {args.model} reads captions, no photo; leave it out")
     if args.resume and args.overwrite:
@@ -147,6 +167,31 @@ def open_features(args, dataset):
     if args.augment and cache.views == 1 and what == "photo":
         print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
     return cache
+
+
+def open_notes(args, dataset, rows, tokenizer, longest):
+    """The `Notes` of the data set, attached to its encoded `rows`, and on the console what they cover; None without.
+
+    ValueError if they do not fit the data set, or posts with them the `longest` input of the encoder.
+    """
+    if args.extra == "none":
+        return None
+    notes = Notes(args.notes, tokenizer, args.extra, args.extra_len)
+    if args.max_len + notes.segments.longest > longest:
+        raise ValueError(f"--max-len {args.max_len} and --extra-len {args.extra_len}: {args.text_encoder} takes {longest} in all")
+    for i, line in enumerate(notes.coverage(dataset.examples)):
+        print(f"{'           ' if i else 'notes      '}{line}")
+    for split, examples in dataset.examples.items():
+        notes.attach(rows[split], examples, split)
+        if args.shuffle_notes:
+            notes.shuffle(rows[split], args.seed)
+        with_note = sum("text_length" in notes.shown(row, row["image_id"]) for row in rows[split])
+        print(f"           {split}: {with_note} of {len(examples)} posts have a second segment")
+    if cut := len(notes.segments.cut):
+        print(f"           {cut} notes are longer than --extra-len {args.extra_len} and cut")
+    if args.shuffle_notes:
+        print("notes      SHUFFLED: each post is given what was said of another, in every split")
+    return notes
 
 
 def parameter_groups(model, args):
@@ -240,6 +285,10 @@ def run(args, stack):
     run_dir = Path(args.run_dir)
     check_folder(run_dir, args)
     dataset = load_dataset(args.dataset, args.data_dir)
+    if args.train_share < 1:
+        posts = dataset.examples["train"]
+        drawn = np.random.default_rng(args.seed).permutation(len(posts))[: math.ceil(args.train_share * len(posts))]
+        dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         print(f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})")
@@ -260,6 +309,7 @@ def run(args, stack):
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+    notes = open_notes(args, dataset, rows, tokenizer, longest_input(encoder, tokenizer))
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | {
         "run_format": RUN_FORMAT,
@@ -268,6 +318,7 @@ def run(args, stack):
         "data": prints,
         "region_dim": cache.region_dim if cache else None,
         "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
+        "notes_sha256": notes.sha256 if notes else None,
         "versions": versions | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
         "processes": processes,
@@ -275,7 +326,8 @@ def run(args, stack):
     model = system.model(encoder, config).to(device)
     parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if processes > 1 else model
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass over memory: 7 times as fast
-    lengths = [len(row["input_ids"]) for row in rows["train"]]
+    whole = [notes.shown(row, row["image_id"]) for row in rows["train"]] if notes else rows["train"]
+    lengths = [len(row["input_ids"]) for row in whole]
     counts = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in rows["train"]])  # of what the loss is over
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
@@ -311,18 +363,21 @@ def run(args, stack):
     wrong, known = {}, mentions(dataset.examples["train"])
     if args.shuffle_photos:
         for split, examples in dataset.examples.items():
-            wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed)
+            wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed, notes)
+        if not any(wrong["train"].values()):
+            raise ValueError(f"--shuffle-photos: no post of train has a photo, or in {args.notes} anything said of one; leave it out")
         print("photos     SHUFFLED: each post is shown another's, in every split")
 
     def answers(split):
         own = slice(rank, None, processes)
         records = predict(
             model, rows[split][own], dataset.examples[split][own], dataset.labels, tokenizer.pad_token_id,
-            args.eval_batch_size, device, args.precision, cache, wrong.get(split), known,
+            args.eval_batch_size, device, args.precision, cache, wrong.get(split), known, notes,
         )  # fmt: skip
         return gather(records, processes)
 
-    progress = {"epoch": 1, "step": 0, "loss": 0.0, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
+    none = [0.0] * len(model.loss_weights)
+    progress = {"epoch": 1, "step": 0, "loss": none, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
     saved = time.monotonic()
     if state.exists():
         progress = load_state(state, model, optimizer, scheduler, device)
@@ -343,20 +398,19 @@ def run(args, stack):
             mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
             own = [None if hidden[i] else dataset.examples["train"][chosen[i]].image_id for i in mine]
             photos = [wrong["train"].get(photo) for photo in own] if wrong else own
+            posts = [rows["train"][chosen[i]] for i in mine]
+            if notes:
+                posts = [notes.shown(row, photo) for row, photo in zip(posts, photos, strict=True)]
             views = views[mine] if views is not None else None
-            batch = collate([rows["train"][chosen[i]] for i in mine], tokenizer.pad_token_id, cache, photos, views)
-            batch = to_device(batch, device)
+            batch = to_device(collate(posts, tokenizer.pad_token_id, cache, photos, views), device)
             if processes > 1:  # dropout of its own
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
             with autocast(device, args.precision):
-                logits = parallel(batch)  # [B, W, labels] or [B, labels]
-            summed = F.cross_entropy(
-                logits.float().flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum"
-            )
+                _, losses = parallel(batch, losses=True)  # {name: [B]}
             # Over all that the batch has labelled, not the mean of the processes' means: gradients are averaged over them.
-            count = int(counts[chosen].sum())
-            (summed * (weight * processes / max(1, count))).backward()
-            summed = summed.detach() * weight
+            summed, count = torch.stack([losses[name].sum() for name in model.loss_weights]), int(counts[chosen].sum())
+            (model.total(summed, count, len(chosen)) * (weight * processes)).backward()
+            summed = summed.detach() * weight  # [losses]
             if processes > 1:
                 torch.distributed.all_reduce(summed)
             if scheduler.last_epoch == 0:
@@ -365,9 +419,9 @@ def run(args, stack):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            loss_sum += summed
+            loss_sum = loss_sum + summed
             labelled += count
-            first_bad = torch.where(torch.isfinite(summed + norm), first_bad, first_bad.clamp(max=step))
+            first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
             save = rank == 0 and time.monotonic() - saved >= args.save_every
             if save or step % 50 == 0 or step == len(batches):  # not each step: reading a value makes the device wait
                 if (bad := first_bad.item()) < math.inf:
@@ -377,10 +431,11 @@ def run(args, stack):
                         f" ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
                     )
             if save:
-                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.item(), "labelled": labelled}
+                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.tolist(), "labelled": labelled}
                 save_state(state, progress, model, optimizer, scheduler, device)
                 saved = time.monotonic()
-        loss, trained = loss_sum.item() / max(1, labelled), time.perf_counter()
+        (loss, *others), trained = loss_sum.tolist(), time.perf_counter()
+        loss /= max(1, labelled)
         metrics = score(answers("valid"))
         main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
         kept = main_f1 > progress["best"]
@@ -389,6 +444,7 @@ def run(args, stack):
             if rank == 0:
                 save_weights(model, run_dir)
         log = {"epoch": epoch, "loss": loss, "valid_main_f1": main_f1, "valid_accuracy": accuracy}
+        log |= {f"loss_{name}": value / len(lengths) for name, value in zip([*model.loss_weights][1:], others, strict=True)}
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
         for name, record in (("log", log | {"best_epoch": progress["best_epoch"]}), ("timing", timing)):
             progress[name].append(record)
@@ -400,7 +456,7 @@ def run(args, stack):
             f"{'  (best)' if kept else ''}",
             flush=True,
         )  # fmt: skip
-        progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "labelled": 0.0}
+        progress |= {"epoch": epoch + 1, "step": 0, "loss": none, "labelled": 0.0}
         if rank == 0 and time.monotonic() - saved >= args.save_every:
             save_state(state, progress, model, optimizer, scheduler, device)
             saved = time.monotonic()

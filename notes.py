@@ -1,0 +1,181 @@
+"""Notes: what others, a language model for one, said of each post; read, and given to the text encoder as a second segment.
+
+A notes file has one JSON object a line, such as write_notes.py makes:
+
+    {"id": "17_06_4705", "about_post": "Kevin Durant (person); Oakland (place)",
+     "about_photo": "two players under a hoop", "relevance": 0.83, "phrases": ["man", "ball"], "with_photo": false}
+
+`id` is a post's or row's own (`<image id>@<line>` for relations) or its photo's, the first of which wins; `<split>/<id>` where
+one id is several posts'. All else may be missing. `with_photo`: the whole note was written with the photo in view. Other
+keys are left alone. What was written with the photo in view, `about_photo`, `relevance`, `phrases` and with `with_photo`
+also `about_post`, is the photo's: it moves and hides with it, or "no photo" would not be without.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data import read_lines, special_ends
+
+EXTRAS = {"none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo")}
+OF_PHOTO = ("about_photo", "relevance", "phrases")
+# Per key of a note, beside its id: whether a value is one, and what it has to be.
+KEYS = {
+    "about_post": (lambda value: is_text(value), "text"),
+    "about_photo": (lambda value: is_text(value), "text"),
+    "relevance": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "phrases": (lambda value: isinstance(value, list) and all(map(is_text, value)), "a list of text"),
+    "with_photo": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def is_text(value):
+    """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str to Python, and no text."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def check_note(note, where):
+    """{key: value} of the `KEYS` a note has; null is nothing. ValueError for a value of the wrong kind."""
+    for key, (fits, wanted) in KEYS.items():
+        if note.get(key) is not None and not fits(note[key]):
+            raise ValueError(f"{where}: {key} must be {wanted}, not {json.dumps(note[key])[:60]}; correct it or leave it out")
+    return {key: note[key] for key in KEYS if note.get(key) is not None}
+
+
+def read_notes(path):
+    """{id: note} of a notes file. ValueError with file and line: no JSON object, a wrong value, an id for the second time."""
+    notes = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            note = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error}); a note is one JSON object a line") from None
+        if not isinstance(note, dict) or not is_text(note.get("id")):
+            raise ValueError(f"{where}: not a JSON object with an id that is text")
+        if note["id"] in notes:
+            raise ValueError(f"{where}: a second note for {note['id']}; keep one")
+        notes[note["id"]] = check_note(note, where)
+    return notes
+
+
+class Notes:
+    """The notes of a data set's posts, as second segments for its text encoder: [CLS] post [SEP] note [SEP] and the like.
+
+    The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts are taken;
+    `length`: sub-tokens of them, at most, the rest is cut. `attach` gives rows of `encode` their notes, `shown` makes
+    the row that the model is given. FileNotFoundError or ValueError if the file cannot be read.
+    """
+
+    def __init__(self, path, tokenizer, extra, length):
+        self.path, self.extra, self.length = Path(path), extra, length
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
+        self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.segments, self.of_photo = Segments(tokenizer, extra, length), {}
+
+    def find(self, example, split):
+        """The id of the note of an example, None if there is none."""
+        return next((key for key in (f"{split}/{example.id}", example.id, example.image_id) if key in self.notes), None)
+
+    def attach(self, rows, examples, split):
+        """Give each row its post's `note` and `image_id`; of posts that share a photo, the first one's note is the photo's."""
+        for row, example in zip(rows, examples, strict=True):
+            row |= {"note": self.notes.get(self.find(example, split), {}), "image_id": example.image_id}
+            if example.image_id is not None:
+                self.of_photo.setdefault(example.image_id, row["note"])
+
+    def shown(self, row, photo):
+        """A row of `encode` with its post's notes, where it is shown `photo`, an image id or None for no photo."""
+        note = row["note"]
+        of_photo = {} if photo is None else note if photo == row["image_id"] else self.of_photo[photo]
+        return self.segments(row, seen_with(note, of_photo))
+
+    def has_photo(self, image_id):
+        """Whether the second segments say anything that was written with this photo in view."""
+        note = self.of_photo.get(image_id, {})
+        return any(note_text(note, key) and (key in OF_PHOTO or note.get("with_photo")) for key in EXTRAS[self.extra])
+
+    def shuffle(self, rows, seed):
+        """Give each row that has an `about_post` another's, by one random cycle through them: a control."""
+        named = [row for row in rows if note_text(row["note"], "about_post")]
+        order = np.random.default_rng(seed).permutation(len(named))
+        said = [named[i]["note"]["about_post"] for i in order]
+        for i, other in zip(order, said[1:] + said[:1], strict=True):
+            named[i]["note"] = named[i]["note"] | {"about_post": other, "with_photo": False}
+
+    def coverage(self, examples):
+        """Lines that say what the notes tell of each split, {split: examples}. ValueError if none is of any post."""
+        found = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
+        used = {key for keys in found.values() for key in keys} - {None}
+        if not used:
+            raise ValueError(f"{self.path}: no note is of any post (first id: {next(iter(self.notes), 'none')}); is it another data set's?")
+        lines = [f"{self.path}: {len(self.notes)} notes, {len(self.notes) - len(used)} of no post here ({self.sha256[:16]})"]
+        for split, keys in found.items():
+            counts = Counter(key for note_id in keys if note_id for key, value in self.notes[note_id].items() if value not in ("", False))
+            lines.append(f"{split}: " + ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key]) + f" of {len(keys)} posts")
+        return lines
+
+
+def note_text(note, key):
+    """A text of a note without outer space; "" where there is none."""
+    return note.get(key, "").strip()
+
+
+def seen_with(note, of_photo):
+    """What is known of a post that is shown a photo: its own note, but of the photo's note what was written with it in view."""
+    kept = {key: value for key, value in note.items() if key not in OF_PHOTO}
+    if kept.get("with_photo"):
+        kept["about_post"] = note_text(of_photo, "about_post")
+    return kept | {key: of_photo[key] for key in OF_PHOTO if key in of_photo}
+
+
+class Segments:
+    """Rows of `encode` with the texts of a note as a second segment; see `Notes`. `cut`: how many were longer than `length`."""
+
+    def __init__(self, tokenizer, extra, length):
+        self.tokenizer, self.keys, self.length, self.pieces = tokenizer, EXTRAS[extra], length, {}
+        self.end = len(special_ends(tokenizer)[1])
+        self.middle, self.suffix = pair_ends(tokenizer)
+        self.cut = set()
+
+    @property
+    def longest(self):
+        """How many sub-tokens a row can grow by."""
+        return len(self.middle) + self.length + len(self.suffix) - self.end
+
+    def __call__(self, row, note):
+        """The row with a second segment; itself if the note has no text. `text_length`: how much of it is the post's."""
+        ids = []
+        for said in filter(None, (note_text(note, key) for key in self.keys)):
+            if said not in self.pieces:
+                self.pieces[said] = self.tokenizer(said, add_special_tokens=False, truncation=False)["input_ids"]
+            ids += (self.middle if ids else []) + self.pieces[said]
+        if not ids:
+            return row
+        if len(ids) > self.length:
+            self.cut.add(tuple(ids))
+        post = row["input_ids"][: len(row["input_ids"]) - self.end]
+        length = min(len(row["input_ids"]), len(post) + len(self.middle))
+        return row | {"input_ids": post + self.middle + ids[: self.length] + self.suffix, "text_length": length}
+
+
+def pair_ends(tokenizer):
+    """The ids that the tokenizer puts between and after two texts, such as ([SEP], [SEP]).
+
+    ValueError if it does not put the first one as it puts it alone.
+    """
+    (prefix, _), bare = special_ends(tokenizer), tokenizer("a", add_special_tokens=False)["input_ids"]
+    pair = tokenizer("a", "a")["input_ids"]
+    rest = pair[len(prefix) + len(bare) :]
+    start = next((i for i in range(len(rest)) if rest[i : i + len(bare)] == bare), None)
+    if pair[: len(prefix) + len(bare)] != prefix + bare or not start:
+        raise ValueError("its tokenizer has no form for two texts; train it with --extra none")
+    return rest[:start], rest[start + len(bare) :]

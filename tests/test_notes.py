@@ -1,0 +1,352 @@
+"""Notes: what a file may hold, the tokenizer's own form for two texts, and that what is the photo's goes with the photo."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, RobertaTokenizerFast
+
+import evaluate
+import predict
+import train
+from data import collate, encode, load_dataset
+from evaluate import image_check, open_run, shuffled_photos
+from model import SYSTEMS, load_text_encoder
+from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
+from scores import read_predictions
+
+FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5, "phrases": ["a hoop"], "with_photo": False}
+
+
+def write(path, notes):
+    path.write_text("".join(f"{note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)}\n" for note in notes), encoding="utf-8")
+    return path
+
+
+def notes_of(dataset):
+    """A note of each post: its own name for the post, and for its photo."""
+    posts = [example for split in dataset.examples.values() for example in split]
+    return [{"id": e.id, "about_post": f"post {e.words[0]}", "about_photo": f"photo {e.image_id}"} for e in posts]
+
+
+@pytest.fixture(scope="module")
+def noted(data_dir, tmp_path_factory):
+    """(the demo data set, a file with notes of all its posts)."""
+    dataset = load_dataset("demo", data_dir)
+    return dataset, write(tmp_path_factory.mktemp("notes") / "notes.jsonl", notes_of(dataset))
+
+
+def train_run(folder, data_dir, encoder_dir, cache_dir, *more):
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder", encoder_dir]
+    flags += ["--epochs", 1, "--lr", 1e-3, "--device", "cpu", "--run-dir", folder, *more]
+    return train.main([str(flag) for flag in flags])
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
+    path = write(tmp_path / "n.jsonl", [FULL | {"reason": 3}, "", {"id": "b@2", "about_post": None, "relevance": 1}])
+    kept = {key: value for key, value in FULL.items() if key != "id"}
+    assert read_notes(path) == {"a": kept, "b@2": {"relevance": 1}}
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"), ({"id": 3}, "an id that is text"),
+        ({"id": "a"}, "a second note for a"), ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
+        ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"), ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
+        ({"id": "b", "relevance": True}, "relevance must be"), ('{"id": "b", "relevance": NaN}', "relevance must be"),
+        ({"id": "b", "phrases": "x"}, "phrases must be a list"), ({"id": "b", "phrases": ["x", 1]}, "phrases must be a list"),
+        ({"id": "b", "with_photo": 1}, "with_photo must be true or false"),
+    ],
+)  # fmt: skip
+def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, said):
+    path = write(tmp_path / "n.jsonl", [FULL, "", line])
+    with pytest.raises(ValueError, match=said) as error:
+        read_notes(path)
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+
+
+def test_a_row_has_its_own_note_before_its_photos_and_its_splits_before_both(data_dir, encoder_dir, tmp_path):
+    dataset = load_dataset("mnre", data_dir)
+    (first, second), other = dataset.examples["train"][:2], dataset.examples["valid"][5]
+    assert first.image_id == second.image_id
+    ids = [first.image_id, second.id, f"valid/{other.id}", other.id]
+    path = write(tmp_path / "n.jsonl", [{"id": i, "about_post": f"said {n}"} for n, i in enumerate(ids)])
+    notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "post", 128)
+    assert [notes.find(example, "train") for example in (first, second)] == ids[:2]
+    assert [notes.find(other, split) for split in ("valid", "test")] == ids[2:]
+
+
+def test_coverage_counts_every_key_and_ids_of_no_post(noted, encoder_dir, tmp_path):
+    dataset, _ = noted
+    said = notes_of(dataset)
+    del said[0]["about_photo"]
+    path = write(tmp_path / "n.jsonl", [*said, {"id": "nobody's", "about_post": "x"}, {"id": "no one's"}])
+    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
+    lines = Notes(path, tokenizer, "both", 128).coverage(dataset.examples)
+    assert "42 notes, 2 of no post here" in lines[0]
+    assert lines[1:] == [
+        "train: about_post of 24, about_photo of 23 of 24 posts", "valid: about_post of 8, about_photo of 8 of 8 posts",
+        "test: about_post of 8, about_photo of 8 of 8 posts",
+    ]  # fmt: skip
+    path = write(tmp_path / "other.jsonl", [{"id": "nobody's", "about_post": "x"}])
+    with pytest.raises(ValueError, match="no note is of any post .first id: nobody's."):
+        Notes(path, tokenizer, "both", 128).coverage(dataset.examples)
+
+
+# ------------------------------------------------------------------------------------------------ second segments
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def tokenizer(request, encoder_dir, tmp_path):
+    """WordPiece with one separator between texts, and byte-level BPE with two."""
+    if request.param == "bert":
+        return AutoTokenizer.from_pretrained(encoder_dir)
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
+    return RobertaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_prefix_space=True)
+
+
+def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):
+    dataset = load_dataset("demo", data_dir)
+    rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
+    segments = Segments(tokenizer, "post", 500)
+    for row, example in zip(rows, dataset.examples["test"], strict=True):
+        made = segments(row, {"about_post": "so good, so near"})
+        both = tokenizer(" ".join(example.words), "so good, so near")["input_ids"]
+        assert made["input_ids"] == both
+        assert {key: made[key] for key in ("word_starts", "labels")} == {key: row[key] for key in ("word_starts", "labels")}
+        alone = tokenizer(" ".join(example.words))["input_ids"]  # the post's own tokens, special ones included
+        assert made["text_length"] == len(alone) and made["input_ids"][: len(alone)] == alone == row["input_ids"]
+    assert segments.cut == set()
+
+
+def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
+    dataset = load_dataset("demo", data_dir)
+    (row, *_), _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
+    middle, suffix = pair_ends(tokenizer)
+    a, b = (tokenizer(said, add_special_tokens=False)["input_ids"] for said in ("so good", "today"))
+    note = {"about_post": " so good ", "about_photo": "today"}
+    whole = Segments(tokenizer, "both", 500)(row, note)["input_ids"]
+    assert whole[len(row["input_ids"]) :][-len(a + middle + b + suffix) :] == a + middle + b + suffix
+    for length in (1, 2, 3, len(a + middle)):
+        segments = Segments(tokenizer, "both", length)
+        made = segments(row, note)["input_ids"]
+        assert made == whole[: len(made) - len(suffix)] + suffix
+        assert len(made) - len(row["input_ids"]) == segments.longest and len(segments.cut) == 1
+
+
+@pytest.mark.parametrize("note", [{}, {"about_post": ""}, {"about_post": " \n"}, {"about_photo": "of no interest"}])
+def test_without_anything_to_say_the_batch_is_what_it_was(tokenizer, data_dir, note):
+    dataset = load_dataset("demo", data_dir)
+    rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
+    segments = Segments(tokenizer, "post", 128)
+    plain, noted = collate(rows, 1), collate([segments(row, note) for row in rows], 1)
+    assert plain.keys() == noted.keys()
+    assert all(torch.equal(plain[key], noted[key]) for key in plain)
+
+
+def test_a_batch_masks_what_is_not_the_post(tokenizer, data_dir):
+    dataset = load_dataset("demo", data_dir)
+    rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
+    segments = Segments(tokenizer, "post", 128)
+    batch = collate([segments(row, {"about_post": "so good"} if i % 2 else {}) for i, row in enumerate(rows)], 1)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    assert torch.equal(batch["text_mask"].sum(1), lengths)
+    assert torch.equal(batch["text_mask"].long().cummin(1).values, batch["text_mask"].long())
+    assert (batch["attention_mask"].sum(1) > lengths).tolist() == [bool(i % 2) for i in range(len(rows))]
+    assert batch["attention_mask"][batch["text_mask"]].all()
+
+
+def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_dir):
+    """With an encoder whose states are the embeddings of each token alone, a note changes nothing."""
+    dataset = load_dataset("demo", data_dir)
+    torch.manual_seed(0)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
+    config = {"fusion": "bimodal", "decoder": "softmax", "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.0,
+              "region_dim": 16}  # fmt: skip
+    model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
+    with torch.no_grad():
+        for parameter in model.fusion.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
+    segments = Segments(tokenizer, "post", 128)
+    photos = {"regions": torch.randn(len(rows), 4, 16), "region_mask": torch.ones(len(rows), 4, dtype=torch.bool)}
+    plain = collate(rows, 0) | photos
+    noted = collate([segments(row, {"about_post": "so good today"}) for row in rows], 0) | photos
+    with torch.inference_mode():
+        assert not torch.allclose(model(plain), model(noted), atol=1e-3)  # through the encoder it does
+        model.encoder.encoder.layer = torch.nn.ModuleList()
+        assert torch.allclose(model(plain), model(noted), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- what is the photo's own
+
+
+@pytest.mark.parametrize("with_photo", [False, True])
+@pytest.mark.parametrize("extra", ["post", "photo", "both"])
+def test_what_was_written_with_the_photo_in_view_moves_and_hides_with_it(noted, encoder_dir, tmp_path, with_photo, extra):
+    dataset, _ = noted
+    path = write(tmp_path / "n.jsonl", [note | {"with_photo": with_photo} for note in notes_of(dataset)])
+    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
+    notes, examples = Notes(path, tokenizer, extra, 128), dataset.examples["test"]
+    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
+    notes.attach(rows, examples, "test")
+    said = {example.image_id: notes.notes[example.id] for example in examples}
+    swap = shuffled_photos(list(said), None, 0, notes)
+    moves = with_photo or extra != "post"
+    assert all(notes.has_photo(image_id) == moves for image_id in said)
+    assert all(swap[i] != i and (swap[i] is not None) == moves for i in said)
+
+    def ids(row, texts):
+        return notes.segments(row, dict(zip(("about_post", "about_photo"), texts, strict=True)))["input_ids"]
+
+    for row, example in zip(rows, examples, strict=True):
+        own, other = said[example.image_id], said[swap[example.image_id] or example.image_id]
+        post, photo = own["about_post"], own["about_photo"]
+        assert notes.shown(row, example.image_id)["input_ids"] == ids(row, (post, photo))
+        assert notes.shown(row, None)["input_ids"] == ids(row, ("" if with_photo else post, ""))
+        shown = notes.shown(row, swap[example.image_id] or example.image_id)["input_ids"]
+        assert shown == ids(row, (other["about_post"] if with_photo else post, other["about_photo"]))
+
+
+def test_relevance_and_phrases_go_with_the_photo_too():
+    own, other = FULL | {"about_post": "mine"}, {"relevance": 0.1, "about_photo": "a dog", "phrases": ["dog"]}
+    assert seen_with(own, other) == {"id": "a", "about_post": "mine", "with_photo": False} | other
+    assert seen_with(own, {}) == {"id": "a", "about_post": "mine", "with_photo": False}
+    assert seen_with(own, own) == own
+    assert set(KEYS) == set(FULL) - {"id"}
+
+
+def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
+    dataset, path = noted
+    tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
+    notes, examples = Notes(path, tokenizer, "both", 128), dataset.examples["train"]
+    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
+    notes.attach(rows, examples, "train")
+    rows[0]["note"] = {"about_photo": "x"}  # one without: it neither takes nor gives
+    before = [row["note"] for row in rows]
+    for i, note in enumerate(before[1:]):
+        before[i + 1] = rows[i + 1]["note"] = note | {"about_post": str(i)}
+    notes.shuffle(rows, 5)
+    after = [row["note"] for row in rows]
+    assert after[0] == before[0]
+    order = {a["about_post"]: b["about_post"] for a, b in zip(before[1:], after[1:], strict=True)}
+    place, seen = "0", set()
+    while place not in seen:
+        seen.add(place)
+        place = order[place]
+    assert len(seen) == len(before) - 1  # one cycle, so nobody keeps its own
+    assert [note["about_photo"] for note in after] == [note["about_photo"] for note in before]
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
+    """{name: folder} of one run on the text and the notes of post and photo, with a CRF, and of one with film."""
+    root, (_, path) = tmp_path_factory.mktemp("runs"), noted
+    more = {"none": ("--decoder", "crf"), "film": ()}
+    return {
+        fusion: train_run(root / fusion, data_dir, encoder_dir, cache_dir, "--fusion", fusion, "--notes", path, "--extra", "both", *flags)
+        for fusion, flags in more.items()
+    }
+
+
+@pytest.mark.parametrize("fusion", ["none", "film"])
+def test_a_run_reads_back_as_it_was_scored(runs, fusion):
+    model, tokenizer, config, dataset, rows, cache, notes = open_run(runs[fusion], "test", "cpu")
+    again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
+    recorded = read_predictions(runs[fusion] / "predictions-test.jsonl")
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
+    for a, b in zip(again, recorded, strict=True):
+        assert a["extra"] and b["extra"]
+        np.testing.assert_allclose(a["probability"], b["probability"], atol=1e-5)
+
+
+def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+    dataset, _ = noted
+    path = write(tmp_path / "n.jsonl", [{"id": dataset.examples["train"][0].id, "about_post": " "}])
+    flags = (data_dir, encoder_dir, cache_dir, "--fusion", "film")
+    plain = train_run(tmp_path / "plain", *flags)
+    empty = train_run(tmp_path / "empty", *flags, "--notes", path, "--extra", "both")
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (plain / name).read_bytes() == (empty / name).read_bytes(), name
+
+
+def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs):
+    check = image_check(runs["none"], "test", 2, "cpu")
+    assert check["photos"] == 8
+    model, tokenizer, config, dataset, rows, _, notes = open_run(runs["none"], "test", "cpu")
+    ids = [example.image_id for example in dataset.examples["test"]]
+    for swap, found in ((shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])):
+        changed = [notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {}))) for row in rows]
+        again = evaluate.predict(model, changed, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32")
+        assert evaluate.score(again)["token"] == pytest.approx(found["token"])
+
+
+def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
+    _, path = noted
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(path.read_bytes())
+    assert open_run(runs["film"], "test", "cpu", notes=moved)[-1].path == moved
+    moved.write_text(moved.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="not the notes the run was trained with"):
+        open_run(runs["film"], "test", "cpu", notes=moved)
+
+
+def test_new_posts_bring_their_notes(runs, noted):
+    dataset, path = noted
+    known, posts = {note["id"]: note for note in map(json.loads, path.read_text(encoding="utf-8").splitlines())}, dataset.examples["test"]
+    predictor = predict.Predictor(runs["none"], "cpu")
+    given = [{"words": list(e.words)} | {k: v for k, v in known[e.id].items() if k != "id"} for e in posts]
+    for answer, record in zip(predictor(given), read_predictions(runs["none"] / "predictions-test.jsonl"), strict=True):
+        found, wanted = answer["entities"], predict.entities(record, None, None)
+        assert [(e["type"], e["words"]) for e in found] == [(e["type"], e["words"]) for e in wanted]
+        assert [e["probability"] for e in found] == pytest.approx([e["probability"] for e in wanted], abs=1e-5)
+    bare, wrong = predictor([{"text": "so good"}, {"text": "so good", "about_post": 3}])
+    assert bare["note"] == "no about_post and no about_photo given, which the run reads"
+    assert wrong["error"].startswith("the post: about_post must be text")
+
+
+def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+    """The control trains on what `Notes.shuffle` says, and is scored so again."""
+    _, path = noted
+    folder = train_run(tmp_path / "s", data_dir, encoder_dir, cache_dir, "--fusion", "none", "--notes", path, "--extra", "post", "--shuffle-notes")
+    model, tokenizer, config, dataset, rows, cache, notes = open_run(folder, "test", "cpu")
+    moved = [row["note"]["about_post"] != notes.notes[e.id]["about_post"] for row, e in zip(rows, dataset.examples["test"], strict=True)]
+    assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
+    again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32", cache, notes=notes)
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--extra", "post"), "--notes and --extra go together"), (("--notes", "n.jsonl"), "--notes and --extra go together"),
+        (("--shuffle-notes",), "--shuffle-notes: it gives posts"), (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
+        (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
+        (("--dataset", "mnre", "--decoder", "crf"), "a relation is one label"),
+        (("--fusion", "none", "--shuffle-photos"), "--fusion none is shown no photo"),
+    ],
+)  # fmt: skip
+def test_flags_that_do_not_go_together_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(list(flags))
+    assert said in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+    _, path = noted
+    given = (data_dir, encoder_dir, cache_dir, "--fusion", "none", "--extra", "post")
+    with pytest.raises(FileNotFoundError, match="no notes file .*make it with write_notes.py"):
+        train_run(tmp_path / "a", *given, "--notes", tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="--max-len 128 and --extra-len 5000: .* takes 512 in all"):
+        train_run(tmp_path / "b", *given, "--notes", path, "--extra-len", 5000)
+    with pytest.raises(ValueError, match="--shuffle-photos: no post of train has a photo, or in .* anything said of one"):
+        train_run(tmp_path / "c", *given, "--notes", path, "--shuffle-photos")
