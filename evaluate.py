@@ -177,7 +177,7 @@ def check_row(name, check):
 def verdict(config, check):
     """What the image check says of a run, in words: whether the interval of true against shuffled photos holds 0."""
     if config["fusion"] == "none" and not check["photos"]:
-        return "text only" if config["extra"] == "none" else "text and notes on the post only"
+        return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
     if check["photos"] < 2:
         return "fewer than 2 photos: cannot tell"
     found = check["bootstrap"]

@@ -92,7 +92,7 @@ def parse_args(argv):
     task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
     args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
     system = SYSTEMS[args.model]
-    if system.model is TextRegions:
+    if issubclass(system.model, TextRegions):
         args.fusion = args.fusion or "film"
     elif args.fusion:
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")

@@ -146,8 +146,9 @@ def pad_to(batch, length, pad_id):
 class Training:
     """A model of the given text shape, and steps of it as train.py takes them."""
 
-    def __init__(self, encoder, fusion, labels, device, region_dim=DIM):
+    def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
         config = {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
+        config["decoder"] = decoder
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device
@@ -155,9 +156,8 @@ class Training:
     def step(self, batch):
         batch = to_device(batch, self.device)
         with autocast(self.device, "float32" if self.device == "cpu" else "bfloat16"):
-            logits = self.model(batch)
-        loss = F.cross_entropy(logits.float().flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE)
-        loss.backward()
+            _, losses = self.model(batch, losses=True)
+        (losses["labels"].sum() / (batch["labels"] != IGNORE).sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -185,13 +185,14 @@ def fusion(args, place):
     posts, config = Posts(args, place), RobertaConfig()
     encoder, labels = text_encoder(config), posts.dataset.labels  # one encoder for all: half the memory
     trained = {name: Training(encoder, name, labels, args.device) for name in ("none", *(n for n in FUSIONS if n != "none"))}
+    trained["crf"] = Training(encoder, "none", labels, args.device, decoder="crf")
     rounds = 24 if args.device == "cpu" else 200
     batches = [posts.batch(number) for number in range(rounds + 1)]
     cases = {name: lambda turn, t=training: t.step(batches[turn]) for name, training in trained.items()}
     taken = in_turn(cases, rounds, args.device)
     data = in_turn({"data": posts.batch}, rounds)["data"]
     checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
-    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15}
+    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15, "crf": 1.05}
     text = statistics.median(taken["none"])
     for name in targets:
         target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"

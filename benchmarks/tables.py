@@ -32,6 +32,7 @@ from model import RUN_FORMAT, differing, read_config, system_settings  # noqa: E
 from scores import main_score, read_predictions, write_text  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
+NOTES_FILE = "data/twitter2017/notes.jsonl"
 METRICS = ("accuracy", "precision", "recall", "f1")
 # Accuracy on test of answering the most frequent label always: `O`, or `None`.
 MAJORITY = {"twitter2015": 0.8461, "twitter2017": 0.8020, "mnre": 0.6035}
@@ -89,6 +90,9 @@ TITLES = {
     "systems": "Systems",
     "published": "Published systems, entity-level F1",
     "captions": "Captions in place of photos",
+    "notes": "What a language model says of the post",
+    "base": "The same, with a base-size encoder",
+    "few-shot": "The same, with a part of the training posts",
     "relations": "Relations, photos of nothing",
     "demo": "Demo data set",
 }
@@ -101,6 +105,11 @@ NOTES = {
     "captions": "The regions of a photo are the token states of its caption under the frozen text encoder"
     " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel. The placeholder"
     " picture's caption counts as missing. Text encoder all-MiniLM-L6-v2, at the rate chosen on valid with text only.",
+    "notes": "`--notes` are what ChatGPT said of each post (`post`: its list of key entities) and a caption of its photo (`photo`),"
+    " a second segment of the text; `both`: one after the other. No pixel is looked at. The control trains on the notes of other"
+    " posts, of `photo` on those of other photos. Whether ChatGPT has seen the data set, nobody here can know.",
+    "base": "Text encoder all-mpnet-base-v2 (110M parameters), its rate and the decoder chosen on valid.",
+    "few-shot": "The posts are drawn with the run's seed, so a seed's rows share them.",
     "relations": "The features are a random ResNet50's of photos that have nothing to do with the posts: what a fusion layer adds"
     " here is capacity and noise. 3 epochs of batch 16, text encoder all-MiniLM-L6-v2.",
     "demo": "Posts, photos and captions that `demo.py` draws, tiny models with random weights: what is shown is that the"
@@ -117,7 +126,8 @@ class Row:
     dataset: str
     flags: tuple = ()
     reference: tuple = ()  # as `METRICS`, or accuracy alone
-    control: bool = True  # whether there is a photo to shuffle
+    control: str = "--shuffle-photos"  # what trains the row's control; "" if there is nothing to shuffle
+    text_only: str = "none"  # the row of the same table that it is compared with
 
     @property
     def key(self):
@@ -138,12 +148,32 @@ def all_rows():
             model = f"{'bert' if dataset == 'mnre' else 'roberta'}-resnet50" if system == "resnet50" else system
             rows.append(Row("systems", model, dataset, ("--model", model), values[dataset]))
     small = ("--text-encoder", "models/all-MiniLM-L6-v2", "--lr", 1e-4, "--fusion-lr", 1e-3)
+    photos = "--shuffle-photos"
     for fusion in ("none", *FUSION):
         flags = (*small, "--model", "bert-caption", "--fusion", fusion)
-        rows.append(Row("captions", fusion, "twitter2017", flags, control=fusion != "none"))
+        rows.append(Row("captions", fusion, "twitter2017", flags, control=photos * (fusion != "none")))
+    notes = {"none": ()} | {extra: ("--notes", NOTES_FILE, "--extra", extra) for extra in ("post", "photo", "both")}
+    controls = {"none": "", "post": "--shuffle-notes", "photo": photos, "both": "--shuffle-notes"}
+    text_only = ("--model", "bert-caption", "--fusion", "none")
+    for extra, more in notes.items():
+        for decoder in ("softmax", "crf"):
+            name = extra if decoder == "softmax" else f"{extra}, crf"
+            flags = (*small, *text_only, "--decoder", decoder, *more)
+            rows.append(Row("notes", name, "twitter2017", flags, control=controls[extra]))
+    for fusion in FUSION:
+        flags = (*small, "--model", "bert-caption", "--fusion", fusion, *notes["post"])
+        rows.append(Row("notes", f"post, {fusion} over captions", "twitter2017", flags, control=photos))
+    base = ("--text-encoder", "models/all-mpnet-base-v2", "--lr", 3e-5, "--fusion-lr", 1e-3)
+    for extra in ("none", "post"):
+        rows.append(Row("base", extra, "twitter2017", (*base, *text_only, *notes[extra]), control=controls[extra]))
+    for share in (0.1, 0.3):
+        for extra in ("none", "post"):
+            flags = (*small, *text_only, "--train-share", share, *notes[extra])
+            name = f"{extra}, {share:.0%}"
+            rows.append(Row("few-shot", name, "twitter2017", flags, control="", text_only=f"none, {share:.0%}"))
     for fusion in ("none", *FUSION):
         flags = (*small, "--model", "bert-resnet50", "--fusion", fusion, "--batch-size", 16, "--epochs", 3)
-        rows.append(Row("relations", fusion, "mnre", flags, control=False))
+        rows.append(Row("relations", fusion, "mnre", flags, control=""))
     for name, model, encoder, size in (
         *((fusion, "roberta-resnet50", "encoder", 96) for fusion in ("none", *FUSION)),
         ("captions, film", "bert-caption", "encoder", 64), ("clip-bert, film", "clip-bert", "encoder", 96),
@@ -152,7 +182,7 @@ def all_rows():
         flags = ("--model", model, "--img-size", size, "--text-encoder", f"data/demo/{encoder}", "--epochs", 15)
         fusion = () if model in ("blip", "vilt") else ("--fusion", name.split(", ")[-1])
         rates = ("--lr", 1e-3, "--fusion-lr", 1e-3)
-        rows.append(Row("demo", name, "demo", flags + rates + fusion, control=name != "none"))
+        rows.append(Row("demo", name, "demo", flags + rates + fusion, control=photos * (name != "none")))
     return rows
 
 
@@ -165,7 +195,7 @@ def argument_list(row, seed, args, shuffled=False):
         if value is not None and row.table != "demo":
             given[flag] = value
     argv = [str(part) for pair in (given | {"--seed": seed}).items() for part in pair]
-    argv += ["--shuffle-photos"] * shuffled
+    argv += [row.control] * shuffled
     folder = Path(train.parse_args(argv).run_dir).name
     if row.table == "settings":
         folder = folder.replace(f"-s{seed}", f"-{row.name.replace('/', '-')}-s{seed}")
@@ -206,6 +236,8 @@ def lacks(row, argv):
             FeatureCache(asked.features)
     except (FileNotFoundError, ValueError) as error:
         return str(error).split(";")[0].split(":")[0]
+    if asked.notes and not Path(asked.notes).is_file():
+        return f"no notes file {asked.notes}"
     if "test" not in splits and row.reference:
         return f"no test file of {row.dataset}"
     return ""
@@ -235,7 +267,7 @@ def run_row(row, args):
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             print(f"  FAILED: {reason}")
             return reason
-    checked = [run_folder(argv) for argv in runs if row.control and "--shuffle-photos" not in argv]
+    checked = [run_folder(argv) for argv in runs if row.control == "--shuffle-photos" and row.control not in argv]
     if checked := [folder for folder in checked if not list(folder.glob("image-check-*.json"))]:
         command = [sys.executable, str(PROJECT / "evaluate.py"), "--image-check", "--run", *map(str, checked)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -290,6 +322,9 @@ def cells(row, args, reason):
     count = len(row.reference) or 1
     made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in METRICS[:count]) if runs else ""
     made["main F1"] = spread([main_score(m) for _, m, _ in runs])
+    if row.table in ("notes", "base", "few-shot"):
+        for part in ("seen", "unseen"):
+            made[f"F1, mentions {part}"] = spread([m[f"entity_{part}"]["f1"] for _, m, _ in runs])
     made["main F1, trained on shuffled"] = spread([main_score(m) for _, m, _ in read_metrics(wrong)])
     shown = [json.loads(path.read_text()) for folder in true for path in folder.glob("image-check-*.json")]
     made["main F1, shown shuffled"] = spread([statistics.mean(map(main_score, c["shuffled"])) for c in shown])
@@ -312,12 +347,12 @@ def cells(row, args, reason):
 
 def comparisons(rows, args):
     """Table cells that say, by paired bootstrap, what each row's photos are worth: against wrong photos and text only."""
-    lines, plain = [], {row.table: row for row in rows if row.name == "none"}
+    lines, by_name = [], {row.name: row for row in rows}  # of one table
     for row in rows:
         a = done_folders(row, args)
         others = {"trained on shuffled": done_folders(row, args, shuffled=True)} if row.control else {}
-        if row.control and row.table in plain:
-            others["text only"] = done_folders(plain[row.table], args)
+        if row.text_only in by_name and row.name != row.text_only:
+            others["text only"] = done_folders(by_name[row.text_only], args)
         for name, b in others.items():
             by_seed = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
             both = [seed for seed in by_seed[0] if seed in by_seed[1]]
@@ -397,7 +432,8 @@ def markdown(parts):
 HEADINGS = {
     "data": "data set", "reference": "reference: accuracy [precision recall F1]", "ours": "ours: accuracy [precision recall F1] of tokens or rows",
     "main F1": "ours: entity F1 (relations: micro F1 without None)",
-    "main F1, trained on shuffled": "the same, trained on others' photos",
+    "F1, mentions seen": "of mentions that train has", "F1, mentions unseen": "of those it has not",
+    "main F1, trained on shuffled": "entity F1 (relations: micro), trained on others' photos or notes",
     "main F1, shown shuffled": "the same, only shown others' photos", "main F1, shown none": "the same, shown no photo",
     "majority": "accuracy of always answering the majority label", "twitter2015": "Twitter-2015", "twitter2017": "Twitter-2017",
 }  # fmt: skip

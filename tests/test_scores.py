@@ -328,7 +328,9 @@ def test_the_verdict_follows_from_the_interval(low, high, said):
     words = f"true - shuffled {(low + high) / 2:+.3f}, 95% interval {low:+.3f} to {high:+.3f}: {said}"
     assert verdict({"fusion": "film"}, check) == words
     assert verdict({"fusion": "film", "shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
-    assert verdict({"fusion": "none"}, check) == "text only"
+    assert verdict({"fusion": "none", "extra": "photo"}, check) == words  # what notes say of photos was shuffled
+    assert verdict({"fusion": "none"}, check | {"photos": 0}) == "text only"
+    assert verdict({"fusion": "none", "extra": "post"}, check | {"photos": 0}) == "text and notes on the post only"
     assert verdict({"fusion": "film"}, check | {"photos": 1}) == "fewer than 2 photos: cannot tell"
 
 

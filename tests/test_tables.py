@@ -28,15 +28,17 @@ def place(data_dir, tmp_path_factory):
 def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
     rows = tables.all_rows()
     counts = {table: sum(row.table == table for row in rows) for table in tables.TITLES}
-    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "relations": 5, "demo": 9}
+    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "notes": 12, "base": 2,
+                      "few-shot": 4, "relations": 5, "demo": 9}  # fmt: skip
     assert len({row.key for row in rows}) == len(rows)
     args, folders = tables.parse_args(["--runs", str(tmp_path)]), {}
     for row in rows:
-        for shuffled in {False, row.control}:
+        for shuffled in {False, bool(row.control)}:
             argv = tables.argument_list(row, 1338, args, shuffled)
             made = vars(train.parse_args(argv))
             made.pop("features")
-            assert made["seed"] == 1338 and made["shuffle_photos"] == shuffled
+            assert made["seed"] == 1338 and made["shuffle_photos"] == (shuffled and row.control == "--shuffle-photos")
+            assert made["shuffle_notes"] == (shuffled and row.control == "--shuffle-notes")
             assert folders.setdefault(made["run_dir"], made) == made  # one folder, one set of settings
     # The defaults of train.py where a table names none; FiLM; the rate of the settings is that of the fusion.
     settings = tables.argument_list(next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"), 1337, args)
@@ -97,7 +99,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     assert {"table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[1]} in values
     assert {"table": "fusion", "row": "film", "data set": "mnre", "column": "reference", "value": "0.7538"} in values
     tex = (place / "benchmarks" / "results.tex").read_text()
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 7 and cells[1] in tex and "±" not in tex
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 10 and cells[1] in tex and "±" not in tex
 
     def never(*args, **kwargs):
         raise AssertionError("run again")
@@ -122,7 +124,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
 def test_a_run_that_fails_says_why_and_the_others_go_on(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     flags = ("--fusion", "none", "--epochs", 1)
-    rows = [tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control=False) for
+    rows = [tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control="") for
             name, model, encoder in (("broken", "bert-resnet50", "absent/encoder"),
                                      ("none", "roberta-resnet50", "data/demo/encoder"))]  # fmt: skip
     monkeypatch.setattr(tables, "all_rows", lambda: rows)

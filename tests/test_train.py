@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 import demo
 import evaluate
 import extract_features
+import model
 import predict as predictor
 import report
 import train
 from commands import lock
-from data import FeatureCache, encode, load_dataset
+from data import FeatureCache, collate, encode, load_dataset
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
 from model import load_run
@@ -99,6 +101,75 @@ def test_same_seed_same_run_digit_for_digit(flags, tmp_path):
     for name in ("log.jsonl", "predictions-valid.jsonl", "predictions-test.jsonl", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert (first / "log.jsonl").read_bytes() != (other / "log.jsonl").read_bytes()
+
+
+def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, monkeypatch):
+    """A second loss, half of each post's squared first logit, counts by the post beside the labels' by the word."""
+
+    class More(model.TextRegions):
+        loss_weights = {"labels": 1.0, "small": 0.5}
+        seen = []
+
+        def forward(self, batch, return_weights=False, losses=False):
+            if not losses:
+                return super().forward(batch, return_weights)
+            logits, made = super().forward(batch, losses=True)
+            self.seen.append((made["labels"].detach(), (batch["labels"] >= 0).sum(1)))
+            return logits, made | {"small": logits[:, 0, 0].square()}
+
+        def total(self, sums, words, posts):
+            made = super().total(sums, words, posts)
+            (labels, count), small = self.seen[-1], sums[1]
+            assert (words, posts) == (count.sum(), len(count)) and sums[0] == labels.sum()
+            torch.testing.assert_close(made, labels.sum() / words + 0.5 * small / posts)
+            self.small = getattr(self, "small", 0) + small.item()
+            More.all_small = self.small
+            return made
+
+    plain = run(flags, tmp_path / "plain", "--fusion", "film", "--epochs", 1)
+    system = model.SYSTEMS["bert-resnet50"]
+    monkeypatch.setitem(model.SYSTEMS, "bert-resnet50", replace(system, model=More))
+    more = run(flags, tmp_path / "more", "--fusion", "film", "--epochs", 1, "--model", "bert-resnet50")
+    (line,), (without,) = json_lines(more / "log.jsonl"), json_lines(plain / "log.jsonl")
+    assert line["loss_small"] == pytest.approx(More.all_small / 24, rel=1e-5) and "loss_small" not in without
+    labels, words = (torch.cat([step[i] for step in More.seen]) for i in (0, 1))
+    assert line["loss"] == pytest.approx((labels.sum() / words.sum()).item(), rel=1e-5)
+    assert load_file(more / "model.safetensors")["head.linear.bias"].ne(load_file(plain / "model.safetensors")["head.linear.bias"]).any()
+
+
+def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
+    posts, trained = load_dataset("demo", data_dir).examples["train"], []
+    monkeypatched = train.encode
+
+    def watched(tokenizer, examples, *args):
+        trained.append([example.id for example in examples])
+        return monkeypatched(tokenizer, examples, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "encode", watched)
+        for seed in (1, 1, 2):
+            run(flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed, "--train-share", 0.3)
+    first, again, other = trained[::3]
+    assert len(first) == 8 and set(first) < {example.id for example in posts}
+    assert first == again != other and first == [e.id for e in posts if e.id in set(first)]
+    assert "train      8 posts" in capsys.readouterr().out
+
+
+def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
+    folder = run(flags, tmp_path / "crf", "--fusion", "film", "--decoder", "crf")
+    weights = load_file(folder / "model.safetensors")
+    assert all(weights[f"head.crf.{name}"].abs().max() > 0 for name in ("start", "transitions", "end"))
+    loaded, tokenizer, config, dataset, rows, cache, _ = evaluate.open_run(folder, "test", "cpu")
+    recorded = read_predictions(folder / "predictions-test.jsonl")
+    batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in dataset.examples["test"]])
+    with torch.inference_mode():
+        best, probability = loaded.head.crf.decode(loaded(batch), batch["word_starts"] >= 0)
+    for record, labels, chance in zip(recorded, best.tolist(), probability.tolist(), strict=True):
+        reached = [p is not None for p in record["probability"]]
+        said = [config["labels"][k] if ok else "O" for k, ok in zip(labels, reached, strict=False)]
+        assert record["predicted"] == said
+        wanted = [p for p, ok in zip(chance, reached, strict=False) if ok]
+        assert [p for p in record["probability"] if p is not None] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_defaults_are_the_reference_settings():
