@@ -333,11 +333,11 @@ def load_text_encoder(source, system, task, dropout):
 
 
 def try_out(encoder, tokenizer):
-    """Run a new encoder, on words and backwards, as training will, and leave it as it was but for three things.
+    """Run a new encoder, on words and backwards, as training will, and leave it as it was but for four things.
 
     Parameters that get no gradient are frozen: they are parts of the encoder that nothing here uses. Whether it reads left
-    to right is seen from which states another last sub-token changes, and said. Such a one is padded with its end token if
-    it has no padding: what stands behind a word changes nothing. Raises whatever the encoder raises.
+    to right is seen from which states another last sub-token changes, said, and kept as `left_to_right`. Such a one is
+    padded with its end token if it has no padding: what stands behind a word changes nothing. Raises whatever it raises.
     """
     (prefix, suffix), pieces = special_ends(tokenizer), split_pieces(tokenizer, [PROBE])[0][0]
     if len(pieces) < 4:
@@ -365,6 +365,7 @@ def try_out(encoder, tokenizer):
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     encoder.zero_grad(set_to_none=True)
+    encoder.left_to_right = left_to_right
     if left_to_right:
         print(
             f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's start marker, knows"

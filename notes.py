@@ -177,5 +177,5 @@ def pair_ends(tokenizer):
     rest = pair[len(prefix) + len(bare) :]
     start = next((i for i in range(len(rest)) if rest[i : i + len(bare)] == bare), None)
     if pair[: len(prefix) + len(bare)] != prefix + bare or not start:
-        raise ValueError("its tokenizer has no form for two texts; train it with --extra none")
+        raise ValueError("the tokenizer of this --text-encoder has no form for two texts; leave --notes and --extra out")
     return rest[:start], rest[start + len(bare) :]

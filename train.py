@@ -169,14 +169,17 @@ def open_features(args, dataset):
     return cache
 
 
-def open_notes(args, dataset, rows, tokenizer, longest):
+def open_notes(args, dataset, rows, tokenizer, encoder):
     """The `Notes` of the data set, attached to its encoded `rows`, and on the console what they cover; None without.
 
-    ValueError if they do not fit the data set, or posts with them the `longest` input of the encoder.
+    ValueError if they do not fit the data set, or the encoder: its longest input, or that it reads left to right.
     """
     if args.extra == "none":
         return None
-    notes = Notes(args.notes, tokenizer, args.extra, args.extra_len)
+    if getattr(encoder, "left_to_right", False):
+        raise ValueError(f"--extra {args.extra}: {args.text_encoder} reads left to right, so no word would know of what stands after"
+                         " the post; take another --text-encoder")  # fmt: skip
+    notes, longest = Notes(args.notes, tokenizer, args.extra, args.extra_len), longest_input(encoder, tokenizer)
     if args.max_len + notes.segments.longest > longest:
         raise ValueError(f"--max-len {args.max_len} and --extra-len {args.extra_len}: {args.text_encoder} takes {longest} in all")
     for i, line in enumerate(notes.coverage(dataset.examples)):
@@ -309,7 +312,7 @@ def run(args, stack):
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
-    notes = open_notes(args, dataset, rows, tokenizer, longest_input(encoder, tokenizer))
+    notes = open_notes(args, dataset, rows, tokenizer, encoder)
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | {
         "run_format": RUN_FORMAT,
