@@ -425,6 +425,31 @@ def write_results(rows, reasons, args):
     print(f"{args.output}: RESULTS.md, results.csv, results.tex")
 
 
+def plot_few_shot(rows, args):
+    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts, with notes and without."""
+    runs = {(row.table, row.name): read_metrics(done_folders(row, args)) for row in rows if row.table in ("few-shot", "notes")}
+    points = {extra: [(share, runs.get((table, name))) for share, table, name in
+                      ((10, "few-shot", f"{extra}, 10%"), (30, "few-shot", f"{extra}, 30%"), (100, "notes", extra))]
+              for extra in ("none", "post")}  # fmt: skip
+    if not all(made for curve in points.values() for _, made in curve):
+        return
+    import matplotlib  # a requirement of this part alone
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    for extra, label in (("none", "text only"), ("post", "and notes on the post")):
+        scores = [[main_score(metrics) for _, metrics, _ in made] for _, made in points[extra]]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0 for values in scores]
+        axes.errorbar([share for share, _ in points[extra]], list(map(statistics.mean, scores)), spreads, fmt="o-", capsize=3, label=label)
+    axes.set(xscale="log", xlabel="training posts of Twitter-2017, %", ylabel="test entity F1", xticks=(10, 30, 100), xticklabels=("10", "30", "100"))
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(args.output / "few-shot.png", dpi=120)
+
+
 def markdown(parts):
     return "| " + " | ".join(parts) + " |"
 
@@ -478,6 +503,7 @@ def main(argv=None):
         reasons[row.key] = run_row(row, args)
     if not args.dry_run:
         write_results(rows, reasons, args)
+        plot_few_shot(rows, args)
 
 
 if __name__ == "__main__":
