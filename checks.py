@@ -1,6 +1,6 @@
-"""Checks that tell whether to believe a score: is a difference more than chance, and does metadata give labels away?
+"""Checks that tell whether to believe a score: is a difference more than chance, do metadata or notes tell labels?
 
-Neither needs a model. The third check, whether a run uses its photos, is `evaluate.image_check`.
+None needs a model. The last check, whether a run uses its photos, is `evaluate.image_check`.
 """
 
 import re
@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from data import NONE, find_photos
-from scores import entity_spans, gold_fingerprint
+from notes import EXTRAS, note_text
+from scores import entity_spans, gold_fingerprint, mentions
 
 # ------------------------------------------------------------------------------------------------- comparing runs
 
@@ -196,3 +197,45 @@ def auc(gold, scores):
     negative, a, b = len(gold) - positive, area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (positive - 1) * (a - area**2) + (negative - 1) * (b - area**2)
     return area, 1.96 * (max(variance, 0) / (positive * negative)) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- notes
+
+
+def stands_in(words, text):
+    """Whether the runs of letters and digits of `words` stand in a text, next to each other, in any case.
+
+    Words that are signs alone never do.
+    """
+    name, said = (re.findall(r"\w+", side.lower()) for side in (" ".join(words), text))
+    return bool(name) and f" {' '.join(name)} " in f" {' '.join(said)} "
+
+
+def note_leaks(dataset, split, notes):
+    """How much of the gold of train and of `split` stands in what `notes`, a `Notes`, say of its posts.
+
+    {"about_post" or "about_photo", where a post has it: {"train" or `split`: {"gold" or "unseen": (standing,
+    all)}}}. gold: every entity, or every row of relations, and then head and tail must both stand there; unseen:
+    the entities that are no `mentions` of train, none for relations. Nothing is said of a post without a note.
+    """
+    known, found = mentions(dataset.examples["train"]), {}
+    for key in EXTRAS["both"]:
+        counts, said = {}, False
+        for name in ("train", split):
+            gold, unseen = [], []  # whether it stands there, one each
+            for example in dataset.examples[name]:
+                text = note_text(notes.notes.get(notes.find(example, name), {}), key)
+                said = said or bool(text)
+                if not hasattr(example, "labels"):
+                    ends = (example.words[start:end] for start, end in (example.head, example.tail))
+                    gold.append(all(stands_in(words, text) for words in ends))
+                    continue
+                for _, start, end in entity_spans(example.labels):
+                    words = example.words[start:end]
+                    gold.append(stands_in(words, text))
+                    if tuple(word.lower() for word in words) not in known:
+                        unseen.append(gold[-1])
+            counts[name] = {"gold": (sum(gold), len(gold)), "unseen": (sum(unseen), len(unseen))}
+        if said:
+            found[key] = counts
+    return found

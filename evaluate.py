@@ -5,6 +5,7 @@
     python evaluate.py --run runs/demo-* --image-check
     python evaluate.py --compare 'runs/twitter2017-roberta-resnet50-film-s*' 'runs/twitter2017-roberta-resnet50-none-s*'
     python evaluate.py --leak-check mnre
+    python evaluate.py --leak-check twitter2017 --notes notes.jsonl
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checks import FEWEST, SCORES, leak_check, paired_bootstrap
+from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
 from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
@@ -269,12 +270,36 @@ def compare(pattern_a, pattern_b, split, name):
         print("  seeds are averaged, not resampled: the interval is that of other posts, not of other seeds")
 
 
-def print_leaks(name, split, data_dir, images):
-    """Print how much of the labels metadata alone gives away."""
+def print_note_leaks(dataset, split, path):
+    """Print how much of the gold stands in the notes of a file."""
+    notes = Notes(path)
+    print(*notes.coverage(dataset.examples), sep="\n")
+    leaks = note_leaks(dataset, split, notes)
+    if not leaks:
+        print("no about_post and no about_photo in it: nothing to look for labels in")
+        return
+
+    def share(counts):
+        standing, count = counts
+        return f"{standing} of {count}" + (f" ({standing / count:.1%})" if count else "")
+
+    what = "gold mentions" if dataset.task == "ner" else "rows whose head and tail both"
+    for key, counts in leaks.items():
+        unseen = f", of those not in train {share(counts[split]['unseen'])}" * (dataset.task == "ner")
+        train, scored = (share(counts[name]["gold"]) for name in ("train", split))
+        print(f"{what} stand in {key}: train {train}; {split} {scored}{unseen}")
+    print(f"  a language model may have seen these data: where a share is near 1, or higher on {split} than on"
+          " train, scores with such notes tell nothing about a model that never saw them")  # fmt: skip
+
+
+def print_leaks(name, split, data_dir, images, notes):
+    """Print how much of the labels metadata alone gives away, and how much of the gold a file of `notes`."""
     dataset = load_dataset(name, data_dir)
     split = split or ("test" if "test" in dataset.examples else "valid")
     if split not in dataset.examples:
         raise ValueError(f"{name} has no {split} file")
+    if notes:
+        print_note_leaks(dataset, split, notes)
     try:
         folders = image_folders(name, data_dir, images)
     except FileNotFoundError as error:
@@ -346,7 +371,7 @@ def main(argv=None):
     if args.compare:
         return compare(*args.compare, args.split, args.score)
     if args.leak_check:
-        return print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images)
+        return print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
     if args.predictions:
         records = read_predictions(args.predictions)
         if args.train:

@@ -71,15 +71,17 @@ class Notes:
 
     The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts are taken;
     `length`: sub-tokens of them, at most, the rest is cut. `attach` gives rows of `encode` their notes, `shown` makes
-    the row that the model is given. FileNotFoundError or ValueError if the file cannot be read.
+    the row that the model is given. Without a tokenizer they can be found and counted, and no row made.
+    FileNotFoundError or ValueError if the file cannot be read.
     """
 
-    def __init__(self, path, tokenizer, extra, length):
+    def __init__(self, path, tokenizer=None, extra="none", length=0):
         self.path, self.extra, self.length = Path(path), extra, length
         if not self.path.is_file():
             raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.segments, self.of_photo = Segments(tokenizer, extra, length), {}
+        self.segments = Segments(tokenizer, extra, length) if tokenizer is not None else None
+        self.of_photo = {}
 
     def find(self, example, split):
         """The id of the note of an example, None if there is none."""
@@ -92,11 +94,15 @@ class Notes:
             if example.image_id is not None:
                 self.of_photo.setdefault(example.image_id, row["note"])
 
-    def shown(self, row, photo):
-        """A row of `encode` with its post's notes, where it is shown `photo`, an image id or None for no photo."""
+    def known(self, row, photo):
+        """The note of a row's post, where it is shown `photo`, an image id or None for no photo."""
         note = row["note"]
         of_photo = {} if photo is None else note if photo == row["image_id"] else self.of_photo[photo]
-        return self.segments(row, seen_with(note, of_photo))
+        return seen_with(note, of_photo)
+
+    def shown(self, row, photo):
+        """A row of `encode` with what is `known` of its post."""
+        return self.segments(row, self.known(row, photo))
 
     def has_photo(self, image_id):
         """Whether the second segments say anything that was written with this photo in view."""
@@ -152,7 +158,10 @@ class Segments:
         return len(self.middle) + self.length + len(self.suffix) - self.end
 
     def __call__(self, row, note):
-        """The row with a second segment; itself if the note has no text. `text_length`: how much of it is the post's."""
+        """The row with a second segment; itself if the note has no text.
+
+        `text_length`: how much of it is the post's; `note_cut`: whether the note was longer than `length`.
+        """
         ids = []
         for said in filter(None, (note_text(note, key) for key in self.keys)):
             if said not in self.pieces:
@@ -164,7 +173,8 @@ class Segments:
             self.cut.add(tuple(ids))
         post = row["input_ids"][: len(row["input_ids"]) - self.end]
         length = min(len(row["input_ids"]), len(post) + len(self.middle))
-        return row | {"input_ids": post + self.middle + ids[: self.length] + self.suffix, "text_length": length}
+        made = {"text_length": length, "note_cut": len(ids) > self.length}
+        return row | made | {"input_ids": post + self.middle + ids[: self.length] + self.suffix}
 
 
 def pair_ends(tokenizer):

@@ -1,4 +1,4 @@
-"""A finished run -> one HTML file to look at: scores, confusions, training curves, every post with its photo.
+"""A finished run -> one HTML file to look at: scores, confusions, curves, every post with its photo and notes.
 
     python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
 
@@ -24,8 +24,9 @@ from backbones import upright
 from commands import check_device, command_line, default_device
 from data import NONE, FeatureCache, NerExample, RelationExample, collate, encode, find_photos, image_folders
 from data import length_batches, to_device
-from evaluate import dataset_now, predictions_file, verdict
+from evaluate import dataset_now, predictions_file, run_notes, verdict
 from model import autocast, load_run, precision_on, read_config
+from notes import EXTRAS, note_text
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -93,7 +94,7 @@ def confusion(posts, order):
     return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
 
 
-# ------------------------------------------------------------------------------------------------ photos, attention
+# ---------------------------------------------------------------------------------------- photos, notes, attention
 
 
 def thumbnail(path):
@@ -155,20 +156,26 @@ def place_maps(weights, grid):
     return maps.round().byte(), places.sum(1), whole.sum(1)
 
 
-def attention(run, config, records, features, device):
-    """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
+def open_regions(run, config, records, features):
+    """The feature cache of a run whose words weigh places in the photos it was shown; None for any other.
 
-    Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
-    without a photo are left out, and all where regions have no places (captions). ValueError if the features are not
-    those the run was trained on.
+    Captions have no places. ValueError if the features are not those the run was trained on.
     """
+    if config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos"):
+        return None
     cache = FeatureCache(features or config["features"])
     cache.require([record["image_id"] for record in records], config["features_made"]["dataset"])
     if cache.sha256 != config["features_made"]["sha256"]:
         raise ValueError(f"{cache.path}: not the features {run} was trained on; restore them")
-    if not cache.grid.any():
-        return {}
-    model, tokenizer, _ = load_run(run, device)
+    return cache if cache.grid.any() else None
+
+
+def run_inputs(config, tokenizer, records, split, path):
+    """(rows of `encode` that a run answered with `records`, what of notes was in each row as {key: text}).
+
+    `path`: where the notes are now. Of a run on shuffled photos texts and rows are without what was written with
+    a photo in view: that was another's. FileNotFoundError or ValueError if the notes are not there, or changed.
+    """
     label = config["labels"][0]  # `encode` wants labels, what a word attends to does not depend on them
     ner = config["task"] == "ner"
     examples = [
@@ -177,10 +184,26 @@ def attention(run, config, records, features, device):
         for r in records
     ]  # fmt: skip
     rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
-    found = {}
+    notes = run_notes(config, tokenizer, rows, examples, split, path)
+    if notes is None:
+        return rows, [{}] * len(rows)
+    photos = [None if config.get("shuffle_photos") else example.image_id for example in examples]
+    known = [notes.known(row, photo) for row, photo in zip(rows, photos, strict=True)]
+    keys = EXTRAS[config["extra"]]
+    said = [{key: text for key in keys if (text := note_text(note, key))} for note in known]
+    return [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)], said
+
+
+def attention(model, config, rows, records, pad_id, cache, device):
+    """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
+
+    Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
+    without a photo are left out. `rows`: of `run_inputs`.
+    """
+    found, ner = {}, config["task"] == "ner"
     for chosen in length_batches([len(row["input_ids"]) for row in rows], config["eval_batch_size"]):
         photos = [records[i]["image_id"] for i in chosen]
-        batch = to_device(collate([rows[i] for i in chosen], tokenizer.pad_token_id, cache, photos), device)
+        batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, photos), device)
         with torch.inference_mode(), autocast(device, precision_on(device, config)):
             _, weights = model(batch, return_weights=True)
         for i, photo, weight in zip(chosen, photos, weights.float().cpu(), strict=True):  # [T, R]
@@ -245,6 +268,19 @@ def image_check_line(config, check):
     )
 
 
+def notes_line(config, records):
+    """What a run read of notes, and for how many of its posts they had something, as a sentence."""
+    if config["extra"] == "none":
+        return "not used"
+    given = sum(record.get("extra") is True for record in records)
+    shuffled = "; SHUFFLED: each post was given what was said of another" if config["shuffle_notes"] else ""
+    unit = "posts" if config["task"] == "ner" else "rows"
+    return (
+        f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), --extra {config['extra']}:"
+        f" {given} of {len(records)} {unit} with a note, {len(records) - given} without{shuffled}"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- main
 
 
@@ -258,6 +294,7 @@ def parse_args(argv):
     add("--data-dir", help="where the photos' data set is now; default: where the run was trained")
     add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
     add("--features", help="where the run's feature file is now")
+    add("--notes", help="where the run's notes are now")
     add("--device", default=default_device())
     # fmt: on
     return parser.parse_args(argv)
@@ -267,6 +304,8 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     run, config = args.run, read_config(args.run)
+    if args.notes and config["extra"] == "none":
+        raise ValueError(f"--notes: {run} read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
     check = run / f"image-check-{split}.json"
@@ -287,10 +326,25 @@ def main(argv=None):
     photos = load_photos(named, folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
+        unseen = ", and of notes nothing that was written with a photo in view" * (config["extra"] != "none")
         warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
-                        " own, which the model did not see; so there is no attention to show.")  # fmt: skip
-    blind_maps = config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos")
-    maps = {} if blind_maps else attention(run, config, records, args.features, args.device)
+                        f" own, which the model did not see; so there is no attention to show{unseen}.")  # fmt: skip
+    if config["shuffle_notes"]:
+        warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown here, too.")
+    cache, maps = open_regions(run, config, records, args.features), {}
+    if cache is not None or config["extra"] != "none":
+        model, tokenizer, _ = load_run(run, args.device)
+        try:
+            rows, said = run_inputs(config, tokenizer, records, split, args.notes)
+        except FileNotFoundError as error:
+            if args.notes:
+                raise
+            warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
+        else:
+            if cache is not None:
+                maps = attention(model, config, rows, records, tokenizer.pad_token_id, cache, args.device)
+            for post, row, texts in zip(posts, rows, said, strict=True):
+                post |= {"said": texts, "cut": row.get("note_cut", False)} if texts else {}
     for i, post in enumerate(posts):
         if i in maps and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
@@ -305,9 +359,10 @@ def main(argv=None):
         "Data": f"{Path(config['dataset']).name} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
-        f" {config['text_encoder']}, seed {config['seed']}",
+        f" {config['text_encoder']}, decoder {config['decoder']}, seed {config['seed']}",
         "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
         "not used",
+        "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
     found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
@@ -318,7 +373,9 @@ def main(argv=None):
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
         "confusion": confusion(posts, [*metrics["entity"]["types"], NOTHING] if ner else
                                [NONE, *metrics["relation"]["types"]]),
-        "log": log, "photos": photos, "posts": posts,
+        "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
+        "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
+                 "about_photo": "Said of the photo"},
     }  # fmt: skip
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -327,11 +384,11 @@ def main(argv=None):
     output = args.output or run / f"report-{split}.html"
     write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
     print(
-        f"{output}: {len(posts)} {'posts' if ner else 'rows'}, {sum('maps' in post for post in posts)} with attention;"
+        f"{output}: {len(posts)} {'posts' if ner else 'rows'},"
+        f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)} with notes;"
         f" {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
     )
     return output
-
 
 
 if __name__ == "__main__":

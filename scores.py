@@ -143,6 +143,7 @@ def score(records):
         "main_f1": without["f1"],
     }
     metrics["posts_without_photo"] = sum(record.get("photo") is False for record in records)
+    metrics["posts_without_note"] = sum(record.get("extra") is False for record in records)
     if ner:
         metrics["words_answered_without_model"] = sum(
             p is None for record in records for p in record.get("probability", [])
@@ -205,6 +206,8 @@ def format_scores(metrics, title):
     lines += [line(f"always {base['label']!r} (its {main} F1: {base['main_f1']:.4f})", base, base["accuracy"])]
     if metrics["posts_without_photo"]:
         lines += [f"posts without a photo: {metrics['posts_without_photo']}"]
+    if metrics["posts_without_note"]:
+        lines += [f"posts without a note: {metrics['posts_without_note']}"]
     if metrics.get("words_answered_without_model"):
         lines += [f"words cut off or without a sub-token, answered O: {metrics['words_answered_without_model']}"]
     return "\n".join(lines + [f"WARNING: {warning}" for warning in metrics["warnings"]])

@@ -9,9 +9,10 @@ from PIL import Image
 
 import evaluate
 import train
-from checks import FEWEST, SCORES, auc, files_named_after, leak_check, paired_bootstrap
-from data import Dataset, NerExample, RelationExample
+from checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap, stands_in
+from data import Dataset, NerExample, RelationExample, load_dataset
 from model import system_settings
+from notes import Notes
 from scores import entity_scores, label_scores, relation_scores, write_json, write_json_lines
 
 LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -176,8 +177,8 @@ def test_what_counts_as_another_seed_of_the_same_system():
         "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
         "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager", "version_torch": "2.15"},
     }  # fmt: skip
-    free = {"seed", "data_dir", "images", "cache_dir", "features", "run_dir", "device", "overwrite", "resume", "save_every",
-            "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
+    free = {"seed", "data_dir", "images", "cache_dir", "features", "notes", "run_dir", "device", "overwrite",
+            "resume", "save_every", "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
     known = system_settings(config)
     for key in config.keys() - {"data", "features_made", "text_encoder"}:
         assert (system_settings(config | {key: "other"}) == known) == (key in free), key
@@ -212,3 +213,135 @@ def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--leak-check", str(tmp_path / "absent")])
     assert "is neither a folder nor one of twitter2015" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- notes
+
+
+@pytest.mark.parametrize("words, text, stands", [
+    ("Kevin Durant", "1. kevin DURANT (person)", True), ("Kevin Durant", "Durant, Kevin", False),
+    ("Kevin Durant", "Kevin-Durant!", True), ("Kevin Durant", "Kevin and Durant", False), ("Ada", "ada", True),
+    ("Ada", "Nevada", False), ("@ NBA", "the #NBA", True), ("York 's", "New York's", True), ("É", "é", True),
+    ("New York", "new", False), ("! 😀", "! 😀", False), ("! 😀", "", False), ("x", "", False),
+])  # fmt: skip
+def test_a_mention_stands_in_a_text_by_whole_words(words, text, stands):
+    assert stands_in(words.split(), text) == stands
+
+
+def test_words_stand_where_a_search_for_lists_finds_them():
+    rng, pieces = random.Random(0), ["a", "B", "ab", "b", "-", "a's", "1"]
+    answers = []
+    for _ in range(2000):
+        words, text = (rng.choices(pieces, k=rng.randint(0, longest)) for longest in (3, 8))
+        name, said = ([c.lower() if c.isalnum() else " " for c in " ".join(side)] for side in (words, text))
+        name, said = "".join(name).split(), "".join(said).split()
+        windows = [said[i : i + len(name)] for i in range(len(said) - len(name) + 1)]
+        assert stands_in(words, " ".join(text)) == (name != [] and name in windows)
+        answers.append(name != [] and name in windows)
+    assert 200 < sum(answers) < 1800
+
+
+def notes_file(path, said):
+    """A notes file of {id: note}."""
+    write_json_lines(path, [{"id": key} | note for key, note in said.items()])
+    return path
+
+
+def ner_example(name, text, photo=None):
+    words, labels = zip(*(pair.rsplit("/", 1) for pair in text.split()), strict=True)
+    return NerExample(name, photo, words, labels)
+
+
+@pytest.fixture
+def noted(tmp_path):
+    """A data set of named entities, and notes on it, counted by hand below."""
+    train = [ner_example("a", "Jordan/B-PER in/O Paris/B-LOC"), ner_example("b", "NASA/B-ORG")]
+    valid = [
+        ner_example("a", "JORDAN/B-LOC met/O Kevin/B-PER Durant/I-PER"),  # seen, as another type; unseen
+        ner_example("c", "Oscar/I-MISC so/O Paris/B-LOC"), ner_example("d", "so/O"),
+        ner_example("e", "Rome/B-LOC"),
+    ]  # fmt: skip
+    path = notes_file(tmp_path / "n.jsonl", {
+        "a": {"about_post": "Jordan (person)"}, "c": {"about_post": "oscar"},
+        "valid/a": {"about_post": "jordan; Kevin  Durant; Paris", "about_photo": "Durant"},
+        "d": {"about_post": "Rome, Paris, NASA"}, "nobody": {"about_photo": "Rome"},
+    })  # fmt: skip
+    return Dataset("made", "ner", {}, {"train": train, "valid": valid}, ()), path
+
+
+def test_gold_in_notes_by_hand(noted):
+    dataset, path = noted
+    found = note_leaks(dataset, "valid", Notes(path))
+    assert found.keys() == {"about_post", "about_photo"}
+    for key, train, valid, unseen in (("about_post", (1, 3), (3, 5), (2, 3)), ("about_photo", (0, 3), (0, 5), (0, 3))):
+        assert found[key] == {"train": {"gold": train, "unseen": (0, 0)}, "valid": {"gold": valid, "unseen": unseen}}
+
+
+def test_only_what_notes_say_of_posts_looked_at_is_counted(noted, tmp_path):
+    dataset, _ = noted
+    said = {"a": {"about_photo": "Paris by night", "about_post": " "}, "x": {"about_post": "Jordan"}}
+    path = notes_file(tmp_path / "m.jsonl", said)
+    found = note_leaks(dataset, "valid", Notes(path))
+    assert found.keys() == {"about_photo"} and found["about_photo"]["train"]["gold"] == (1, 3)
+    path = notes_file(tmp_path / "o.jsonl", {"a": {"relevance": 1}})
+    assert note_leaks(dataset, "valid", Notes(path)) == {}
+
+
+def test_relations_need_both_names_in_the_note(tmp_path):
+    """A row's own note before its photo's; half a pair is none."""
+    words = ("Messi", "of", "FC", "Barcelona")
+    rows = [RelationExample(f"p@{i}", "p", words, (0, 1), (2, 4), y) for i, y in enumerate(["None", "/a", "/a"])]
+    said = {"p": {"about_post": "fc barcelona's Messi"}, "p@1": {"about_post": "Messi, Barcelona"}}
+    path = notes_file(tmp_path / "n.jsonl", said)
+    dataset = Dataset("made", "relation", {}, {"train": rows[:1], "test": rows}, ())
+    train, test = {"gold": (1, 1), "unseen": (0, 0)}, {"gold": (2, 3), "unseen": (0, 0)}
+    assert note_leaks(dataset, "test", Notes(path)) == {"about_post": {"train": train, "test": test}}
+
+
+def test_notes_are_looked_into_on_the_command_line(data_dir, tmp_path, capsys):
+    """On the demo: notes that repeat their posts hold every mention, those of other posts do not."""
+    dataset = load_dataset("demo", data_dir)
+    said = {e.id: {"about_post": " ".join(e.words)} for posts in dataset.examples.values() for e in posts}
+    path = notes_file(tmp_path / "n.jsonl", said)
+    flags = ["--leak-check", "demo", "--data-dir", str(data_dir), "--notes"]
+    evaluate.main([*flags, str(path)])
+    out, ((key, found),) = capsys.readouterr().out, note_leaks(dataset, "test", Notes(path)).items()
+    train_count, count = (
+        sum(y[0] == "B" for e in dataset.examples[split] for y in e.labels) for split in ("train", "test")
+    )
+    unseen, of = found["test"]["unseen"]
+    assert found["train"] == {"gold": (train_count, train_count), "unseen": (0, 0)}
+    assert found["test"]["gold"] == (count, count) and 0 < unseen == of < count
+    whole = f"train {train_count} of {train_count} (100.0%); test {count} of {count} (100.0%)"
+    whole += f", of those not in train {unseen} of {unseen} (100.0%)\n"
+    assert f"gold mentions stand in about_post: {whole}" in out and "about_photo" not in out
+    assert "40 notes, 0 of no post here" in out and "may have seen these data" in out
+    assert "photos found" in out  # and the check of metadata
+    evaluate.main([*flags, str(path), "--split", "valid"])
+    assert "; valid " in capsys.readouterr().out
+    path = notes_file(tmp_path / "r", {"train_0000.jpg": {"about_post": "x"}})
+    evaluate.main(["--leak-check", "mnre", "--data-dir", str(data_dir), "--notes", str(path)])
+    out = capsys.readouterr().out
+    shares = "train 0 of 24 (0.0%); valid 0 of 8 (0.0%)"
+    assert f"rows whose head and tail both stand in about_post: {shares}\n" in out
+    path = notes_file(tmp_path / "s", {"train_0000": {"relevance": 1}, "test/test_0001": {"phrases": ["x"]}})
+    evaluate.main([*flags, str(path)])
+    assert "no about_post and no about_photo in it" in capsys.readouterr().out
+
+
+def test_notes_that_cannot_be_looked_into_are_one_line(data_dir, tmp_path, capsys):
+    flags = ["--leak-check", "demo", "--data-dir", str(data_dir), "--notes"]
+    other = notes_file(tmp_path / "o.jsonl", {"other": {"about_post": "x"}})
+    bad = notes_file(tmp_path / "b.jsonl", {"other": {"about_post": 3}})
+    for path, error, said in (
+        (tmp_path / "absent", FileNotFoundError, "no notes file .*make it with write_notes.py"),
+        (other, ValueError, "no note is of any post .first id: other.; is it another"),
+        (bad, ValueError, "b.jsonl:1: about_post must be text"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            evaluate.main([*flags, str(path)])
+        assert "\n" not in str(caught.value)
+    for more in (["--run", "x"], ["--predictions", "x"], ["--compare", "x", "y"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([*more, "--notes", "n.jsonl"])
+        assert "--notes goes with --image-check or --leak-check" in capsys.readouterr().err

@@ -132,6 +132,8 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
     a, b = (tokenizer(said, add_special_tokens=False)["input_ids"] for said in ("so good", "today"))
     note = {"about_post": " so good ", "about_photo": "today"}
     whole = Segments(tokenizer, "both", 500)(row, note)["input_ids"]
+    longest = len(a + middle + b)
+    assert [Segments(tokenizer, "both", longest - cut)(row, note)["note_cut"] for cut in (0, 1)] == [False, True]
     assert whole[len(row["input_ids"]) :][-len(a + middle + b + suffix) :] == a + middle + b + suffix
     for length in (1, 2, 3, len(a + middle)):
         segments = Segments(tokenizer, "both", length)

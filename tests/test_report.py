@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -20,7 +21,9 @@ import report
 import train
 from backbones import load_processor
 from data import DATASETS, FeatureCache, collate, encode, load_dataset
-from model import load_run
+from evaluate import open_run
+from model import load_run, load_tokenizer
+from notes import EXTRAS, Segments, read_notes
 from report import compare_spans, place_maps, relation_kind, score_tables, seen_part, thumbnail
 from scores import entity_spans, score, write_json, write_json_lines
 
@@ -34,9 +37,26 @@ RUNS = {  # name: (data set, what to add to a quick run's arguments)
     "bert-caption": ("demo", ["--fusion", "bimodal"]),
     "mnre": ("mnre", ["--fusion", "cross-attention"]),
     "mnre-none": ("mnre", ["--fusion", "none"]),
+    "notes": ("demo", ["--fusion", "cross-attention", "--extra", "both", "--extra-len", 12, "--decoder", "crf"]),
+    "notes-none": ("demo", ["--fusion", "none", "--extra", "post"]),
+    "mnre-notes": ("mnre", ["--fusion", "cross-attention", "--extra", "photo"]),
 }
-WITH_MAPS = ("cross-attention", "clip-bert", "blip", "vilt", "mnre")
+WITH_NOTES = [name for name in RUNS if "notes" in name]
+WITH_MAPS = ("cross-attention", "clip-bert", "blip", "vilt", "mnre", "notes", "mnre-notes")
 HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028", "&lt;b&gt;"]
+
+
+def write_notes(path, dataset, data_dir):
+    """Notes on three photos in four: with it in view, too long, and on nothing but it; all of them hostile."""
+    posts = [example for posts in load_dataset(dataset, data_dir).examples.values() for example in posts]
+    notes = []
+    for i, image_id in enumerate(dict.fromkeys(example.image_id for example in posts)):
+        post, photo = f" so {HOSTILE[i % 5]} {image_id} ", f"so {HOSTILE[(i + 1) % 5]}\n{image_id}"
+        long, blank = post + 9 * "so good ", " \n"
+        of_post = ({"about_post": post, "with_photo": True}, {"about_post": long}, {"about_post": blank})
+        notes += [{"id": image_id, "about_photo": photo} | said for said in of_post[i % 4 : i % 4 + 1]]
+    write_json_lines(path, notes)
+    return path
 
 
 def train_run(name, folder, data_dir, cache_dir, encoder_dir):
@@ -47,6 +67,8 @@ def train_run(name, folder, data_dir, cache_dir, encoder_dir):
     if name in PARTS:
         _, size, _, text = PARTS[name]
         flags += ["--model", name, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+    if name in WITH_NOTES:
+        flags += ["--notes", write_notes(folder.with_suffix(".jsonl"), dataset, data_dir)]
     return train.main([str(flag) for flag in flags])
 
 
@@ -80,6 +102,13 @@ def copy_run(run, folder, records):
     for name in ("config.json", "log.jsonl"):
         (folder / name).write_bytes((run / name).read_bytes())
     write_json_lines(folder / "predictions-test.jsonl", records)
+    return folder
+
+
+def copy_whole(run, folder, **changed):
+    """A run folder with all that is in it and another configuration."""
+    shutil.copytree(run, folder)
+    write_json(folder / "config.json", json.loads((run / "config.json").read_text()) | changed)
     return folder
 
 
@@ -192,13 +221,18 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
 
 @pytest.mark.parametrize("name", WITH_MAPS)
 def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
-    """Against each post alone, unpadded, with its own example from the data set."""
+    """Against each post alone, unpadded, with its own example from the data set and the note on its photo."""
     page, (split, _) = page_of(runs[name], tmp_path / "page.html"), predictions(runs[name])
     posts = {post["id"]: post for post in page["posts"]}
     model, tokenizer, config = load_run(runs[name])
     cache = FeatureCache(config["features"])
     examples = load_dataset(config["dataset"], data_dir).examples[split]
     rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
+    if name in WITH_NOTES:
+        notes = read_notes(config["notes"])
+        segments = Segments(tokenizer, config["extra"], config["extra_len"])
+        rows = [segments(row, notes.get(e.image_id, {})) for row, e in zip(rows, examples, strict=True)]
+        assert 0 < sum("text_length" in row for row in rows) < len(rows)
     for example, row in zip(examples, rows, strict=True):
         maps = posts[example.id]["maps"]
         height, width = cache.grid[cache.rows[example.image_id]].tolist()
@@ -218,6 +252,21 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
         assert name != "vilt" or max(maps["places"]) < 1
 
 
+@pytest.mark.parametrize("name", sorted({*WITH_MAPS} & {*WITH_NOTES}))
+def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path, name, monkeypatch):
+    """With their second segments: those change the tiny models' attention too little for `test_maps` to see."""
+    looked_at = []
+    monkeypatch.setattr(report, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
+    page_of(runs[name], tmp_path / "page.html")
+    split, records = predictions(runs[name])
+    _, _, _, dataset, rows, _, notes = open_run(runs[name], split, "cpu")
+    answered = [notes.shown(row, e.image_id) for row, e in zip(rows, dataset.examples[split], strict=True)]
+    assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
+    kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")
+    looked_at, answered = (sorted([row.get(key) for key in kept] for row in side) for side in (looked_at, answered))
+    assert looked_at == answered
+
+
 def test_fine_grids_are_averaged_down():
     weights = torch.zeros(2, 1 + 24 * 24)
     weights[:, 0] = 0.25  # the class token
@@ -230,6 +279,95 @@ def test_fine_grids_are_averaged_down():
     assert place_maps(torch.rand(1, 240), [12, 20])[0].shape == (1, 12, 20)  # ViLT's largest
     assert place_maps(torch.rand(1, 1 + 25 * 31), [25, 31])[0].shape == (1, 13, 16)
     assert not place_maps(torch.zeros(1, 9), [3, 3])[0].any()
+
+
+# ---------------------------------------------------------------------------------------------------------- notes
+
+
+@pytest.mark.parametrize("name", WITH_NOTES)
+def test_what_the_run_read_of_notes_is_shown_with_the_post(runs, tmp_path, name, capsys):
+    page, (_, records) = page_of(runs[name], tmp_path / "page.html"), predictions(runs[name])
+    config = json.loads((runs[name] / "config.json").read_text())
+    posts = {post["id"]: post for post in page["posts"]}
+    tokenizer, notes = load_tokenizer(runs[name] / "encoder"), read_notes(config["notes"])
+    cut = 0
+    for record in records:
+        note, post = notes.get(record["image_id"], {}), posts[record["id"]]
+        texts = {key: note.get(key, "").strip() for key in EXTRAS[config["extra"]]}
+        said = {key: text for key, text in texts.items() if text}
+        assert ("said" in post) == record["extra"] == bool(said) and post.get("said", {}) == said
+        length = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said.values())
+        length += len(said) == 2  # a separator between them
+        assert post.get("cut", False) == (length > config["extra_len"])
+        cut += post.get("cut", False)
+    assert (cut > 0) == (name == "notes")
+    given = sum(record["extra"] for record in records)
+    assert 0 < given < len(records)
+    unit = "posts" if page["ner"] else "rows"
+    assert page["facts"]["Notes"] == (
+        f"{name}.jsonl ({config['notes_sha256'][:16]}), --extra {config['extra']}:"
+        f" {given} of {len(records)} {unit} with a note, {len(records) - given} without"
+    )
+    assert f"decoder {'crf' if name == 'notes' else 'softmax'}," in page["facts"]["System"]
+    assert page["said"] == {"about_post": "Said of the post", "about_photo": "Said of the photo"}
+    assert f" {given} with notes;" in capsys.readouterr().out
+
+
+def test_without_notes_nothing_is_said(runs, tmp_path):
+    page = page_of(runs["film"], tmp_path / "page.html")
+    assert page["facts"]["Notes"] == "not used" and not any("said" in post for post in page["posts"])
+    with pytest.raises(ValueError, match="--notes: .*film read none; leave it out"):
+        page_of(runs["film"], tmp_path / "page.html", "--notes", runs["notes"].with_suffix(".jsonl"))
+
+
+@pytest.mark.parametrize("name", WITH_NOTES)
+def test_notes_that_are_not_here_are_said_and_moved_ones_found(runs, tmp_path, name):
+    output, there = tmp_path / "page.html", runs[name].with_suffix(".jsonl")
+    whole = page_of(runs[name], output)
+    moved = copy_whole(runs[name], tmp_path / name, notes="gone.jsonl")
+    page, nor = page_of(moved, output), ", nor attention" if name in WITH_MAPS else ""
+    why = "no notes file gone.jsonl; make it with write_notes.py, or name another with --notes."
+    assert f"Notes not shown{nor}: {why}" in page["warnings"]
+    assert not any({"said", "maps"} & post.keys() for post in page["posts"])
+    assert page["facts"]["Notes"] == whole["facts"]["Notes"].replace(f"{name}.jsonl", "gone.jsonl")
+    assert page["tables"] == whole["tables"] and page["photos"] == whole["photos"]
+    found = page_of(moved, output, "--notes", there)
+    assert found == whole | {"facts": page["facts"], "title": page["title"]}
+    output.unlink()
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(there.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="no notes file .*absent"):
+        page_of(moved, output, "--notes", tmp_path / "absent")
+    with pytest.raises(ValueError, match="changed.jsonl: not the notes the run was trained .*; restore them"):
+        page_of(moved, output, "--notes", changed)
+    assert not output.exists()
+
+
+def test_a_run_on_notes_of_others_shows_those(runs, tmp_path):
+    plain = page_of(runs["notes"], tmp_path / "plain.html")
+    page = page_of(copy_whole(runs["notes"], tmp_path / "run", shuffle_notes=True), tmp_path / "page.html")
+    own, other = ({post["id"]: post.get("said", {}) for post in side["posts"]} for side in (plain, page))
+    assert {i: said.keys() for i, said in own.items()} == {i: said.keys() for i, said in other.items()}
+    named = [i for i in own if "about_post" in own[i]]
+    assert len(named) == 4 and all(own[i]["about_post"] != other[i]["about_post"] for i in named)
+    assert sorted(own[i]["about_post"] for i in named) == sorted(other[i]["about_post"] for i in named)
+    assert all(own[i].get("about_photo") == other[i].get("about_photo") for i in own)
+    assert page["said"] == {"about_post": "Said of another post", "about_photo": "Said of the photo"}
+    shuffled = "; SHUFFLED: each post was given what was said of another"
+    assert page["facts"]["Notes"] == plain["facts"]["Notes"] + shuffled
+    assert any("what was said of other posts (--shuffle-notes)" in warning for warning in page["warnings"])
+
+
+def test_a_run_on_shuffled_photos_shows_nothing_said_of_them(runs, tmp_path):
+    page = page_of(copy_whole(runs["notes"], tmp_path / "run", shuffle_photos=True), tmp_path / "page.html")
+    notes = read_notes(runs["notes"].with_suffix(".jsonl"))
+    for post in page["posts"]:
+        note = notes.get(post["photo"], {})
+        alone = note.get("about_post", "").strip() if not note.get("with_photo") else ""
+        assert post.get("said", {}) == ({"about_post": alone} if alone else {}) and "maps" not in post
+    assert sum("said" in post for post in page["posts"]) == 2
+    said = "so there is no attention to show, and of notes nothing that was written with a photo in view."
+    assert any(warning.endswith(said) for warning in page["warnings"])
 
 
 # --------------------------------------------------------------------------------------------------------- photos
@@ -328,12 +466,15 @@ def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
     post = next(post for post in page["posts"] if post["words"] == HOSTILE)
     assert (post["id"], post["photo"]) == tuple(HOSTILE[:2]) and len(plain["posts"]) + 1 == len(page["posts"])
     found = []
-    for name in ("plain", "hostile"):
+    noted = page_of(runs["notes"], tmp_path / "notes.html")
+    said = "".join(text for post in noted["posts"] for text in post.get("said", {}).values())
+    assert all(mark in said for mark in HOSTILE)
+    for name in ("plain", "notes", "hostile"):
         parser, text = Tags(), (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         parser.feed(text)
         found.append(parser.found)
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), ""))
-    assert found[0] == found[1]  # no tag more
+    assert found[0] == found[1] == found[2]  # no tag more
     assert [tag for tag, _ in found[0]].count("script") == 2
     for _, attrs in found[0]:
         for name in ("src", "href"):

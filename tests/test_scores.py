@@ -138,14 +138,16 @@ def test_relation_scores_are_those_of_sklearn():
 
 NER = [
     {"id": 1, "gold": "B-PER I-PER O B-LOC".split(), "predicted": "B-PER I-PER O B-ORG".split(), "photo": True,
-     "probability": [0.9, 0.8, None, 0.7]},
-    {"id": 2, "gold": ["O", "B-ORG", "O"], "predicted": ["O", "I-ORG", "O"], "photo": False},  # right, unless strict
+     "probability": [0.9, 0.8, None, 0.7], "extra": False},
+    {"id": 2, "gold": ["O", "B-ORG", "O"], "predicted": ["O", "I-ORG", "O"],  # right, unless strict
+     "photo": False, "extra": True},
     {"id": 3, "gold": ["O"], "predicted": ["O"], "photo": False, "probability": [None]},
     {"id": 4, "gold": ["B-LOC", "I-LOC"], "predicted": ["B-LOC", "O"]},
 ]  # fmt: skip
 LENIENT = {"LOC": ratios(0, 0, 0, 2, 1, 0), "ORG": ratios(1 / 2, 1, 2 / 3, 1, 2, 1), "PER": ratios(1, 1, 1, 1, 1, 1)}
 NER_SCORES = {
-    "task": "ner", "posts": 4, "words": 10, "posts_without_photo": 2, "words_answered_without_model": 2, "warnings": [],
+    "task": "ner", "posts": 4, "words": 10, "posts_without_photo": 2, "posts_without_note": 1,
+    "words_answered_without_model": 2, "warnings": [],
     "entity": ratios(1 / 2, 1 / 2, 1 / 2, 4, 4, 2) | {"macro_f1": 5 / 9, "types": LENIENT},
     "entity_strict": ratios(1 / 3, 1 / 4, 2 / 7, 4, 3, 1) | {"macro_f1": 1 / 3, "types": LENIENT | {"ORG": ratios(0, 0, 0, 1, 1, 0)}},
     # Precision: O 4/5, B-PER, I-PER, B-LOC 1. F1: O 8/9, B-PER, I-PER 1, B-LOC 2/3. O weighs 4 of 10, B-LOC 2. 7 labels.
@@ -157,11 +159,11 @@ entity level, whole spans (lenient) 0.5000 0.5000 0.5000 0.5556 4 4|LOC 0.0000 0
 PER 1.0000 1.0000 1.0000 1 1|entity level, strict IOB2 0.3333 0.2500 0.2857 0.3333 4 3
 token level, weighted, O included 0.7000 0.7200 0.7000 0.6889 0.5079
 always 'O' (its entity F1: 0.0000) 0.4000 0.1600 0.4000 0.2286 0.0952
-posts without a photo: 2|words cut off or without a sub-token, answered O: 2"""
+posts without a photo: 2|posts without a note: 1|words cut off or without a sub-token, answered O: 2"""
 PAIRS = ["a a", "a None", "b b", "None a", "a a"]
 ROWS = [{"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)]
 ROW_SCORES = {
-    "task": "relation", "posts": 5, "posts_without_photo": 0, "warnings": [],
+    "task": "relation", "posts": 5, "posts_without_photo": 0, "posts_without_note": 0, "warnings": [],
     "relation": ratios(3 / 4, 3 / 4, 3 / 4, 4, 4, 3)
     | {"macro_f1": 5 / 6, "types": {"a": ratios(2 / 3, 2 / 3, 2 / 3, 3, 3, 2), "b": ratios(1, 1, 1, 1, 1, 1)}},
     "row": dict.fromkeys(RATES, 0.6) | {"macro_f1": 5 / 9},  # all three: a 2/3, b 1, None 0
@@ -268,6 +270,25 @@ def test_bad_predictions(text, line, said, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["theirs.txt"]
 
 
+@every_task
+@pytest.mark.parametrize("extra", [None, [True, False], [True], ["said", 3, None, {}]])  # None: no such key
+def test_predictions_with_and_without_notes_are_read_and_counted(task, extra, tmp_path):
+    records = make_records(task)
+    for i, record in enumerate(records if extra else ()):
+        record["extra"] = extra[i % len(extra)]
+    path = tmp_path / "theirs.jsonl"
+    write_json_lines(path, records)
+    read = read_predictions(path)
+    assert read == records
+    without = sum(record["extra"] is False for record in records) if extra else 0
+    metrics = score(read)
+    assert metrics["posts_without_note"] == without and (without > 0) == (extra == [True, False])
+    assert (f"\nposts without a note: {without}" in format_scores(metrics, "x")) == (without > 0)
+    assert ("without a note" in format_scores(metrics, "x")) == (without > 0)
+    plain = [{key: value for key, value in record.items() if key != "extra"} for record in records]
+    assert score(plain) == metrics | {"posts_without_note": 0}
+
+
 def test_nothing_to_score(tmp_path):
     with pytest.raises(FileNotFoundError, match="theirs.txt"):
         main(["--predictions", str(tmp_path / "theirs.txt")])
@@ -328,9 +349,10 @@ def test_the_verdict_follows_from_the_interval(low, high, said):
     words = f"true - shuffled {(low + high) / 2:+.3f}, 95% interval {low:+.3f} to {high:+.3f}: {said}"
     assert verdict({"fusion": "film"}, check) == words
     assert verdict({"fusion": "film", "shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
-    assert verdict({"fusion": "none", "extra": "photo"}, check) == words  # what notes say of photos was shuffled
-    assert verdict({"fusion": "none"}, check | {"photos": 0}) == "text only"
-    assert verdict({"fusion": "none", "extra": "post"}, check | {"photos": 0}) == "text and notes on the post only"
+    none = {"photos": 0, "bootstrap": None}
+    assert verdict({"fusion": "none", "extra": "none"}, none) == "text only"
+    assert verdict({"fusion": "none", "extra": "post"}, none) == "text and notes on the post only"
+    assert verdict({"fusion": "none", "extra": "photo"}, check) == words  # what was said of photos was shown
     assert verdict({"fusion": "film"}, check | {"photos": 1}) == "fewer than 2 photos: cannot tell"
 
 
