@@ -96,10 +96,11 @@ def list_posts(dataset, args):
     times, paths, reasons, posts = Counter(example.id for _, example in found), {}, {}, []
     found = found[: args.limit]
     if args.photos:
-        names, folders = dataset.image_ids(), image_folders(args.dataset, args.data_dir, args.images)
+        names = dataset.image_ids()
+        folders = image_folders(args.dataset, args.data_dir, args.images) if names else []
         paths = find_photos(names, folders, reasons)
         if not any(paths.values()):
-            places = ", ".join(map(str, folders))
+            places = ", ".join(map(str, folders)) or "any folder"
             raise FileNotFoundError(f"no photo of {len(names)} is in {places}; add --images or --no-photos")
     for split, example in found:
         name, asked = example.image_id, repr((fill_prompt(example, args.photos), args.max_new_tokens))

@@ -20,7 +20,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers import Qwen2_5_VLProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2VLImageProcessor
 from transformers import Qwen2VLVideoProcessor
@@ -385,18 +385,26 @@ def test_a_post_that_spells_a_control_token_holds_words(local):
     assert ask([["<|image_pad|>"]], [photo]) != ask([["nothing"]], [photo])
 
 
-def test_a_template_that_begins_with_bos_gets_no_second_one(chats, tmp_path):
-    """And one that does not gets what the tokenizer adds, as in transformers' own apply_chat_template."""
-    shutil.copytree(chats / "vision", tmp_path / "bos")
-    change_json(tmp_path / "bos" / "tokenizer_config.json", {"bos_token": PAD})
-    (tmp_path / "bos" / "chat_template.jinja").write_text(PAD + TEMPLATE)
-    ask, seen = Local(str(tmp_path / "bos"), False, 2, "cpu"), []
+@pytest.mark.parametrize("kind, begins, bos", [
+    ("vision", PAD, 1), ("vision", "", 1), ("text", PAD, 1), ("text", "", 0),
+])  # fmt: skip
+def test_special_tokens_are_those_of_transformers_own_way(chats, tmp_path, kind, begins, bos):
+    """The tokenizer puts a bos before any text: it comes once, in text models only if the template has it."""
+    shutil.copytree(chats / kind, tmp_path / kind)
+    tokenizer, template = build_tokenizer(), begins + TEMPLATE
+    put = processors.TemplateProcessing(f"{PAD} $A", special_tokens=[(PAD, tokenizer.pad_token_id)])
+    tokenizer.backend_tokenizer.post_processor = put
+    tokenizer.bos_token, tokenizer.chat_template = PAD, template
+    tokenizer.save_pretrained(tmp_path / kind)
+    ask, seen = Local(str(tmp_path / kind), False, 2, "cpu"), []
     ask.model.generate = lambda **inputs: seen.append(inputs["input_ids"]) or inputs["input_ids"]
     ask([["hello"]], [None])
-    turns = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
-    how = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt"}
-    whole = ask.reader.apply_chat_template(turns, **how)
-    assert seen[0].tolist() == whole.tolist() and (whole == ask.tokenizer.bos_token_id).sum() == 1
+    turns = [{"role": "user", "content": [{"type": "text", "text": "hello"}] if ask.sees else "hello"}]
+    whole = ask.reader.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert seen[0].tolist() == whole["input_ids"].tolist()
+    assert (seen[0] == tokenizer.pad_token_id).sum() == bos
 
 
 def test_the_default_is_a_model_of_the_kind_tried_here():
@@ -457,10 +465,11 @@ def test_a_random_models_answers_are_kept_raw(chats, folder, capsys):
         f" identify image file {str(folder / 'images' / 'c.jpg')!r})"
     )
     ask = Local(str(chats / "vision"), True, 5, "cpu")
-    for note, example, path in zip(notes[2:5:2], (2, 4), (None, folder / "images" / "a.jpg"), strict=True):
-        examples = [e for part in load_dataset(str(folder)).examples.values() for e in part]
+    examples = [e for part in load_dataset(str(folder)).examples.values() for e in part]
+    for note, example in zip(notes, examples, strict=True):
+        path = next(iter((folder / "images").glob(f"{example.image_id}.*"))) if note["with_photo"] else None
         photo = path and write_notes.thumbnail(path, 1024)
-        prompt = fill_prompt(examples[example], path is not None)
+        prompt = fill_prompt(example, note["with_photo"]).replace("<|image_pad|>", "< |image_pad|>")
         first = reference(ask, [prompt], photo, 5)
         again = [prompt, first, AGAIN] if first.strip() else [f"{prompt}\n\n{AGAIN}"]
         assert note["raw"] == reference(ask, again, photo, 5)
@@ -536,7 +545,7 @@ def test_answers_of_every_kind(serve, folder, capsys):
     assert second["content"][1]["text"] == first["content"][1]["text"] + "\n\n" + AGAIN
     said = capsys.readouterr().err.splitlines()[-1]
     assert "6 posts, 4 with photo; 3 answers were no JSON and asked again, 1 kept raw; values left" in said
-    assert "left out: 1 about_post, 1 about_photo, 2 relevance, 1 phrases, 1 other keys; 1 photos miss" in said
+    assert "left out: 1 about_post, 1 about_photo, 2 relevance, 1 phrases, 1 other keys; 1 photos" in said
 
 
 OK = (200, {}, json.dumps({"choices": [{"message": {"content": "fine"}}]}).encode())
@@ -640,13 +649,16 @@ def test_the_key_is_sent_and_never_seen(serve, folder, monkeypatch, capsys):
 
 
 def test_several_workers_keep_the_order_and_stay_near(serve, data_dir, tmp_path):
-    busy, most, mutex = [0], [0], threading.Lock()
+    examples = [e for part in load_dataset("demo", data_dir).examples.values() for e in part]
+    busy, most, mutex, four_at_once = [0], [0], threading.Lock(), threading.Barrier(4)
 
-    def reply(number, body):
+    def reply(number, body, together=False):
         with mutex:
             busy[0] += 1
             most[0] = max(most[0], busy[0])
-        time.sleep(0.03 if number % 4 == 0 else 0.002)
+        if together and number < 4:
+            four_at_once.wait(10)
+        time.sleep(0.02 if together and number % 4 == 0 else 0)
         with mutex:
             busy[0] -= 1
         return about(asked_text(body))
@@ -654,24 +666,24 @@ def test_several_workers_keep_the_order_and_stay_near(serve, data_dir, tmp_path)
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m"]
     one = run(*flags, "--endpoint", serve(reply).url, "--workers", 1, "--output", tmp_path / "1.jsonl")
     assert most == [1]
-    four = run(*flags, "--endpoint", serve(reply).url, "--workers", 4, "--output", tmp_path / "4.jsonl")
+    server = serve(lambda number, body: reply(number, body, together=True))
+    four = run(*flags, "--endpoint", server.url, "--workers", 4, "--output", tmp_path / "4.jsonl")
     assert most == [4] and one.read_bytes() == four.read_bytes() and len(lines(four)) == 40
-    examples = [e for part in load_dataset("demo", data_dir).examples.values() for e in part]
     expected = [(e.id, " ".join(e.words)) for e in examples]
     assert [(note["id"], note["about_post"]) for note in lines(four)] == expected
 
     release = threading.Event()
 
     def hold_first(number, body):
-        if number == 0:
-            release.wait(5)
+        if asked_text(body) == fill_prompt(examples[0], False):
+            release.wait(10)
         return about(asked_text(body))
 
     server = serve(hold_first)
     command = [*flags, "--endpoint", server.url, "--workers", 2, "--output", tmp_path / "2.jsonl"]
     thread = threading.Thread(target=run, args=command)
     thread.start()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 10
     while len(server.requests) < 5 and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)
@@ -759,6 +771,10 @@ def test_wherever_it_was_stopped_an_endpoint_goes_on(serve, data_dir, tmp_path):
         run(*flags, "--output", tmp_path / "out.jsonl")
         assert (tmp_path / "out.jsonl").read_bytes() == whole, size
         assert len(server.requests) - before == 8 - whole[:size].count(b"\n")  # no note is made twice
+    *_, last = whole.splitlines(keepends=True)  # what was torn may have been longer than what now comes
+    (tmp_path / "out.jsonl").write_bytes(whole[: -len(last)] + last[:60] + b"a" * 9999)
+    run(*flags, "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_a_file_of_anything_else_is_left_alone(serve, data_dir, tmp_path, monkeypatch):
@@ -830,11 +846,18 @@ def test_photos_that_are_not_there(serve, folder, tmp_path, capsys):
     run(*flags, "--limit", 2)
     assert "2 posts, 1 with photo; " in (said := capsys.readouterr().err)
     assert said.endswith("0 photos missing; 1 photos unreadable (first: b: not a file)\n")
+    shutil.copy(folder / "images" / "d.png", tmp_path / "none")
+    run(*flags, "--images", tmp_path / "none", "--output", tmp_path / "n.jsonl")
+    assert "6 posts, 1 with photo; " in (said := capsys.readouterr().err)
+    assert said.endswith("; 5 photos missing (first: train/a: no such file); 0 photos unreadable\n")
     lone = tmp_path / "lone"
     lone.mkdir()
     for split in ("train", "valid"):
         (lone / f"{split}.txt").write_text("word\tO\n\n")
-    notes = lines(run("--dataset", lone, "--endpoint", server.url, "--model", "m", "--no-photos"))
+    flags = ["--dataset", lone, "--endpoint", server.url, "--model", "m"]
+    with pytest.raises(FileNotFoundError, match="no photo of 0 is in any folder; add --images or --no-photos"):
+        run(*flags)
+    notes = lines(run(*flags, "--no-photos"))
     assert [note["id"] for note in notes] == ["train/line 1", "valid/line 1"]
 
 
