@@ -855,7 +855,7 @@ def test_photos_that_are_not_there(serve, folder, tmp_path, capsys):
     for split in ("train", "valid"):
         (lone / f"{split}.txt").write_text("word\tO\n\n")
     flags = ["--dataset", lone, "--endpoint", server.url, "--model", "m"]
-    with pytest.raises(FileNotFoundError, match="no photo of 0 is in any folder; add --images or --no-photos"):
+    with pytest.raises(FileNotFoundError, match="no photo of 0 is in any folder; add --images or --no-ph"):
         run(*flags)
     notes = lines(run(*flags, "--no-photos"))
     assert [note["id"] for note in notes] == ["train/line 1", "valid/line 1"]
