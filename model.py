@@ -235,14 +235,14 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_pretrained(kind, source, option, config=None, part=""):
-    """The `part` of a transformers model of class `kind` at `source`, a hub's name or a local folder, in float32.
+def load_pretrained(kind, source, option, config=None, part="", dtype=torch.float32):
+    """The `part` of a transformers model of class `kind` at `source`, a hub's name or a local folder, in `dtype`.
 
     ValueError names the command line's `option` if it cannot be loaded, or if a weight of the part is missing.
     """
     try:
         # dtype: some are stored as float16
-        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, dtype=torch.float32)
+        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, dtype=dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None

@@ -97,12 +97,12 @@ def confusion(posts, order):
 # ---------------------------------------------------------------------------------------- photos, notes, attention
 
 
-def thumbnail(path):
-    """RGB photo of at most `SIDE` pixels, turned upright, from a file of any kind that Pillow reads."""
+def thumbnail(path, side=SIDE):
+    """RGB photo of at most `side` pixels, turned upright, from a file of any kind that Pillow reads."""
     with Image.open(path) as file:
-        file.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG is decoded at a fraction of its size: several times as fast
+        file.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded at a fraction of its size: several times as fast
         photo = upright(file)
-    photo.thumbnail((SIDE, SIDE))
+    photo.thumbnail((side, side))
     return photo
 
 

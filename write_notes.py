@@ -1,0 +1,281 @@
+"""What a chat or vision-language model says of each post of a data set: notes for `train.py --notes FILE`.
+
+    python write_notes.py --dataset twitter2017    # Qwen/Qwen2.5-VL-3B-Instruct, words and photo
+    python write_notes.py --dataset twitter2017 --no-photos --model Qwen/Qwen2.5-3B-Instruct
+    python write_notes.py --dataset twitter2017 --endpoint http://localhost:8000/v1 --model MODEL
+
+A note is a JSON line: `id` (`<split>/<id>` where several posts have it); of the keys asked for below those
+with a value of the right kind, or `raw`, the second answer, if neither of two was a JSON object with such a
+key; `with_photo`, whether a photo was in view; `model`; `prompt`, digits of the prompts; `check`, digits of
+the post and the settings. The same command goes on where it was stopped. A local model's batches are cut at
+fixed places, and one that lacks a line is answered whole, so that no note depends on where it was stopped;
+another --batch-size rounds otherwise, and may change a word. An endpoint is asked for the missing posts
+alone, with the key in the environment variable OPENAI_API_KEY where that is set.
+"""
+# ruff: noqa: E402 (the prompts stand first)
+
+PROMPT = """Here is a post from social media.
+
+Post: {post}
+{entities}
+Answer with one JSON object and nothing else. It has exactly these keys:
+"about_post": the key entities of the post, each with its kind in brackets, such as \
+"Kevin Durant (person); Oakland (place)"; "" if it has none"""
+PHOTO = """
+"about_photo": one sentence that says what the photo of the post shows
+"relevance": a number from 0, the photo has nothing to do with the post, to 1, it shows what the post is about
+"phrases": a list of short phrases for what the photo shows: things, things with a property, and two things \
+and what joins them, such as ["man", "orange ball", "man holding ball"]"""
+ENTITIES = """It names "{head}" and "{tail}"; begin with these two.
+"""
+AGAIN = "Answer with the JSON object alone."
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from chat import Endpoint, Local
+from commands import bounded, command_line, default_device, lock
+from data import DATASETS, RelationExample, dataset_name, find_photos, image_folders, load_dataset, locate
+from model import first_line
+from predict import bounded_lines
+from report import thumbnail
+
+DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
+SIDE = 1024  # pixels of a photo's longer side, at most
+LINE = 2**27  # bytes of a note, at most
+
+
+def is_text(value):
+    """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str too."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+KINDS = {  # key: whether a value is of the right kind
+    "about_post": is_text,
+    "about_photo": is_text,
+    "relevance": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    "phrases": lambda value: isinstance(value, list) and all(map(is_text, value)),
+}
+
+# ------------------------------------------------------------------------------------------------------ posts
+
+
+@dataclass(frozen=True)
+class Post:
+    """An example to be written about; if it names a photo, its `path` or the `reason` why it is missing."""
+
+    id: str
+    example: object
+    path: Path | None
+    reason: str | None
+    stamp: dict  # what its note ends with
+
+
+def fill_prompt(example, photo):
+    """What a model is asked about an example, with its photo in view or without."""
+    entities = ""
+    if isinstance(example, RelationExample):
+        head, tail = (" ".join(example.words[slice(*span)]) for span in (example.head, example.tail))
+        entities = ENTITIES.format(head=head, tail=tail)
+    return PROMPT.format(post=" ".join(example.words), entities=entities) + PHOTO * photo
+
+
+def list_posts(dataset, args):
+    """The first --limit posts, in the data set's order; FileNotFoundError if not one photo is there."""
+    found = [(split, example) for split, part in dataset.examples.items() for example in part]
+    times, paths, reasons, posts = Counter(example.id for _, example in found), {}, {}, []
+    found = found[: args.limit]
+    if args.photos:
+        names = dataset.image_ids()
+        folders = image_folders(args.dataset, args.data_dir, args.images) if names else []
+        paths = find_photos(names, folders, reasons)
+        if not any(paths.values()):
+            places = ", ".join(map(str, folders)) or "any folder"
+            raise FileNotFoundError(f"no photo of {len(names)} is in {places}; add --images or --no-photos")
+    for split, example in found:
+        name, asked = example.image_id, repr((fill_prompt(example, args.photos), args.max_new_tokens))
+        reason = reasons.get(name, "no such file") if name in paths and paths[name] is None else None
+        check = hashlib.sha256(asked.encode()).hexdigest()[:12]
+        stamp = {"model": args.model, "prompt": DIGITS, "check": check}
+        post_id = example.id if times[example.id] == 1 else f"{split}/{example.id}"
+        posts.append(Post(post_id, example, paths.get(name), reason, stamp))
+    return posts
+
+
+def look(post):
+    """(photo of a post or None, "missing" or "unreadable" or None, why)."""
+    if post.path is None:
+        return None, post.reason and "missing", post.reason
+    try:
+        if not post.path.is_file():  # to open a pipe would be to wait for ever
+            raise ValueError("not a file")
+        return thumbnail(post.path, SIDE), None, None
+    except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is said
+        return None, "unreadable", first_line(error)
+
+
+# ------------------------------------------------------------------------------------------------------ notes
+
+
+def read_answer(answer, keys):
+    """The first complete JSON object in an answer that has one of the keys asked for, or None."""
+    for start in re.finditer("{", answer):
+        with contextlib.suppress(ValueError, RecursionError):
+            found, _ = json.JSONDecoder().raw_decode(answer, start.start())
+            if found.keys() & set(keys):
+                return found
+    return None
+
+
+def make_notes(ask, posts):
+    """Posts, asked about together -> [(note, what is to be counted of it, {what: the first reason})]."""
+    looks = [look(post) for post in posts]
+    photos = [photo for photo, _, _ in looks]
+    keys = [["about_post"] if photo is None else list(KINDS) for photo in photos]
+    chats = [[fill_prompt(posts[i].example, photo is not None)] for i, photo in enumerate(photos)]
+    answers = ask(chats, photos)
+    found = [read_answer(*each) for each in zip(answers, keys, strict=True)]
+    again = [i for i, said in enumerate(found) if said is None]
+    more = [[*chats[i], answers[i], AGAIN] for i in again]
+    # Not every server takes an empty text.
+    more = [chat if chat[1].strip() else [f"{chat[0]}\n\n{AGAIN}"] for chat in more]
+    for i, answer in zip(again, ask(more, [photos[i] for i in again]), strict=True):
+        answers[i], found[i] = answer, read_answer(answer, keys[i])
+    made = []
+    for i, (post, (photo, failing, why)) in enumerate(zip(posts, looks, strict=True)):
+        said, raw = found[i] or {}, {"raw": answers[i]} if found[i] is None else {}
+        kept = {key: said[key] for key in keys[i] if key in said and KINDS[key](said[key])}
+        counted = [key if key in keys[i] else "other keys" for key in said if key not in kept]
+        counted += ["photo"] * (photo is not None) + ["again"] * (i in again) + ["raw"] * bool(raw)
+        reasons = {failing: f"{post.id}: {why}"} if failing else {}
+        note = {"id": post.id} | kept | raw | {"with_photo": photo is not None} | post.stamp
+        made.append((note, [*counted, *reasons], reasons))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- file
+
+
+def resume(out, path, posts):
+    """How many posts have their notes in the open file `out`; a line that a kill tore is cut off its end.
+
+    ValueError names the first line that this command would not write there; the file is then left as it was.
+    """
+    done = end = 0
+    for line in bounded_lines(out, LINE):
+        here = {"id": posts[done].id} | posts[done].stamp if done < len(posts) else {"id": "no post"}
+        begins = json.dumps({"id": here["id"]}, ensure_ascii=False)[:-1].encode() + b", "
+        torn = done < len(posts) and line and not line.endswith(b"\n")
+        if torn and line[: len(begins)] == begins[: len(line)]:
+            break
+        try:
+            note = json.loads(line or b"")
+            differing = (f"{key} {note[key]}, here {here[key]}" for key in here if note[key] != here[key])
+            other = next(differing, None)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            other = "no note of this script"
+        if other:
+            raise ValueError(
+                f"{path}:{done + 1}: not what this command writes there ({other}): the data set, prompt,"
+                " model, photos or --max-new-tokens were others; name another --output"
+            )
+        done, end = done + 1, end + len(line)
+    out.truncate(end)
+    out.seek(end)
+    return done
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
+    add = parser.add_argument
+    known = f"{', '.join(DATASETS)} or a folder of your own"
+    add("--dataset", type=dataset_name, default="twitter2017", help=known)
+    add("--data-dir", default="data", help="folder that holds the data sets")
+    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
+    add("--output", type=Path, help="default: notes.jsonl in the data set's folder")
+    add("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="of a hub, a folder, or one the endpoint has")
+    add("--photos", action=argparse.BooleanOptionalAction, default=True, help="whether the model sees them")
+    add("--max-new-tokens", type=bounded(int, 1), default=256, help="of an answer, at most")
+    add("--limit", type=bounded(int, 1), help="only the first so many posts")
+    add("--batch-size", type=bounded(int, 1), default=8, help="posts a local model answers together")
+    add("--device", default=default_device(), help="of a local model")
+    add("--endpoint", help="an OpenAI-compatible server to ask instead, such as http://localhost:8000/v1")
+    add("--workers", type=bounded(int, 1, 1000), default=8, help="requests to the endpoint at a time")
+    add("--retries", type=bounded(int, 0), default=5, help="of a request to the endpoint that failed")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.endpoint is not None and not re.fullmatch("https?://[!-~]+", args.endpoint):
+        parser.error(f"--endpoint {args.endpoint!r}: no address such as http://localhost:8000/v1")
+    if args.images and not args.photos:
+        parser.error("--images does not go with --no-photos")
+    for name in ("workers", "retries") if args.endpoint is None else ("batch_size", "device"):
+        if getattr(args, name) != parser.get_default(name):
+            only = "an --endpoint" if args.endpoint is None else "a local model"
+            parser.error(f"--{name.replace('_', '-')} is for {only} only; leave it out")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    dataset = load_dataset(args.dataset, args.data_dir)
+    for said in dataset.notes:
+        print(said)
+    posts, (name, folder) = list_posts(dataset, args), locate(args.dataset, args.data_dir)
+    output = args.output or Path(folder) / name / "notes.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    counts, first = Counter(), {}
+    with os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out:
+        before = done = resume(out, output, posts)
+        if done == len(posts):
+            print(f"{output}: it is finished, {done} posts have their notes", file=sys.stderr)
+            return output
+        size = 1 if args.endpoint else args.batch_size
+        batches = [posts[i : i + size] for i in range(0, len(posts), size)][done // size :]
+        if args.endpoint:
+            ask = Endpoint(args.endpoint, args.model, args.max_new_tokens, args.retries)
+            made = ask.in_turn(lambda batch: make_notes(ask, batch), batches, args.workers)
+        else:
+            ask = Local(args.model, args.photos, args.max_new_tokens, args.device)
+            made = (make_notes(ask, batch) for batch in batches)
+        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
+        bar = tqdm(total=len(posts), initial=done, unit="post", mininterval=every)
+        with contextlib.closing(made), bar as progress:
+            try:
+                for batch in made:
+                    lines = []
+                    for note, counted, reasons in batch[done % size :]:
+                        # Half a surrogate pair, in a raw answer, becomes the escape that JSON has for it.
+                        line = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
+                        lines.append(line + b"\n")
+                        counts.update(counted)
+                        first = reasons | first
+                    out.write(b"".join(lines))
+                    out.flush()
+                    done += len(lines)
+                    progress.update(len(lines))
+            except ValueError as error:
+                said = "what was written stays, and the same command goes on"
+                raise ValueError(f"post {posts[done].id}: {error}; {said}") from None
+    left = ", ".join(f"{counts[key]} {key}" for key in (*KINDS, "other keys") if counts[key])
+    said = f"{output}: {done - before} posts" + f" after {before} before" * bool(before)
+    said += f", {counts['photo']} with photo; {counts['again']} answers were no JSON and asked again,"
+    said += f" {counts['raw']} kept raw; values left out: {left or 'none'}"
+    for kind in ("missing", "unreadable"):
+        said += f"; {counts[kind]} photos {kind}" + f" (first: {first.get(kind)})" * bool(counts[kind])
+    print(said, file=sys.stderr)
+    return output
+
+
+if __name__ == "__main__":
+    command_line(main, lower="lower --batch-size")
