@@ -47,6 +47,7 @@ from chat import Endpoint, Local
 from commands import bounded, command_line, default_device, lock
 from data import DATASETS, RelationExample, dataset_name, find_photos, image_folders, load_dataset, locate
 from model import first_line
+from notes import KEYS, OF_PHOTO
 from predict import bounded_lines
 from report import thumbnail
 
@@ -55,17 +56,7 @@ SIDE = 1024  # pixels of a photo's longer side, at most
 LINE = 2**27  # bytes of a note, at most
 
 
-def is_text(value):
-    """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str too."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
-
-KINDS = {  # key: whether a value is of the right kind
-    "about_post": is_text,
-    "about_photo": is_text,
-    "relevance": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "phrases": lambda value: isinstance(value, list) and all(map(is_text, value)),
-}
+ASKED = ("about_post", *OF_PHOTO)
 
 # ------------------------------------------------------------------------------------------------------ posts
 
@@ -141,7 +132,7 @@ def make_notes(ask, posts):
     """Posts, asked about together -> [(note, what is to be counted of it, {what: the first reason})]."""
     looks = [look(post) for post in posts]
     photos = [photo for photo, _, _ in looks]
-    keys = [["about_post"] if photo is None else list(KINDS) for photo in photos]
+    keys = [["about_post"] if photo is None else list(ASKED) for photo in photos]
     chats = [[fill_prompt(posts[i].example, photo is not None)] for i, photo in enumerate(photos)]
     answers = ask(chats, photos)
     found = [read_answer(*each) for each in zip(answers, keys, strict=True)]
@@ -154,7 +145,7 @@ def make_notes(ask, posts):
     made = []
     for i, (post, (photo, failing, why)) in enumerate(zip(posts, looks, strict=True)):
         said, raw = found[i] or {}, {"raw": answers[i]} if found[i] is None else {}
-        kept = {key: said[key] for key in keys[i] if key in said and KINDS[key](said[key])}
+        kept = {key: said[key] for key in keys[i] if key in said and KEYS[key][0](said[key])}
         counted = [key if key in keys[i] else "other keys" for key in said if key not in kept]
         counted += ["photo"] * (photo is not None) + ["again"] * (i in again) + ["raw"] * bool(raw)
         reasons = {failing: f"{post.id}: {why}"} if failing else {}
@@ -267,7 +258,7 @@ def main(argv=None):
             except ValueError as error:
                 said = "what was written stays, and the same command goes on"
                 raise ValueError(f"post {posts[done].id}: {error}; {said}") from None
-    left = ", ".join(f"{counts[key]} {key}" for key in (*KINDS, "other keys") if counts[key])
+    left = ", ".join(f"{counts[key]} {key}" for key in (*ASKED, "other keys") if counts[key])
     said = f"{output}: {done - before} posts" + f" after {before} before" * bool(before)
     said += f", {counts['photo']} with photo; {counts['again']} answers were no JSON and asked again,"
     said += f" {counts['raw']} kept raw; values left out: {left or 'none'}"

@@ -29,7 +29,7 @@ import chat
 import write_notes
 from chat import Endpoint, Local
 from data import DATASETS, load_dataset
-from write_notes import AGAIN, DIGITS, KINDS, fill_prompt, read_answer
+from write_notes import AGAIN, ASKED, DIGITS, fill_prompt, read_answer
 
 GOOD = {"about_post": "Jordan (person)", "about_photo": "a face", "relevance": 0.5, "phrases": ["man", "hat"]}
 END, PAD, *REST = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>",
@@ -235,7 +235,7 @@ def test_the_prompt_asks_for_exactly_the_keys_and_for_no_label(data_dir):
     ner = load_dataset("demo", data_dir).examples["train"][0]
     row = load_dataset("mnre", data_dir).examples["train"][0]
     for example in (ner, row):
-        for photo, keys in ((True, list(KINDS)), (False, ["about_post"])):
+        for photo, keys in ((True, list(ASKED)), (False, ["about_post"])):
             text = fill_prompt(example, photo)
             assert re.findall(r'^"(\w+)":', text, re.MULTILINE) == keys
             assert f"Post: {' '.join(example.words)}\n" in text
@@ -274,7 +274,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from([*KINDS, "reason", "id", "model"]), VALUES), st.booleans())
+@given(st.dictionaries(st.sampled_from([*ASKED, "reason", "id", "model"]), VALUES), st.booleans())
 @settings(deadline=None, max_examples=200)
 def test_no_value_of_the_wrong_kind_is_written_and_each_is_counted(tmp_path_factory, said, seen):
     path = tmp_path_factory.getbasetemp() / "photo.png"
@@ -286,7 +286,7 @@ def test_no_value_of_the_wrong_kind_is_written_and_each_is_counted(tmp_path_fact
     said["about_post"] = said.get("about_post", "x")
     answer = json.dumps(said)
     [(note, counted, reasons)] = write_notes.make_notes(lambda asked, _: [answer] * len(asked), [post])
-    asked = [key for key in KINDS if key in said and (seen or key == "about_post")]
+    asked = [key for key in ASKED if key in said and (seen or key == "about_post")]
 
     def right(key, value):  # the reader's rules, said another way
         if key == "relevance":
@@ -511,7 +511,7 @@ def test_without_photos_none_is_sent_nor_asked_about(serve, data_dir, tmp_path):
     notes = lines(run(*flags, "--output", tmp_path / "n.jsonl", "--limit", 9))
     assert len(notes) == len(server.requests) == 9 and not any(note["with_photo"] for note in notes)
     assert all(isinstance(body["messages"][0]["content"], str) for _, _, body in server.requests)
-    assert all(note.keys() & KINDS.keys() == {"about_post"} for note in notes)
+    assert all(note.keys() & set(ASKED) == {"about_post"} for note in notes)
 
 
 def test_answers_of_every_kind(serve, folder, capsys):
@@ -532,7 +532,7 @@ def test_answers_of_every_kind(serve, folder, capsys):
 
     output = run("--dataset", folder, "--endpoint", serve(reply).url, "--model", "m")
     notes = {note["id"]: note for note in lines(output)}
-    kept = {i: {key: note[key] for key in (*KINDS, "raw") if key in note} for i, note in notes.items()}
+    kept = {i: {key: note[key] for key in (*ASKED, "raw") if key in note} for i, note in notes.items()}
     assert kept == {
         "train/a": GOOD, "b": {"about_post": "two"}, "c": {"raw": again["%s"][1]}, "valid/a": {},
         "a@13": {"about_post": "Jordan (person)", "about_photo": "a face"}, "d": {"relevance": 1},
