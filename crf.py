@@ -1,4 +1,6 @@
-"""A linear-chain conditional random field over the words of a post (Lafferty et al., ICML 2001). Torch alone: copy the file and use it.
+"""A linear-chain conditional random field over the words of a post (Lafferty et al., ICML 2001).
+
+Torch alone: copy the file and use it.
 
     crf = Crf(labels=9)
     loss = crf.loss(logits, mask, labels)         # [B]
@@ -18,17 +20,19 @@ def maximum(scores, dim):
 
 
 class Crf(nn.Module):
-    """score(y) = start[y_1] + sum_t logits_t[y_t] + sum_t (transitions + bias)[y_t-1, y_t] + end[y_n], p(y) = exp(score) / Z.
+    """p(y) = exp(score(y)) / Z with score(y) = start[y_1] + sum_t logits_t[y_t]
+    + sum_t (transitions + bias)[y_t-1, y_t] + end[y_n].
 
-    All parameters start at 0, where this is a softmax of each word by itself. No transition is forbidden: Twitter-2015's
-    gold has I- labels that follow no B-, and what cannot be has no finite loss.
+    All parameters start at 0, where this is a softmax of each word by itself. No transition is forbidden:
+    Twitter-2015's gold has I- labels that follow no B-, and what cannot be has no finite loss.
 
-    logits [B, W, K] of K labels; mask [B, W], True = a word with a state. Others, holes inside a post or padding, are no
-    part of the chain, whatever they hold, NaN too: the words beside a hole are neighbours. bias [B, K, K]: optional, a
-    post's own addition to the transitions. Everything is computed in float32, inside autocast too.
+    logits [B, W, K] of K labels; mask [B, W], True = a word with a state. Others, holes inside a post or padding,
+    are no part of the chain, whatever they hold, NaN too: the words beside a hole are neighbours. bias [B, K, K]:
+    optional, a post's own addition to the transitions. Everything is computed in float32, inside autocast too.
 
-    A word is a K x K matrix of scores from the label before it to its own, a hole the identity, and a post their product.
-    It is taken in pairs, so a post of W words takes log2 W steps of a few kernels each, on a GPU too, whatever the batch.
+    A word is a K x K matrix of scores from the label before it to its own, a hole the identity, and a post their
+    product. It is taken in pairs, so a post of W words takes log2 W steps of a few kernels each, on a GPU too,
+    whatever the batch; the first of them needs room for B W K^3 / 2 numbers.
     """
 
     def __init__(self, labels):
@@ -38,7 +42,10 @@ class Crf(nn.Module):
         self.end = nn.Parameter(torch.zeros(labels))
 
     def total(self, logits, mask, bias=None, add=torch.logsumexp):
-        """log Z [B]: the log of the sum over all label sequences; with `maximum` for `add` the score of the best. 0 without words."""
+        """log Z [B], the log of the sum over all label sequences; with `maximum` for `add` the best one's score.
+
+        0 for a post without words.
+        """
         first = mask & (mask.cumsum(1) == 1)
         between = self.transitions if bias is None else (self.transitions + bias)[:, None]
         into = torch.where(first[..., None, None], self.start, between)  # the first word's rows are all its start
@@ -46,7 +53,8 @@ class Crf(nn.Module):
         product = torch.where(mask[..., None, None], into + logits[..., None, :], nothing)  # [B, W, K, K]
         while (length := product.shape[1]) > 1:
             left, right = product[:, : length - 1 : 2], product[:, 1::2]
-            product = torch.cat([add(left[..., None] + right[..., None, :, :], -2), product[:, length - length % 2 :]], 1)
+            pairs = add(left[..., None] + right[..., None, :, :], -2)
+            product = torch.cat([pairs, product[:, length - length % 2 :]], 1)  # and the odd one
         return torch.where(mask.any(1), add(product[:, 0, 0] + self.end, -1), 0)
 
     def score(self, logits, mask, labels, bias=None):
@@ -69,17 +77,19 @@ class Crf(nn.Module):
             return self.total(logits, mask, bias) - self.score(logits, mask, labels, bias)
 
     def decode(self, logits, mask, bias=None):
-        """(the best label sequence [B, W], the marginal probability of each of its labels [B, W]). Where the mask is False: 0.
+        """(the best label sequence [B, W], the marginal probability of each of its labels [B, W]), 0 off the mask.
 
-        Both are gradients with respect to the logits: of log Z the marginals, of the best score the best path, one-hot
-        (Eisner, "Inside-outside and forward-backward algorithms are just backprop", 2016). So both can be had under
-        no_grad and inference_mode.
+        Both are gradients with respect to the logits: of log Z the marginals, of the best score the best path,
+        one-hot (Eisner, "Inside-outside and forward-backward algorithms are just backprop", 2016); they are had
+        under no_grad and inference_mode too.
         """
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
             logits = logits.detach().float().masked_fill(~mask[..., None], 0).clone().requires_grad_()
-            mask, bias = mask.clone(), None if bias is None else bias.clone()  # those of inference mode know no gradients
+            # Tensors of inference mode know no gradients, their clones do.
+            mask, bias = mask.clone(), None if bias is None else bias.clone()
             path, marginals = (
-                torch.autograd.grad(self.total(logits, mask, bias, add).sum(), logits)[0] for add in (maximum, torch.logsumexp)
+                torch.autograd.grad(self.total(logits, mask, bias, add).sum(), logits)[0]
+                for add in (maximum, torch.logsumexp)
             )
         best = path.argmax(-1)
         return best, marginals.gather(2, best[..., None]).squeeze(2)

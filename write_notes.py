@@ -186,6 +186,16 @@ def resume(out, path, posts):
     return done
 
 
+@contextlib.contextmanager
+def kept_if_written(file, path):
+    """At the end, take the open `file` at `path` away if it is empty: it would be notes of nobody."""
+    try:
+        yield
+    finally:
+        if not os.fstat(file.fileno()).st_size:
+            path.unlink()
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
@@ -226,7 +236,7 @@ def main(argv=None):
     output = args.output or Path(folder) / name / "notes.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     counts, first = Counter(), {}
-    with os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out:
+    with os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out, kept_if_written(out, output):
         before = done = resume(out, output, posts)
         if done == len(posts):
             print(f"{output}: it is finished, {done} posts have their notes", file=sys.stderr)
