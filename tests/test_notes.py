@@ -271,6 +271,24 @@ def test_a_run_reads_back_as_it_was_scored(runs, fusion):
         np.testing.assert_allclose(a["probability"], b["probability"], atol=1e-5)
 
 
+def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir, tmp_path):
+    dataset = load_dataset("mnre", data_dir)
+    posts = [(split, example) for split, part in dataset.examples.items() for example in part]
+    said = [{"id": f"{split}/{e.id}", "about_post": f"{split} {e.words[0]}", "about_photo": e.image_id} for split, e in posts]
+    path = write(tmp_path / "n.jsonl", said)
+    more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
+    folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
+    model, tokenizer, config, dataset, rows, cache, notes = open_run(folder, "valid", "cpu")
+    examples = dataset.examples["valid"]
+    assert [row["note"]["about_post"] for row in rows] == [f"valid {example.words[0]}" for example in examples]
+    again = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
+    recorded = read_predictions(folder / "predictions-valid.jsonl")
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded] and all(r["extra"] for r in recorded)
+    post = {"words": list(examples[0].words), "head": list(examples[0].head), "tail": list(examples[0].tail)}
+    answer = predict.Predictor(folder, "cpu", "random")(post | rows[0]["note"] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")})
+    assert answer["photo"] and "note" not in answer and answer["relation"] in dataset.labels
+
+
 def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(noted, data_dir, encoder_dir, cache_dir, tmp_path):
     dataset, _ = noted
     path = write(tmp_path / "n.jsonl", [{"id": dataset.examples["train"][0].id, "about_post": " "}])
