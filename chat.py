@@ -9,6 +9,7 @@ the first. Both answer greedily, in at most `most` tokens.
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ import transformers
 from commands import check_device
 from model import first_line, load_pretrained
 
+PROBE = "Answer with {}."
 TIMEOUT = 600  # seconds that an endpoint may be silent, or ask to wait
 
 
@@ -135,7 +137,9 @@ class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
     The key is that in the environment variable OPENAI_API_KEY, if it is set. ValueError at once for what the
-    server refuses (4xx but for 429), and for any other failure once `retries` more requests failed too.
+    server refuses (4xx but for 408 and 429), and for any other failure once `retries` more requests failed too.
+    A chat that it refuses for what stands in it (400, 413, 422: a filter, a length), while it answers another, is
+    answered "refused: " and what it says; an answer without content (null: a refusal too) is "".
     """
 
     def __init__(self, url, model, most, retries, timeout=TIMEOUT):
@@ -147,6 +151,7 @@ class Endpoint:
         self.headers = {"Content-Type": "application/json"}
         self.headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.open = urllib.request.build_opener(Stay).open
+        self.answers, self.mutex = False, threading.Lock()  # whether it has answered anything
 
     def __call__(self, chats, photos):
         return [self.ask(*each) for each in zip(chats, photos, strict=True)]
@@ -166,12 +171,15 @@ class Endpoint:
                 request = urllib.request.Request(self.url, body, self.headers)
                 with self.open(request, timeout=self.timeout) as reply:
                     answer = json.loads(reply.read())["choices"][0]["message"]["content"]
-                if isinstance(answer, str):
-                    return answer
+                if isinstance(answer, str | None):
+                    self.answers = True
+                    return answer or ""
                 said = "an answer whose content is no text"
             except HTTPError as error:
                 said, pause = server_says(error), max(pause, retry_after(error))
-                final = (error.code < 500 and error.code != 429) or pause > TIMEOUT
+                final = (error.code < 500 and error.code not in (408, 429)) or pause > TIMEOUT
+                if error.code in (400, 413, 422) and self.answers_others(texts):
+                    return f"refused: {said}"
             except (OSError, HTTPException) as error:  # timeouts and connections
                 said = str(getattr(error, "reason", error)) or type(error).__name__
             except (ValueError, LookupError, TypeError, RecursionError):
@@ -181,6 +189,14 @@ class Endpoint:
         said = said.replace(self.key, "<key>") if self.key else said  # a server may repeat it
         said += f", tried {attempt} times" * (attempt > 1)
         raise ValueError(f"{self.url}: {said}" + f", asks to wait {pause:.0f} seconds" * (pause > TIMEOUT))
+
+    def answers_others(self, texts):
+        """Whether the server answers at all: a question of no content, if need be, tells."""
+        if texts != [PROBE]:
+            with self.mutex, contextlib.suppress(ValueError):
+                if not self.answers:
+                    self.ask([PROBE], None)
+        return self.answers
 
     def in_turn(self, work, batches, workers):
         """work(batch) of each batch, in order, by so many threads, never far ahead of what is waited for."""

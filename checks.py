@@ -205,7 +205,7 @@ def auc(gold, scores):
 def stands_in(words, text):
     """Whether the runs of letters and digits of `words` stand in a text, next to each other, in any case.
 
-    Words that are signs alone never do.
+    Words that are signs alone never do, nor a name inside a run of letters of a script without spaces.
     """
     name, said = (re.findall(r"\w+", side.lower()) for side in (" ".join(words), text))
     return bool(name) and f" {' '.join(name)} " in f" {' '.join(said)} "

@@ -83,6 +83,9 @@ class Crf(nn.Module):
         one-hot (Eisner, "Inside-outside and forward-backward algorithms are just backprop", 2016); they are had
         under no_grad and inference_mode too.
         """
+        words = int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
+        more = mask.shape[1] - words  # columns of a long post's words that were cut off: no room is taken for them
+        logits, mask = logits[:, :words], mask[:, :words]
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
             logits = logits.detach().float().masked_fill(~mask[..., None], 0).clone().requires_grad_()
             # Tensors of inference mode know no gradients, their clones do.
@@ -92,4 +95,4 @@ class Crf(nn.Module):
                 for add in (maximum, torch.logsumexp)
             )
         best = path.argmax(-1)
-        return best, marginals.gather(2, best[..., None]).squeeze(2)
+        return F.pad(best, (0, more)), F.pad(marginals.gather(2, best[..., None]).squeeze(2), (0, more))

@@ -9,6 +9,7 @@ import argparse
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
@@ -452,6 +453,13 @@ def load_dataset(name, data_dir="data"):
     if known and unseen:
         notes.append(f"train never shows {len(unseen)} of the {len(labels)} labels: {' '.join(unseen)}")
     return Dataset(name, task, files, examples, labels, (*notes, *alike))
+
+
+def cut_train(dataset, share, seed):
+    """Keep a share of a data set's training posts, drawn by the seed, in their order."""
+    posts = dataset.examples["train"]
+    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
+    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
 
 
 def image_folders(name, data_dir="data", images=None):

@@ -18,7 +18,7 @@ import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
-from data import DATASETS, FeatureCache, collate, dataset_name, encode, find_photos, image_folders, length_batches
+from data import DATASETS, FeatureCache, collate, cut_train, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
 from notes import Notes
@@ -97,6 +97,8 @@ def run_notes(config, tokenizer, rows, examples, split, path=None):
     `path`: where they are now. ValueError if they have changed.
     """
     if config["extra"] == "none":
+        if path:
+            raise ValueError(f"--notes {path}: the run read none; leave it out")
         return None
     notes = Notes(path or config["notes"], tokenizer, config["extra"], config["extra_len"])
     if notes.sha256 != config["notes_sha256"]:
@@ -115,6 +117,8 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None):
     """
     model, tokenizer, config = load_run(run_dir, device)
     dataset = load_dataset(*dataset_now(config, data_dir))
+    if config["train_share"] < 1:
+        cut_train(dataset, config["train_share"], config["seed"])
     made = config["data"][split]
     if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
         raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
@@ -187,6 +191,7 @@ def verdict(config, check):
         "wrong photos do as well, as far as these posts can tell"
     )  # fmt: skip
     trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
+    trained += "trained on shuffled notes; " * bool(config.get("shuffle_notes"))
     return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to {found['high']:+.3f}:"
             f" {said}")  # fmt: skip
 
@@ -215,12 +220,13 @@ def type_changes(check, fewest=20):
 def read_runs(pattern, split):
     """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names.
 
-    A pattern without "shuffled" in it leaves runs on shuffled photos out: '-s*' is the beginning of their names too.
+    A pattern without "shuffled" in it leaves runs on shuffled photos or notes out: '-s*' begins their names too.
     ValueError if the runs differ in more than seed, paths and machine.
     """
     folders = [Path(pattern)] if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
     if len(folders) != 1 and "shuffled" not in Path(pattern).name:
-        folders = [folder for folder in folders if not read_config(folder).get("shuffle_photos")]
+        made = {folder: read_config(folder) for folder in folders}
+        folders = [folder for folder, config in made.items() if not (config.get("shuffle_photos") or config["shuffle_notes"])]
     if not folders:
         raise FileNotFoundError(f"{pattern}: no such run folder")
     configs = [read_config(folder) for folder in folders]
@@ -403,6 +409,7 @@ def main(argv=None):
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}
         shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config.get("shuffle_photos"))
+        shuffled += ", TRAINED AND SCORED WITH OTHER POSTS' NOTES" * config["shuffle_notes"]
         print(format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]}{shuffled})"))
         write_json(run / f"metrics-{split}.json", metrics)
 

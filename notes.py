@@ -13,7 +13,6 @@ also `about_post`, is the photo's: it moves and hides with it, or "no photo" wou
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,29 +21,33 @@ import numpy as np
 
 from data import read_lines, special_ends
 
-EXTRAS = {"none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo")}
-OF_PHOTO = ("about_photo", "relevance", "phrases")
-# Per key of a note, beside its id: whether a value is one, and what it has to be.
-KEYS = {
-    "about_post": (lambda value: is_text(value), "text"),
-    "about_photo": (lambda value: is_text(value), "text"),
-    "relevance": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-    "phrases": (lambda value: isinstance(value, list) and all(map(is_text, value)), "a list of text"),
-    "with_photo": (lambda value: isinstance(value, bool), "true or false"),
-}
-
 
 def is_text(value):
     """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str to Python, and no text."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def check_note(note, where):
-    """{key: value} of the `KEYS` a note has; null is nothing. ValueError for a value of the wrong kind."""
-    for key, (fits, wanted) in KEYS.items():
-        if note.get(key) is not None and not fits(note[key]):
-            raise ValueError(f"{where}: {key} must be {wanted}, not {json.dumps(note[key])[:60]}; correct it or leave it out")
-    return {key: note[key] for key in KEYS if note.get(key) is not None}
+EXTRAS = {"none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo")}
+MOST_PIECES = 100_000  # texts whose sub-tokens are remembered: all of a data set's, some of an endless stream's
+OF_PHOTO = ("about_photo", "relevance", "phrases")
+# Per key of a note, beside its id: whether a value is one, and what it has to be.
+KEYS = {
+    "about_post": (is_text, "text"),
+    "about_photo": (is_text, "text"),
+    "relevance": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "phrases": (lambda value: isinstance(value, list) and all(map(is_text, value)), "a list of text"),
+    "with_photo": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def check_note(note, keys=tuple(KEYS)):
+    """{key: value} of those of `keys` that a note has; null is nothing. ValueError for a value of the wrong kind."""
+    found = {key: note[key] for key in keys if note.get(key) is not None}
+    for key, value in found.items():
+        fits, wanted = KEYS[key]
+        if not fits(value):
+            raise ValueError(f"{key} must be {wanted}, not {value!r:.60}; correct it or leave it out")
+    return found
 
 
 def read_notes(path):
@@ -62,7 +65,10 @@ def read_notes(path):
             raise ValueError(f"{where}: not a JSON object with an id that is text")
         if note["id"] in notes:
             raise ValueError(f"{where}: a second note for {note['id']}; keep one")
-        notes[note["id"]] = check_note(note, where)
+        try:
+            notes[note["id"]] = check_note(note)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return notes
 
 
@@ -88,11 +94,11 @@ class Notes:
         return next((key for key in (f"{split}/{example.id}", example.id, example.image_id) if key in self.notes), None)
 
     def attach(self, rows, examples, split):
-        """Give each row its post's `note` and `image_id`; of posts that share a photo, the first one's note is the photo's."""
+        """Give each row its post's `note` and `image_id`; of posts that share a photo, the photo's is the first note of it."""
         for row, example in zip(rows, examples, strict=True):
             row |= {"note": self.notes.get(self.find(example, split), {}), "image_id": example.image_id}
-            if example.image_id is not None:
-                self.of_photo.setdefault(example.image_id, row["note"])
+            if example.image_id is not None and not self.has_photo(example.image_id):
+                self.of_photo[example.image_id] = row["note"]
 
     def known(self, row, photo):
         """The note of a row's post, where it is shown `photo`, an image id or None for no photo."""
@@ -110,12 +116,19 @@ class Notes:
         return any(note_text(note, key) and (key in OF_PHOTO or note.get("with_photo")) for key in EXTRAS[self.extra])
 
     def shuffle(self, rows, seed):
-        """Give each row that has an `about_post` another's, by one random cycle through them: a control."""
+        """Give each row that has an `about_post` another's, by one random cycle through them: a control. Returns how many.
+
+        One that was written with a photo in view stays with the photo of the row it comes to.
+        """
         named = [row for row in rows if note_text(row["note"], "about_post")]
         order = np.random.default_rng(seed).permutation(len(named))
         said = [named[i]["note"]["about_post"] for i in order]
         for i, other in zip(order, said[1:] + said[:1], strict=True):
-            named[i]["note"] = named[i]["note"] | {"about_post": other, "with_photo": False}
+            row, note = named[i], named[i]["note"]
+            row["note"] = note | {"about_post": other}
+            if self.of_photo.get(row["image_id"]) is note:
+                self.of_photo[row["image_id"]] = row["note"]
+        return len(named)
 
     def coverage(self, examples):
         """Lines that say what the notes tell of each split, {split: examples}. ValueError if none is of any post."""
@@ -125,7 +138,8 @@ class Notes:
             raise ValueError(f"{self.path}: no note is of any post (first id: {next(iter(self.notes), 'none')}); is it another data set's?")
         lines = [f"{self.path}: {len(self.notes)} notes, {len(self.notes) - len(used)} of no post here ({self.sha256[:16]})"]
         for split, keys in found.items():
-            counts = Counter(key for note_id in keys if note_id for key, value in self.notes[note_id].items() if value not in ("", False))
+            said = [self.notes[note_id].items() for note_id in keys if note_id]
+            counts = Counter(key for items in said for key, value in items if value not in ("", [], False) or key == "relevance")
             lines.append(f"{split}: " + ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key]) + f" of {len(keys)} posts")
         return lines
 
@@ -144,13 +158,12 @@ def seen_with(note, of_photo):
 
 
 class Segments:
-    """Rows of `encode` with the texts of a note as a second segment; see `Notes`. `cut`: how many were longer than `length`."""
+    """Rows of `encode` with the texts of a note as a second segment; see `Notes`."""
 
     def __init__(self, tokenizer, extra, length):
         self.tokenizer, self.keys, self.length, self.pieces = tokenizer, EXTRAS[extra], length, {}
         self.end = len(special_ends(tokenizer)[1])
         self.middle, self.suffix = pair_ends(tokenizer)
-        self.cut = set()
 
     @property
     def longest(self):
@@ -165,12 +178,12 @@ class Segments:
         ids = []
         for said in filter(None, (note_text(note, key) for key in self.keys)):
             if said not in self.pieces:
+                if len(self.pieces) == MOST_PIECES:
+                    self.pieces.clear()
                 self.pieces[said] = self.tokenizer(said, add_special_tokens=False, truncation=False)["input_ids"]
             ids += (self.middle if ids else []) + self.pieces[said]
         if not ids:
             return row
-        if len(ids) > self.length:
-            self.cut.add(tuple(ids))
         post = row["input_ids"][: len(row["input_ids"]) - self.end]
         length = min(len(row["input_ids"]), len(post) + len(self.middle))
         made = {"text_length": length, "note_cut": len(ids) > self.length}

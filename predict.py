@@ -38,7 +38,7 @@ from commands import check_device, command_line, default_device, lock
 from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, encode
 from evaluate import predict
 from model import load_run, precision_on
-from notes import Segments, check_note, note_text
+from notes import Segments, check_note, is_text, note_text
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
@@ -94,10 +94,10 @@ def load_line(line):
 
 
 def check_text(value, name):
-    """The value if it is text; else a ValueError. Half a surrogate pair is a str, but no UTF-8 can hold it."""
+    """The value if it is text; else a ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is not text")
-    if re.search("[\ud800-\udfff]", value):
+    if not is_text(value):
         raise ValueError(f"{name} holds half a character (a lone surrogate)")
     return value
 
@@ -257,7 +257,7 @@ class Predictor:
                 post_id = post.get("id")
                 answer["id"] = post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
                 example, offsets = read_post(post, config["task"], self.source, folder)
-                note = check_note(post, "the post") if self.segments else {}
+                note = check_note(post, self.segments.keys) if self.segments else {}
             except ValueError as error:
                 answer["error"] = str(error)
                 continue
@@ -267,6 +267,8 @@ class Predictor:
                 row = self.segments(row, note)
                 if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
                     remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
+                if row.get("note_cut"):
+                    remark(answer, f"of its notes only the first {self.segments.length} sub-tokens were read")
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:

@@ -305,7 +305,7 @@ def main(argv=None):
     check_device(args.device)
     run, config = args.run, read_config(args.run)
     if args.notes and config["extra"] == "none":
-        raise ValueError(f"--notes: {run} read none; leave it out")
+        raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
     check = run / f"image-check-{split}.json"

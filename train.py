@@ -3,7 +3,7 @@
     python train.py --fusion film --seed 1337
     torchrun --nproc-per-node 4 train.py --fusion film    # the same run, each batch shared by four processes
 
-Everything a run is lands in runs/<dataset>-<model>[-<encoder>]-<fusion>-s<seed>/: config.json, encoder/ (configuration and
+Everything a run is lands in runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>/: config.json, encoder/ (configuration and
 tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl, predictions-*.jsonl,
 metrics-*.json. While it trains also state.pt, from which the same command with --resume goes on after a stop: it ends in
 the log, predictions and weights of a run that was never stopped, digit for digit on CPU.
@@ -28,7 +28,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from commands import bounded, command_line, default_device, gather, join_processes, lock, pick_precision, wait_for_all
-from data import DATASETS, IGNORE, FeatureCache, collate, data_task, dataset_name, encode, find_photos, image_folders
+from data import DATASETS, IGNORE, FeatureCache, collate, cut_train, data_task, dataset_name, encode, find_photos, image_folders
 from data import length_batches, load_dataset, locate, to_device
 from evaluate import predict, shuffled_photos
 from fusion import FUSIONS
@@ -83,7 +83,8 @@ def parse_args(argv):
         " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-shuffled]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-crf][-extra-<what>][-shuffled]"
+        "[-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -121,8 +122,9 @@ def parse_args(argv):
         parser.error("--notes and --extra go together: --notes FILE --extra post, for one")
     if args.shuffle_notes and args.extra not in ("post", "both"):
         parser.error("--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post")
-    if args.extra != "none" and system.checkpoint == "vilt":
-        parser.error(f"--extra {args.extra}: {args.model} has no room for it, 40 sub-tokens in all; choose another --model")
+    if args.extra != "none" and system.checkpoint:
+        why = "has no room for it, 40 sub-tokens in all" if system.checkpoint == "vilt" else "would show each word of it the photo"
+        parser.error(f"--extra {args.extra}: {args.model} {why}; choose another --model")
     if args.images and system.backbone == "caption":
         parser.error(f"--images: {args.model} reads captions, no photo; leave it out")
     if args.resume and args.overwrite:
@@ -186,12 +188,14 @@ def open_notes(args, dataset, rows, tokenizer, encoder):
         print(f"{'           ' if i else 'notes      '}{line}")
     for split, examples in dataset.examples.items():
         notes.attach(rows[split], examples, split)
-        if args.shuffle_notes:
-            notes.shuffle(rows[split], args.seed)
-        with_note = sum("text_length" in notes.shown(row, row["image_id"]) for row in rows[split])
-        print(f"           {split}: {with_note} of {len(examples)} posts have a second segment")
-    if cut := len(notes.segments.cut):
-        print(f"           {cut} notes are longer than --extra-len {args.extra_len} and cut")
+        if args.shuffle_notes and notes.shuffle(rows[split], args.seed) < 2 and split == "train":
+            raise ValueError(f"--shuffle-notes: fewer than 2 posts of train have an about_post in {args.notes}; leave it out")
+        shown = [notes.shown(row, row["image_id"]) for row in rows[split]]
+        with_note, cut = (sum(bool(row.get(key)) for row in shown) for key in ("text_length", "note_cut"))
+        said = f", {cut} of them cut to --extra-len {args.extra_len}" * bool(cut)
+        print(f"           {split}: {with_note} of {len(examples)} posts have a second segment{said}")
+        if not with_note:
+            print(f"WARNING    no post of {split} has a second segment: its scores are those without notes")
     if args.shuffle_notes:
         print("notes      SHUFFLED: each post is given what was said of another, in every split")
     return notes
@@ -289,9 +293,7 @@ def run(args, stack):
     check_folder(run_dir, args)
     dataset = load_dataset(args.dataset, args.data_dir)
     if args.train_share < 1:
-        posts = dataset.examples["train"]
-        drawn = np.random.default_rng(args.seed).permutation(len(posts))[: math.ceil(args.train_share * len(posts))]
-        dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
+        cut_train(dataset, args.train_share, args.seed)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         print(f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})")

@@ -11,6 +11,7 @@ time, from all runs there are: RESULTS.md, results.csv and results.tex.
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import shlex
@@ -32,7 +33,7 @@ from model import RUN_FORMAT, differing, read_config, system_settings  # noqa: E
 from scores import main_score, read_predictions, write_text  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
-NOTES_FILE = "data/twitter2017/notes.jsonl"
+NOTES_FILE = "twitter2017/notes.jsonl"  # under --data-dir
 METRICS = ("accuracy", "precision", "recall", "f1")
 # Accuracy on test of answering the most frequent label always: `O`, or `None`.
 MAJORITY = {"twitter2015": 0.8461, "twitter2017": 0.8020, "mnre": 0.6035}
@@ -106,8 +107,8 @@ NOTES = {
     " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel. The placeholder"
     " picture's caption counts as missing. Text encoder all-MiniLM-L6-v2, at the rate chosen on valid with text only.",
     "notes": "`--notes` are what ChatGPT said of each post (`post`: its list of key entities) and a caption of its photo (`photo`),"
-    " a second segment of the text; `both`: one after the other. No pixel is looked at. The control trains on the notes of other"
-    " posts, of `photo` on those of other photos. Whether ChatGPT has seen the data set, nobody here can know.",
+    " a second segment of the text; `both`: one after the other. No pixel is looked at. The control of `post` and `both` trains on"
+    " the lists of other posts, of `photo` on captions of other photos, over captions on other photos' captions. Whether ChatGPT has seen the data set, nobody here can know.",
     "base": "Text encoder all-mpnet-base-v2 (110M parameters), its rate and the decoder chosen on valid.",
     "few-shot": "The posts are drawn with the run's seed, so a seed's rows share them.",
     "relations": "The features are a random ResNet50's of photos that have nothing to do with the posts: what a fusion layer adds"
@@ -127,7 +128,7 @@ class Row:
     flags: tuple = ()
     reference: tuple = ()  # as `METRICS`, or accuracy alone
     control: str = "--shuffle-photos"  # what trains the row's control; "" if there is nothing to shuffle
-    text_only: str = "none"  # the row of the same table that it is compared with
+    text_only: str = "none"  # the row of the same table without photo that it is compared with
 
     @property
     def key(self):
@@ -162,7 +163,7 @@ def all_rows():
             rows.append(Row("notes", name, "twitter2017", flags, control=controls[extra]))
     for fusion in FUSION:
         flags = (*small, "--model", "bert-caption", "--fusion", fusion, *notes["post"])
-        rows.append(Row("notes", f"post, {fusion} over captions", "twitter2017", flags, control=photos))
+        rows.append(Row("notes", f"post, {fusion} over captions", "twitter2017", flags, control=photos, text_only="post"))
     base = ("--text-encoder", "models/all-mpnet-base-v2", "--lr", 3e-5, "--fusion-lr", 1e-3)
     for extra in ("none", "post"):
         rows.append(Row("base", extra, "twitter2017", (*base, *text_only, *notes[extra]), control=controls[extra]))
@@ -191,6 +192,8 @@ def argument_list(row, seed, args, shuffled=False):
     places = {"--data-dir": args.data_dir, "--cache-dir": args.cache_dir}
     given = {"--dataset": row.dataset} | {flag: place for flag, place in places.items() if place != PLACES[flag]}
     given |= dict(zip(row.flags[::2], row.flags[1::2], strict=True))
+    if "--notes" in given:
+        given["--notes"] = f"{args.data_dir}/{given['--notes']}"
     for flag, value in (("--text-encoder", args.text_encoder), ("--lr", args.lr)):
         if value is not None and row.table != "demo":
             given[flag] = value
@@ -212,6 +215,8 @@ def other_run(argv):
     if not (folder / "config.json").exists():
         return ""
     asked = vars(train.parse_args(argv)) | {"run_format": RUN_FORMAT}
+    if asked["notes"] and Path(asked["notes"]).is_file():
+        asked["notes_sha256"] = hashlib.sha256(Path(asked["notes"]).read_bytes()).hexdigest()
     made, asked = (system_settings(config) for config in (read_config(folder), asked))
     made = {key: made.get(key) for key in asked} | {"precision": asked["precision"]}  # auto: it follows the machine
     return f"{folder} is another run, {', '.join(other.values())}" if (other := differing(made, asked, ("its", "this row's"))) else ""
@@ -346,13 +351,13 @@ def cells(row, args, reason):
 
 
 def comparisons(rows, args):
-    """Table cells that say, by paired bootstrap, what each row's photos are worth: against wrong photos and text only."""
+    """Table cells that say, by paired bootstrap, what each row's photos or notes are worth: against wrong ones and without."""
     lines, by_name = [], {row.name: row for row in rows}  # of one table
     for row in rows:
         a = done_folders(row, args)
         others = {"trained on shuffled": done_folders(row, args, shuffled=True)} if row.control else {}
         if row.text_only in by_name and row.name != row.text_only:
-            others["text only"] = done_folders(by_name[row.text_only], args)
+            others["text only" if row.text_only.startswith("none") else row.text_only] = done_folders(by_name[row.text_only], args)
         for name, b in others.items():
             by_seed = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
             both = [seed for seed in by_seed[0] if seed in by_seed[1]]

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import evaluate
 import predict
+import tables
 import train
 from data import collate, encode, load_dataset
 from evaluate import image_check, open_run, shuffled_photos
@@ -86,12 +87,13 @@ def test_coverage_counts_every_key_and_ids_of_no_post(noted, encoder_dir, tmp_pa
     dataset, _ = noted
     said = notes_of(dataset)
     del said[0]["about_photo"]
+    said[1] |= {"relevance": 0, "phrases": [], "with_photo": False}
     path = write(tmp_path / "n.jsonl", [*said, {"id": "nobody's", "about_post": "x"}, {"id": "no one's"}])
     tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
     lines = Notes(path, tokenizer, "both", 128).coverage(dataset.examples)
     assert "42 notes, 2 of no post here" in lines[0]
     assert lines[1:] == [
-        "train: about_post of 24, about_photo of 23 of 24 posts", "valid: about_post of 8, about_photo of 8 of 8 posts",
+        "train: about_post of 24, about_photo of 23, relevance of 1 of 24 posts", "valid: about_post of 8, about_photo of 8 of 8 posts",
         "test: about_post of 8, about_photo of 8 of 8 posts",
     ]  # fmt: skip
     path = write(tmp_path / "other.jsonl", [{"id": "nobody's", "about_post": "x"}])
@@ -122,7 +124,7 @@ def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):
         assert {key: made[key] for key in ("word_starts", "labels")} == {key: row[key] for key in ("word_starts", "labels")}
         alone = tokenizer(" ".join(example.words))["input_ids"]  # the post's own tokens, special ones included
         assert made["text_length"] == len(alone) and made["input_ids"][: len(alone)] == alone == row["input_ids"]
-    assert segments.cut == set()
+        assert not made["note_cut"]
 
 
 def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
@@ -137,9 +139,10 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
     assert whole[len(row["input_ids"]) :][-len(a + middle + b + suffix) :] == a + middle + b + suffix
     for length in (1, 2, 3, len(a + middle)):
         segments = Segments(tokenizer, "both", length)
-        made = segments(row, note)["input_ids"]
-        assert made == whole[: len(made) - len(suffix)] + suffix
-        assert len(made) - len(row["input_ids"]) == segments.longest and len(segments.cut) == 1
+        cut = segments(row, note)
+        made = cut["input_ids"]
+        assert cut["note_cut"] and made == whole[: len(made) - len(suffix)] + suffix
+        assert len(made) - len(row["input_ids"]) == segments.longest
 
 
 @pytest.mark.parametrize("note", [{}, {"about_post": ""}, {"about_post": " \n"}, {"about_photo": "of no interest"}])
@@ -230,10 +233,10 @@ def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
     notes, examples = Notes(path, tokenizer, "both", 128), dataset.examples["train"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     notes.attach(rows, examples, "train")
-    rows[0]["note"] = {"about_photo": "x"}  # one without: it neither takes nor gives
+    del rows[0]["note"]["about_post"]  # it neither takes nor gives
+    for i, row in enumerate(rows[1:]):
+        row["note"]["about_post"] = str(i)
     before = [row["note"] for row in rows]
-    for i, note in enumerate(before[1:]):
-        before[i + 1] = rows[i + 1]["note"] = note | {"about_post": str(i)}
     notes.shuffle(rows, 5)
     after = [row["note"] for row in rows]
     assert after[0] == before[0]
@@ -244,6 +247,32 @@ def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
         place = order[place]
     assert len(seen) == len(before) - 1  # one cycle, so nobody keeps its own
     assert [note["about_photo"] for note in after] == [note["about_photo"] for note in before]
+    assert all(notes.of_photo[row["image_id"]] is row["note"] for row in rows)
+
+
+def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
+    """Half the notes were written with the photo in view: without it as many posts have a second segment, shuffled or not."""
+    dataset, _ = noted
+    path = write(tmp_path / "n.jsonl", [note | {"with_photo": i % 2 > 0} for i, note in enumerate(notes_of(dataset))])
+    counts = []
+    for shuffle in (False, True):
+        notes, examples = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "post", 128), dataset.examples["train"]
+        rows, _ = encode(notes.segments.tokenizer, examples, dataset.labels, 128)
+        notes.attach(rows, examples, "train")
+        assert not shuffle or notes.shuffle(rows, 0) == 24
+        counts.append([sum("text_length" in notes.shown(row, photo) for row in rows for photo in photos) for photos in ((None,), ())])
+        counts[-1] += [sum("text_length" in notes.shown(row, row["image_id"]) for row in rows)]
+        assert sum(map(notes.has_photo, [row["image_id"] for row in rows])) == 12
+    assert counts == [[12, 0, 24]] * 2
+
+
+def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_for_it(data_dir, encoder_dir, tmp_path):
+    dataset = load_dataset("mnre", data_dir)
+    examples = dataset.examples["train"][:2]  # of one photo
+    path = write(tmp_path / "n.jsonl", [{"id": examples[0].id, "about_post": "x"}, {"id": examples[1].id, "about_photo": "a hoop"}])
+    notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "photo", 128)
+    notes.attach([{}, {}], examples, "train")
+    assert notes.has_photo(examples[0].image_id) and notes.of_photo[examples[0].image_id]["about_photo"] == "a hoop"
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
@@ -310,6 +339,15 @@ def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs)
         assert evaluate.score(again)["token"] == pytest.approx(found["token"])
 
 
+def test_the_image_check_knows_what_a_share_of_train_holds(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+    _, path = noted
+    more = ("--fusion", "none", "--notes", path, "--extra", "photo", "--train-share", 0.1)
+    folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
+    scored = json.loads((folder / "metrics-test.json").read_text())
+    check = image_check(folder, "test", 1, "cpu")["true"]
+    assert [check[part] for part in ("entity_seen", "entity_unseen")] == [scored[part] for part in ("entity_seen", "entity_unseen")]
+
+
 def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
     _, path = noted
     moved = tmp_path / "moved.jsonl"
@@ -331,18 +369,40 @@ def test_new_posts_bring_their_notes(runs, noted):
         assert [e["probability"] for e in found] == pytest.approx([e["probability"] for e in wanted], abs=1e-5)
     bare, wrong = predictor([{"text": "so good"}, {"text": "so good", "about_post": 3}])
     assert bare["note"] == "no about_post and no about_photo given, which the run reads"
-    assert wrong["error"].startswith("the post: about_post must be text")
+    assert wrong["error"].startswith("about_post must be text, not 3")
+    (long, odd) = predictor([{"text": "so good", "about_post": "so " * 300, "about_photo": "x"},
+                             {"text": "so good", "about_post": "x", "about_photo": "y", "relevance": 17}])  # fmt: skip
+    assert long["note"] == "of its notes only the first 128 sub-tokens were read"
+    assert "error" not in odd and "note" not in odd  # relevance is no key that the run reads
 
 
-def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_dir, encoder_dir, cache_dir, tmp_path, capsys):
     """The control trains on what `Notes.shuffle` says, and is scored so again."""
     _, path = noted
-    folder = train_run(tmp_path / "s", data_dir, encoder_dir, cache_dir, "--fusion", "none", "--notes", path, "--extra", "post", "--shuffle-notes")
+    more = ("--fusion", "none", "--notes", path, "--extra", "post")
+    folder = train_run(tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes")
     model, tokenizer, config, dataset, rows, cache, notes = open_run(folder, "test", "cpu")
     moved = [row["note"]["about_post"] != notes.notes[e.id]["about_post"] for row, e in zip(rows, dataset.examples["test"], strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
     again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32", cache, notes=notes)
     assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")]
+    evaluate.main(["--run", str(folder), "--device", "cpu"])
+    assert "TRAINED AND SCORED WITH OTHER POSTS' NOTES" in capsys.readouterr().out
+    # A pattern of the true runs leaves the control out, whose name begins as theirs.
+    train_run(tmp_path / "run-s1", data_dir, encoder_dir, cache_dir, *more)
+    name, _ = evaluate.read_runs(str(tmp_path / "run-s*"), "test")
+    assert name == "run-s1"
+    (name, found) = evaluate.read_runs(str(tmp_path / "run-*"), "test")
+    assert name == "run-s1" and len(found) == 1
+    with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
+        evaluate.run_notes({"extra": "none"}, None, [], [], "test", "n.jsonl")
+    # Another text under the same name is another system to the tables.
+    argv = [str(a) for a in ("--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder",
+            encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu", *more, "--run-dir", tmp_path / "run-s1")]  # fmt: skip
+    assert tables.other_run(argv) == "" and tables.finished(argv)
+    other = write(tmp_path / "other.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
+    argv[argv.index(str(path))] = str(other)
+    assert "notes_sha256" in tables.other_run(argv) and not tables.finished(argv)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +411,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
         (("--extra", "post"), "--notes and --extra go together"), (("--notes", "n.jsonl"), "--notes and --extra go together"),
         (("--shuffle-notes",), "--shuffle-notes: it gives posts"), (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
         (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
+        (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),
         (("--dataset", "mnre", "--decoder", "crf"), "a relation is one label"),
         (("--fusion", "none", "--shuffle-photos"), "--fusion none is shown no photo"),
     ],
@@ -368,5 +429,8 @@ def test_mistakes_are_one_line(noted, data_dir, encoder_dir, cache_dir, tmp_path
         train_run(tmp_path / "a", *given, "--notes", tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="--max-len 128 and --extra-len 5000: .* takes 512 in all"):
         train_run(tmp_path / "b", *given, "--notes", path, "--extra-len", 5000)
+    alone = write(tmp_path / "one.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
+    with pytest.raises(ValueError, match="--shuffle-notes: fewer than 2 posts of train have an about_post"):
+        train_run(tmp_path / "d", *given, "--notes", alone, "--shuffle-notes")
     with pytest.raises(ValueError, match="--shuffle-photos: no post of train has a photo, or in .* anything said of one"):
         train_run(tmp_path / "c", *given, "--notes", path, "--shuffle-photos")

@@ -552,7 +552,7 @@ OK = (200, {}, json.dumps({"choices": [{"message": {"content": "fine"}}]}).encod
 BAD = [
     None, (500, {}, b""), (503, {}, b"busy"), (429, {}, b"{}"), (200, {"Content-Length": "999"}, b"{}"),
     *((200, {}, body) for body in (b"<html>", b"{}", b"[]", b"\xff", b"[" * 10**5, b'{"choices": []}')),
-    *((200, {}, b'{"choices": [{"message": %s}]}' % said) for said in (b"null", b'{"content": null}', b"1")),
+    *((200, {}, b'{"choices": [{"message": %s}]}' % said) for said in (b"null", b"1")),
 ]  # fmt: skip
 
 
@@ -621,7 +621,35 @@ def test_what_the_server_refuses_is_said_at_once_in_its_words(serve, monkeypatch
     with pytest.raises(ValueError) as caught:
         ask([["hi"]], [None])
     assert str(caught.value) == f"{server.url}/chat/completions: {message}"
-    assert len(server.requests) == 1 and ask.stopped == []
+    assert len(server.requests) == 1 + (status == 400) and ask.stopped == []  # of 400 it asks whether it is the post
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(serve, data_dir, tmp_path, place, status, capsys):
+    """Whichever post it is, the first too, of which only another question can tell that it is the post's fault."""
+    out = tmp_path / "n.jsonl"
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m", "--output", out, "--limit", 5]
+    examples = load_dataset("demo", data_dir).examples["train"][:5]
+    barred = f"Post: {' '.join(examples[place].words)}\n"
+    refuses = [any(barred in asked_text({"messages": [m]}) for m in ({"content": fill_prompt(e, False)},)) for e in examples]
+
+    def reply(number, body):
+        if any(barred in message["content"] for message in body["messages"]):
+            return status, {}, b'{"error": {"message": "content filter"}}'
+        return about(asked_text(body)) if "Post: " in asked_text(body) else "{}"
+
+    run(*flags, "--endpoint", serve(reply).url, "--workers", 2)
+    notes = lines(out)
+    assert [note["id"] for note in notes] == [example.id for example in examples]
+    assert ["content filter" in note.get("raw", "") for note in notes] == refuses and refuses[place]
+    assert f"{sum(refuses)} kept raw" in capsys.readouterr().err
+
+
+def test_an_answer_without_content_is_an_empty_one(serve):
+    empty = 200, {}, b'{"choices": [{"message": {"content": null}}]}'
+    server = serve(lambda number, body: empty)
+    assert asker(server)([["hi"]], [None]) == [""] and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -701,7 +729,7 @@ def test_a_failure_keeps_what_was_written_and_others_do_not_wait(serve, data_dir
 
     def reply(number, body):
         if broken[0] and failing in asked_text(body):
-            return 400, {}, b'{"message": "too long"}'
+            return 403, {}, b'{"message": "too long"}'
         later = any(f"Post: {' '.join(e.words)}\n" in asked_text(body) for e in examples[7:9])
         return (503, {"Retry-After": "300"}, b"") if broken[0] and later else about(asked_text(body))
 
@@ -711,7 +739,7 @@ def test_a_failure_keeps_what_was_written_and_others_do_not_wait(serve, data_dir
         run(*flags, "--endpoint", server.url, "--workers", 3)
     assert time.monotonic() - start < 5
     assert str(caught.value) == (
-        f"post {examples[6].id}: {server.url}/chat/completions: 400 Bad Request: too long; what was written"
+        f"post {examples[6].id}: {server.url}/chat/completions: 403 Forbidden: too long; what was written"
         " stays, and the same command goes on"
     )
     assert [note["id"] for note in lines(tmp_path / "n.jsonl")] == [e.id for e in examples[:6]]
