@@ -316,7 +316,7 @@ def test_what_the_run_read_of_notes_is_shown_with_the_post(runs, tmp_path, name,
 def test_without_notes_nothing_is_said(runs, tmp_path):
     page = page_of(runs["film"], tmp_path / "page.html")
     assert page["facts"]["Notes"] == "not used" and not any("said" in post for post in page["posts"])
-    with pytest.raises(ValueError, match="--notes: .*film read none; leave it out"):
+    with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
         page_of(runs["film"], tmp_path / "page.html", "--notes", runs["notes"].with_suffix(".jsonl"))
 
 
