@@ -1,0 +1,186 @@
+"""Alignment losses: do the text and the photo of a post belong together? Torch alone: copy the file and use it.
+
+    from align import ALIGNMENTS
+    loss = ALIGNMENTS["contrastive"](text_dim=768, region_dim=2048)
+    losses = loss(text, text_mask, regions, region_mask, photos)    # [B]
+
+text [B, T, D], regions [B, R, Dv], masks [B, T] and [B, R] (True = real; text_mask: of the post's own words), photos [B]:
+numbers that posts share exactly if they share a photo. Each loss is one number a post. A post without photo has 0, is
+nobody's negative, and what it holds changes nothing; two posts with one photo are no negatives of each other. Everything is
+computed in float32. Under torch.distributed the negatives are the posts of all processes, of which each holds a part
+[rank::processes] of the batch, so that any number of processes gives the losses of one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def masked_mean(states, mask):
+    """The mean [B, D] of states [B, N, D] where mask [B, N] is True; 0 where it nowhere is. Masked states may hold NaN."""
+    kept = torch.where(mask[..., None], states, 0)
+    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def projection(width, to):
+    """Two layers that end in unit length, but for the last step."""
+    return nn.Sequential(nn.Linear(width, to), nn.ReLU(), nn.Linear(to, to))
+
+
+def from_all(*parts):
+    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch), gradients and all.
+
+    Parts of unequal size are filled up with zeros, so that a mask is False there.
+    """
+    count, device = len(parts[0]), parts[0].device
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return torch.arange(count, device=device), *parts
+    from torch.distributed.nn.functional import all_gather
+
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    longest = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+    whole = []
+    for part in parts:
+        filled = torch.cat([part, part.new_zeros(int(longest) - count, *part.shape[1:])])
+        # Numbers without a gradient travel as such: bool and int64 have none.
+        gathered = all_gather(filled) if filled.is_floating_point() else gather_plain(filled, processes)
+        whole.append(torch.stack(list(gathered), 1).flatten(0, 1))  # dealt out one by one, and so put back
+    return torch.arange(count, device=device) * processes + rank, *whole
+
+
+def gather_plain(part, processes):
+    """The parts of all processes, without gradients."""
+    parts = [torch.empty_like(part) for _ in range(processes)]
+    torch.distributed.all_gather(parts, part)
+    return parts
+
+
+def comparable(places, real, photos):
+    """[B, N] bool: which of N posts may be compared with each of the B at `places`: itself, and those of other photos.
+
+    real [N]: whether a post has a photo; photos [N].
+    """
+    itself = torch.arange(len(real), device=real.device) == places[:, None]
+    return itself | (real[places, None] & real & (photos[places, None] != photos))
+
+
+def match(scores, allowed, places):
+    """Cross entropy [B] of scores [B, N] with the place of each itself as the answer, over what is allowed."""
+    return F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), places, reduction="none")
+
+
+class Alignment(nn.Module):
+    """A loss that is computed in float32, in `loss`, of posts that have a photo; see the top of the file."""
+
+    def forward(self, text, text_mask, regions, region_mask, photos, classes=None):
+        real = region_mask.any(1)
+        text_mask = text_mask & real[:, None]
+        with torch.autocast(text.device.type, enabled=False):
+            made = self.loss(text.float(), text_mask, regions.float(), region_mask, real, photos, classes)
+        return torch.where(real, made, 0)
+
+
+class Contrastive(Alignment):
+    """Whole post against whole photo, both ways (Radford et al. 2021; MAF, Xu et al., WSDM 2022, has tau .179, lambda .7).
+
+    S = p_t p_v^T / tau of the projected means; loss_i = lambda CE(S_i, i) + (1 - lambda) CE(S^T_i, i).
+    """
+
+    def __init__(self, text_dim, region_dim, width=128, temperature=0.179, of_text=0.7):
+        super().__init__()
+        self.text, self.image = projection(text_dim, width), projection(region_dim, width)
+        self.temperature, self.of_text = temperature, of_text
+
+    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+        t = F.normalize(self.text(masked_mean(text, text_mask)), dim=-1)
+        v = F.normalize(self.image(masked_mean(regions, region_mask)), dim=-1)
+        places, all_t, all_v, all_real, all_photos = from_all(t, v, real, photos)
+        allowed = comparable(places, all_real, all_photos)
+        to_images, to_texts = t @ all_v.T / self.temperature, v @ all_t.T / self.temperature
+        return self.of_text * match(to_images, allowed, places) + (1 - self.of_text) * match(to_texts, allowed, places)
+
+
+class Local(Alignment):
+    """Words against places (GLoRIA, Huang et al., ICCV 2021, equations 2 to 8, with the length of a post taken out).
+
+    Each word of post i looks at the regions of photo j: a = softmax_r(w.r / t1), c = sum_r a r. Z_ij = t2 (logsumexp_t
+    cos(w, c) / t2 - log n_i) / tau over the n_i words of i, so |Z| <= 1 / tau whatever n_i; cross entropy over Z both
+    ways. Of one process only: it would need all states of all posts.
+    """
+
+    def __init__(self, text_dim, region_dim, width=128, temperature=0.1, of_regions=0.25, of_words=0.2):
+        super().__init__()
+        self.text, self.image = nn.Linear(text_dim, width), nn.Linear(region_dim, width)
+        self.temperature, self.of_regions, self.of_words = temperature, of_regions, of_words
+
+    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ValueError("the local alignment loss needs all posts in one process: run it without torchrun")
+        words = F.normalize(self.text(torch.where(text_mask[..., None], text, 0)), dim=-1)  # [B, T, d]
+        places = F.normalize(self.image(torch.where(region_mask[..., None], regions, 0)), dim=-1)  # [B, R, d]
+        scores = torch.einsum("itd,jrd->ijtr", words, places) / self.of_regions
+        # A photo-less post's row is nobody's: any number will do, as long as it is one.
+        hidden = ~region_mask & region_mask.any(1, keepdim=True)
+        weights = scores.masked_fill(hidden[None, :, None], -torch.inf).softmax(-1)  # [B, B, T, R]
+        seen = F.normalize(torch.einsum("ijtr,jrd->ijtd", weights, places), dim=-1)
+        near = torch.einsum("itd,ijtd->ijt", words, seen) / self.of_words
+        near = torch.where((text_mask | ~text_mask.any(1, keepdim=True))[:, None], near, -torch.inf)
+        count = text_mask.sum(1).clamp(min=1).float().log()[:, None]
+        z = self.of_words * (near.logsumexp(-1) - count) / self.temperature  # [B, B]
+        itself = torch.arange(len(z), device=z.device)
+        allowed = comparable(itself, real, photos)
+        return (match(z, allowed, itself) + match(z.T, allowed, itself)) / 2
+
+
+class Matching(Alignment):
+    """Does this photo belong to this post (MMIB, Cui et al. 2023)? softplus(-f(t_i, v_i)) + softplus(f(t_i, v_next)), v_next
+    the next other photo of the batch; 0 where there is none.
+
+    f is bilinear. A linear layer over [t; v], as published, gives right and wrong pairs one mean score, so its loss cannot
+    fall under 2 log 2, whatever the encoders do.
+    """
+
+    def __init__(self, text_dim, region_dim, width=128):
+        super().__init__()
+        self.text, self.image = projection(text_dim, width), projection(region_dim, width)
+        self.bilinear = nn.Linear(width, width)
+
+    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+        t = self.bilinear(self.text(masked_mean(text, text_mask)))
+        v = self.image(masked_mean(regions, region_mask))
+        places, all_v, all_real, all_photos = from_all(v, real, photos)
+        count = len(all_real)
+        ahead = (torch.arange(count, device=t.device) - places[:, None]) % count  # 0 for itself
+        others = comparable(places, all_real, all_photos) & (ahead > 0)
+        following = torch.where(others, ahead, count).argmin(1)
+        found = others.any(1)
+        right, wrong = (t * v).sum(-1), (t * all_v[following]).sum(-1)
+        return torch.where(found, F.softplus(-right) + F.softplus(wrong), 0)
+
+
+class Supervised(Alignment):
+    """Posts of one class near each other (Khosla et al., NeurIPS 2020, L_out), by one vector a post from both means.
+
+    z = unit(W GELU(W' [t; v])); loss_i = -mean over the others of its class of log softmax_a(z_i . z_a / tau) over all
+    others; 0 without another of its class. `classes` [B]: whole numbers.
+    """
+
+    def __init__(self, text_dim, region_dim, width=128, temperature=0.1):
+        super().__init__()
+        self.pair = nn.Sequential(nn.Linear(text_dim + region_dim, width), nn.GELU(), nn.Linear(width, width))
+        self.temperature = temperature
+
+    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+        means = torch.cat((masked_mean(text, text_mask), masked_mean(regions, region_mask)), -1)
+        z = F.normalize(self.pair(means), dim=-1)
+        places, all_z, all_real, all_photos, all_classes = from_all(z, real, photos, classes)
+        itself = torch.arange(len(all_real), device=z.device) == places[:, None]
+        others = comparable(places, all_real, all_photos) & ~itself
+        partners = others & (classes[:, None] == all_classes)
+        scores = (z @ all_z.T / self.temperature).masked_fill(~others & others.any(1, keepdim=True), -torch.inf)
+        log_shares = scores.log_softmax(-1).masked_fill(~partners, 0)
+        return -log_shares.sum(1) / partners.sum(1).clamp(min=1)
+
+
+ALIGNMENTS = {"contrastive": Contrastive, "local": Local, "matching": Matching, "supervised": Supervised}
