@@ -654,7 +654,7 @@ def window(length, spans, limit):
 def encode(tokenizer, examples, labels, max_len):
     """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
 
-    `input_ids` [T], T <= max_len; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a
+    `input_ids` [T], T <= max_len; `own`, which of them, [start, end), are not special; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a
     word that has none or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
     `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps a `window`
     with both entities. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
@@ -684,7 +684,7 @@ def encode(tokenizer, examples, labels, max_len):
         counts["cut_words"] += len(cut)
         counts["cut_posts"] += bool(cut)
         counts["words_without_piece"] += len(words) - len(first_piece)
-        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
+        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix, "own": (len(prefix), len(prefix) + len(kept))}
         if relations:
             row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
             row["labels"] = label_id[example.label]
@@ -715,7 +715,7 @@ def length_batches(lengths, batch_size, rng=None):
 def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
-    input_ids, attention_mask [B, T]; word_starts, labels [B, W] or head_index, tail_index, labels [B]. Where a row has a
+    input_ids, attention_mask, own_mask [B, T] (True = of the post's words, no special one); word_starts, labels [B, W] or head_index, tail_index, labels [B]. Where a row has a
     second segment, and so a `text_length`, also text_mask [B, T], True = of the post. With a cache also what
     `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
     """
@@ -728,6 +728,8 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     batch = {"input_ids": pad("input_ids", pad_id)}
     place = torch.arange(batch["input_ids"].shape[1])
     batch["attention_mask"] = (place < lengths[:, None]).long()
+    start, stop = torch.tensor([row["own"] for row in rows]).T[..., None]
+    batch["own_mask"] = (place >= start) & (place < stop)
     if any("text_length" in row for row in rows):
         texts = torch.tensor([row.get("text_length", len(row["input_ids"])) for row in rows])
         batch["text_mask"] = place < texts[:, None]
@@ -919,7 +921,8 @@ class FeatureCache:
     def read(self, photos, views=None):
         """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.
 
-        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns).
+        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns), photo_row
+        [B], which photo it is, -1 for none.
         """
         rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # a row for None, hidden below
         views = np.zeros(len(photos), int) if views is None else np.asarray(views)
@@ -931,7 +934,8 @@ class FeatureCache:
         real = shown & (self.status[rows] == OK)
         mask = real[:, None] & (np.arange(self.shape[2]) < self.num_regions[rows, None])
         grid = np.where(real[:, None], self.grid[rows], 0).astype(np.int64)
-        about = {"region_mask": torch.from_numpy(mask), "region_grid": torch.from_numpy(grid)}
+        about = {"region_mask": torch.from_numpy(mask), "region_grid": torch.from_numpy(grid),
+                 "photo_row": torch.from_numpy(np.where(real, rows, -1))}  # fmt: skip
         if self.resident is None:
             flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]: numpy's fastest way to copy rows
             values = flat.take(rows * self.views + views, 0)

@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from commands import out_of_memory
+from align import ALIGNMENTS
 from crf import Crf
 from data import IGNORE, MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
-from fusion import FUSIONS, clean
+from fusion import FUSIONS, clean, unit_length
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -70,9 +71,10 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made). Its `states` takes a batch of `data.collate` and return_weights, and gives states [B, T, D] and, if
-    asked, each token's attention to the regions [B, T, R], zero for a post without photo (None where there is no such
-    thing). For a post without photo the states depend on no image state at all.
+    features_made, align). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
+    own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
+    a post without photo (None where there is no such thing). For a post without photo the states depend on no image
+    state at all.
     """
 
     loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
@@ -83,10 +85,11 @@ class Model(nn.Module):
         Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere. Each is 0 where
         it does not apply.
         """
-        states, weights = self.states(batch, return_weights)
+        own = {} if losses else None
+        states, weights = self.states(batch, return_weights, own)
         logits = self.head(states, batch)
         if losses:
-            return logits, {"labels": self.head.loss(logits, batch)}
+            return logits, {"labels": self.head.loss(logits, batch)} | own
         return (logits, weights) if return_weights else logits
 
     def total(self, sums, words, posts):
@@ -100,17 +103,24 @@ class Model(nn.Module):
 
 
 class TextRegions(Model):
-    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head."""
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion."""
 
     def __init__(self, encoder, config):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder = encoder
         self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
+        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, config["region_dim"]) for name in config["align"]})
+        self.loss_weights = self.loss_weights | config["align"]
         self.head = Head(width, config)
 
-    def states(self, batch, return_weights):
+    def states(self, batch, return_weights, losses):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        if losses is not None and self.align:
+            seen = batch["region_mask"]
+            regions = unit_length(clean(batch["regions"].float(), seen))
+            for name, alignment in self.align.items():
+                losses[name] = alignment(text, batch["own_mask"], regions, seen, batch["photo_row"])
         mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
         fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights)
         return fused if return_weights else (fused, None)
@@ -131,7 +141,7 @@ class Blip(Model):
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
 
-    def states(self, batch, return_weights):
+    def states(self, batch, return_weights, losses):
         # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23 drops this
         # mask on the way. States of zero say nothing whatever the weights.
         states = clean(batch["regions"].float(), batch["region_mask"])
@@ -185,7 +195,7 @@ class Vilt(Model):
         states = torch.cat((cls, states + places.squeeze(2).mT), 1)
         return clean(embeddings.dropout(states), with_cls(mask))
 
-    def states(self, batch, return_weights):
+    def states(self, batch, return_weights, losses):
         mask = with_cls(batch["region_mask"])
         made = self.encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_mask=mask.long(),
@@ -444,7 +454,7 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0}
+          "train_share": 1.0, "align": {}}
 
 
 def flat(config, prefix=""):

@@ -38,6 +38,14 @@ from notes import EXTRAS, Notes
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 
+def alignment(text):
+    """argparse type: NAME=WEIGHT of an alignment loss."""
+    name, _, weight = text.partition("=")
+    if name not in ("contrastive", "local", "matching"):
+        raise argparse.ArgumentTypeError(f"{text}: NAME is contrastive, local or matching")
+    return name, bounded(float, 0)(weight)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -62,6 +70,8 @@ def parse_args(argv):
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
     add("--decoder", choices=("softmax", "crf"), default="softmax", help="what decides on the labels of a post's words: each by"
         " itself, or all together (crf.py)")
+    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
+        " and photo of a post together (align.py): contrastive, local, matching")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
     add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
         " of the post, of the photo, or both")
@@ -110,12 +120,18 @@ def parse_args(argv):
     encoder = [] if args.text_encoder == system.text_encoder else [Path(args.text_encoder).absolute().name]
     fusion = [args.fusion] if args.fusion else []
     fusion += [f"train{args.train_share:g}"] * (args.train_share < 1)
+    fusion += [f"{name}{weight:g}" for name, weight in dict(args.align).items()]
     fusion += ["crf"] * (args.decoder == "crf") + [f"extra-{args.extra}"] * (args.extra != "none")
     fusion += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
     name = "-".join([dataset, args.model, *encoder, *fusion])
     args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
     if args.shuffle_photos and args.fusion == args.extra == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
+    args.align, asked = dict(args.align), len(args.align)
+    if len(args.align) < asked:
+        parser.error("--align: one loss is named twice; leave one out")
+    if args.align and (system.checkpoint or args.fusion == "none"):
+        parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
     if args.decoder == "crf" and task != "ner":
         parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
     if (args.extra == "none") != (args.notes is None):
@@ -306,6 +322,8 @@ def run(args, stack):
 
     torch.manual_seed(args.seed)
     system = SYSTEMS[args.model]
+    if processes > 1 and "local" in args.align:
+        raise ValueError("--align local: it needs all posts of a batch in one process; run it without torchrun")
     encoder, tokenizer = load_text_encoder(args.text_encoder, system, dataset.task, args.dropout)
     if args.max_len > longest_input(encoder, tokenizer):
         raise ValueError(f"--max-len {args.max_len}: {args.text_encoder} takes {longest_input(encoder, tokenizer)}")
@@ -401,7 +419,7 @@ def run(args, stack):
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.
             mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
-            own = [None if hidden[i] else dataset.examples["train"][chosen[i]].image_id for i in mine]
+            own = [None if hidden[i] or not weight else dataset.examples["train"][chosen[i]].image_id for i in mine]
             photos = [wrong["train"].get(photo) for photo in own] if wrong else own
             posts = [rows["train"][chosen[i]] for i in mine]
             if notes:

@@ -148,7 +148,7 @@ class Training:
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
         config = {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
-        config["decoder"] = decoder
+        config |= {"decoder": decoder, "align": {}}
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device

@@ -43,7 +43,7 @@ def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
     for image_id in cache.rows:
         photo = Image.open(data_dir / "demo" / "images" / f"{image_id}.jpg").convert("RGB")
         given = processor(photo, return_tensors="pt")
-        regions, mask, grid = (value[0] for value in cache.read([image_id]).values())
+        regions, mask, grid, _ = (value[0] for value in cache.read([image_id]).values())
         rows, columns = grid.tolist()
         patches = regions[mask].unflatten(0, (rows, columns)).unflatten(-1, (3, 16, 16))  # [h, w, 3, 16, 16]
         pixels = patches.permute(2, 0, 3, 1, 4).reshape(3, rows * 16, columns * 16)
@@ -66,7 +66,7 @@ def test_cached_captions_are_the_encoders_states(data_dir, cache_dir):
         given = tokenizer(captions[f"{image_id}.jpg"], return_tensors="pt")
         with torch.no_grad():
             expected = encoder(**given).last_hidden_state[0, 1:-1]
-        regions, mask, _ = (value[0] for value in cache.read([image_id]).values())
+        regions, mask, _, _ = (value[0] for value in cache.read([image_id]).values())
         assert mask.sum() == len(expected) and not regions[~mask].any()
         np.testing.assert_allclose(regions[mask], expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
 

@@ -454,7 +454,7 @@ def test_encode_by_hand(encoder_dir):
     (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
     tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
     assert tokens == ["[CLS]", "messi", "today", "##s", "good", "[SEP]"]
-    assert encoded == {"word_starts": [1, -1, 2, 4, -1], "labels": [5, IGNORE, 6, 1, IGNORE]}
+    assert encoded == {"own": (1, 5), "word_starts": [1, -1, 2, 4, -1], "labels": [5, IGNORE, 6, 1, IGNORE]}
     assert counts == {"cut_posts": 1, "cut_words": 1, "words_without_piece": 1}
     with pytest.raises(ValueError, match="--max-len 5 "):
         encode(tokenizer, [post], LABELS, 5)
@@ -478,7 +478,7 @@ def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
         expected["cut_posts"] += cut > 0
         labels = [LABELS.index(y) if s >= 0 else IGNORE for y, s in zip(post.labels, starts, strict=True)]
         ids = ids[: max_len - 1] + [tokenizer.sep_token_id]
-        assert encoded == {"input_ids": ids, "word_starts": starts, "labels": labels}
+        assert encoded == {"input_ids": ids, "own": (1, len(ids) - 1), "word_starts": starts, "labels": labels}
     assert counts == expected
     assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]  # as the posts are meant
 
@@ -565,11 +565,13 @@ def test_batches_are_random_and_pad_little():
 
 
 def test_collate():
-    words = [{"input_ids": [2, 7, 8, 3], "word_starts": [1, -1, 2], "labels": [0, IGNORE, 4]},
-             {"input_ids": [2, 9, 3], "word_starts": [1], "labels": [1]}]  # fmt: skip
-    pairs = [{"input_ids": [2, 3], "head_index": 1, "tail_index": 0, "labels": 5},
-             {"input_ids": [2, 0, 0, 3], "head_index": 2, "tail_index": 3, "labels": 0}]  # fmt: skip
+    words = [{"input_ids": [2, 7, 8, 3], "own": (1, 3), "word_starts": [1, -1, 2], "labels": [0, IGNORE, 4]},
+             {"input_ids": [2, 9, 3], "own": (1, 2), "word_starts": [1], "labels": [1]}]  # fmt: skip
+    pairs = [{"input_ids": [2, 3], "own": (1, 1), "head_index": 1, "tail_index": 0, "labels": 5},
+             {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "tail_index": 3, "labels": 0}]  # fmt: skip
     batches = [data.collate(words, 99), data.collate(pairs, 99)]
+    own = [batch.pop("own_mask").tolist() for batch in batches]
+    assert own == [[[False, True, True, False], [False, True, False, False]], [[False] * 4, [True] * 4]]
     assert [{key: value.tolist() for key, value in batch.items()} for batch in batches] == [
         {"input_ids": [[2, 7, 8, 3], [2, 9, 3, 99]], "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
          "word_starts": [[1, -1, 2], [1, -1, -1]], "labels": [[0, IGNORE, 4], [1, IGNORE, IGNORE]]},
@@ -592,7 +594,8 @@ def test_cache_reads_what_h5py_reads(features):
     cache = FeatureCache(path)
     assert (cache.shape, cache.views, cache.region_dim, list(cache.rows)) == (stored.shape, 2, 2048, ids)
     for views in (None, [0, 1] * 20):
-        regions, mask, grid = cache.read(ids[::-1], views).values()
+        regions, mask, grid, place = cache.read(ids[::-1], views).values()
+        assert place.tolist() == list(range(40))[::-1]
         assert np.array_equal(regions, stored[::-1][range(40), views or 0]) and regions.any(-1).all()
         assert mask.all() and mask.shape == (40, 4) and regions.dtype == torch.float16
         assert grid.tolist() == [[2, 2]] * 40
@@ -628,12 +631,13 @@ def test_collate_with_photos(features, views):
             file["crc32"][row] = data.row_crc32(stored[row], ids[row], count, [2, 2], status, "")
     cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
     assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
-    rows = [{"input_ids": [2], "word_starts": [-1], "labels": [0]}] * 6
+    rows = [{"input_ids": [2], "own": (0, 1), "word_starts": [-1], "labels": [0]}] * 6
     batch = data.collate(rows, 0, cache, [ids[i] if i is not None else None for i in chosen], views)
     expected, mask = np.zeros((6, 4, 2048), "float16"), np.zeros((6, 4), bool)
     for i, count in ((0, 4), (4, 3), (5, 4)):
         expected[i], mask[i, :count] = stored[chosen[i], views[i] if views else 0], True
     assert np.array_equal(batch["regions"], expected) and np.array_equal(batch["region_mask"], mask)
+    assert batch["photo_row"].tolist() == [4, -1, -1, -1, 3, 0]
     assert (batch["regions"].dtype, batch["region_mask"].dtype) == (torch.float16, torch.bool)
 
 
@@ -696,7 +700,7 @@ def test_reading_in_a_child_process(features, method):
     path, stored, ids = features
     task = FeatureCache(path), [ids[7], ids[0], ids[39]], [1, 0, 1]
     with multiprocessing.get_context(method).Pool(1) as pool:
-        regions, mask, grid = pool.apply_async(read_bytes, task).get(timeout=120)
+        regions, mask, grid, _ = pool.apply_async(read_bytes, task).get(timeout=120)
     assert regions == stored[[7, 0, 39], [1, 0, 1]].tobytes() and mask == b"\1" * 12
     assert grid == np.full((3, 2), 2).tobytes()
 

@@ -247,7 +247,7 @@ def test_photos_of_every_kind(run, odd):
     for name, said in (("cut JPEG", "truncated"), ("text", "identify"), ("bomb", "DecompressionBombError")):
         assert said in cache.reasons[cache.rows[name]]
     # A photo that is not there is no picture at all: zeros and a mask of False, never a grey image.
-    regions, mask, grid = cache.read(["absent", "cut JPEG", "PNG"]).values()
+    regions, mask, grid, _ = cache.read(["absent", "cut JPEG", "PNG"]).values()
     assert not regions[:2].any() and not mask[:2].any() and mask[2].all() and regions[2].any()
     assert grid.tolist() == [[0, 0], [0, 0], [2, 2]]
 

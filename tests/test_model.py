@@ -24,7 +24,7 @@ def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     """(model with noise on all new parameters, in eval mode; tokenizer)."""
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system], dataset.task, 0.1)
-    config = {"fusion": fusion, "decoder": "softmax", "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
+    config = {"fusion": fusion, "decoder": "softmax", "align": {}, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
     model = SYSTEMS[system].model(encoder, config).eval()

@@ -28,7 +28,7 @@ import train
 from commands import lock
 from data import FeatureCache, collate, encode, load_dataset
 from evaluate import predict, shuffled_photos
-from fusion import FUSIONS
+from fusion import FUSIONS, clean, unit_length
 from model import load_run
 from scores import main_score, read_predictions, score
 
@@ -135,6 +135,55 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
     labels, words = (torch.cat([step[i] for step in More.seen]) for i in (0, 1))
     assert line["loss"] == pytest.approx((labels.sum() / words.sum()).item(), rel=1e-5)
     assert load_file(more / "model.safetensors")["head.linear.bias"].ne(load_file(plain / "model.safetensors")["head.linear.bias"]).any()
+
+
+def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(flags, tmp_path):
+    """What is logged is the loss of align.py of each batch, by hand from the states that the encoder gave."""
+    seen, fusion = [], model.TextRegions
+
+    class Watched(fusion):
+        def forward(self, batch, return_weights=False, losses=False):
+            made = super().forward(batch, return_weights, losses)
+            if losses:
+                with torch.no_grad():
+                    was = self.training
+                    text = self.eval().encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+                    self.train(was)
+                    regions = unit_length(clean(batch["regions"].float(), batch["region_mask"]))
+                    seen.append({name: (alignment(text, batch["own_mask"], regions, batch["region_mask"], batch["photo_row"]), made[1][name])
+                                 for name, alignment in self.align.items()})  # fmt: skip
+                    for row, own in zip(batch["input_ids"], batch["own_mask"], strict=True):
+                        special = torch.isin(row, torch.tensor([0, 2, 3]))  # [PAD], [CLS], [SEP]
+                        assert torch.equal(own, ~special)
+            return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SYSTEMS, "bert-resnet50", replace(model.SYSTEMS["bert-resnet50"], model=Watched))
+        more = ("--model", "bert-resnet50", "--fusion", "film", "--align", "contrastive=0.1", "matching=0.5", "local=2", "--dropout", 0)
+        folder = run(flags, tmp_path / "run", *more, "--epochs", 1, "--batch-size", 6)
+    (log,) = json_lines(folder / "log.jsonl")
+    for name in ("contrastive", "matching", "local"):
+        for step in seen:
+            torch.testing.assert_close(step[name][0], step[name][1].detach(), rtol=1e-4, atol=1e-5)
+        assert log[f"loss_{name}"] == pytest.approx(sum(step[name][1].sum().item() for step in seen) / 24, rel=1e-4)
+    loaded, _, config = load_run(folder)
+    assert config["align"] == {"contrastive": 0.1, "matching": 0.5, "local": 2.0}
+    assert loaded.loss_weights == {"labels": 1.0, "contrastive": 0.1, "matching": 0.5, "local": 2.0}
+    assert train.parse_args([*map(str, more), "--seed", "1"]).run_dir.endswith("film-contrastive0.1-matching0.5-local2-s1")
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--align", "contrastive"), "invalid"), (("--align", "supervised=1"), "NAME is contrastive, local or matching"),
+        (("--align", "local=-1"), "not from 0"), (("--align", "local=1", "local=2"), "named twice"),
+        (("--align", "local=1", "--fusion", "none"), "no cached regions"), (("--align", "local=1", "--model", "vilt"), "no cached regions"),
+    ],
+)  # fmt: skip
+def test_alignments_that_cannot_be_are_refused(more, said, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(list(more))
+    assert said in capsys.readouterr().err
 
 
 def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
