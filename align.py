@@ -23,7 +23,7 @@ def masked_mean(states, mask):
 
 
 def projection(width, to):
-    """Two layers that end in unit length, but for the last step."""
+    """Two linear layers with a ReLU between them."""
     return nn.Sequential(nn.Linear(width, to), nn.ReLU(), nn.Linear(to, to))
 
 
@@ -102,7 +102,7 @@ class Contrastive(Alignment):
 
 
 class Local(Alignment):
-    """Words against places (GLoRIA, Huang et al., ICCV 2021, equations 2 to 8, with the length of a post taken out).
+    """Words against places (GLoRIA, Huang et al., ICCV 2021, with the length of a post taken out).
 
     Each word of post i looks at the regions of photo j: a = softmax_r(w.r / t1), c = sum_r a r. Z_ij = t2 (logsumexp_t
     cos(w, c) / t2 - log n_i) / tau over the n_i words of i, so |Z| <= 1 / tau whatever n_i; cross entropy over Z both

@@ -654,10 +654,11 @@ def window(length, spans, limit):
 def encode(tokenizer, examples, labels, max_len):
     """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
 
-    `input_ids` [T], T <= max_len; `own`, which of them, [start, end), are not special; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a
-    word that has none or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
-    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps a `window`
-    with both entities. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
+    `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special ones; named
+    entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none or was cut off) and
+    `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`, `tail_index` (index of the start markers)
+    and `labels`, one number. A relation too long for max_len keeps a `window` with both entities. Counts: `cut_words` (and
+    `cut_posts`), `words_without_piece`.
     """
     prefix, suffix = special_ends(tokenizer)
     room = max_len - len(prefix) - len(suffix)
@@ -715,9 +716,9 @@ def length_batches(lengths, batch_size, rng=None):
 def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
-    input_ids, attention_mask, own_mask [B, T] (True = of the post's words, no special one); word_starts, labels [B, W] or head_index, tail_index, labels [B]. Where a row has a
-    second segment, and so a `text_length`, also text_mask [B, T], True = of the post. With a cache also what
-    `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
+    input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index, tail_index, labels
+    [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T], True = before that segment. With
+    a cache also what `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
     """
 
     def pad(key, value):

@@ -129,9 +129,8 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None):
         cache.require([example.image_id for example in dataset.examples[split]], dataset.name)
         if cache.sha256 != config["features_made"]["sha256"]:
             raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
-    return model, tokenizer, config, dataset, rows, cache, run_notes(
-        config, tokenizer, rows, dataset.examples[split], split, notes
-    )
+    notes = run_notes(config, tokenizer, rows, dataset.examples[split], split, notes)
+    return model, tokenizer, config, dataset, rows, cache, notes
 
 
 def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None):
@@ -143,7 +142,7 @@ def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, 
     model, tokenizer, config, dataset, rows, cache, notes = open_run(run_dir, split, device, data_dir, features, notes)
     examples, known = dataset.examples[split], mentions(dataset.examples["train"])
     ids = [example.image_id for example in examples]
-    photos = sum(any(source.has_photo(i) for source in (cache, notes) if source) for i in set(ids))
+    photos = sum(photo is not None for photo in shuffled_photos(ids, cache, 0, notes).values())
 
     def run(swap):
         return predict(

@@ -27,6 +27,7 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
+# What is taken of a note: the values of train.py --extra.
 EXTRAS = {"none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo")}
 MOST_PIECES = 100_000  # texts whose sub-tokens are remembered: all of a data set's, some of an endless stream's
 OF_PHOTO = ("about_photo", "relevance", "phrases")
@@ -82,7 +83,7 @@ class Notes:
     """
 
     def __init__(self, path, tokenizer=None, extra="none", length=0):
-        self.path, self.extra, self.length = Path(path), extra, length
+        self.path, self.extra = Path(path), extra
         if not self.path.is_file():
             raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()

@@ -39,7 +39,7 @@ from scores import format_scores, main_score, mentions, score, write_json, write
 
 
 def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss."""
+    """argparse type: NAME=WEIGHT of an alignment loss; not `supervised`, which wants classes that nothing here gives."""
     name, _, weight = text.partition("=")
     if name not in ("contrastive", "local", "matching"):
         raise argparse.ArgumentTypeError(f"{text}: NAME is contrastive, local or matching")
@@ -93,8 +93,8 @@ def parse_args(argv):
         " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-crf][-extra-<what>][-shuffled]"
-        "[-shuffled-notes]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-<alignment><weight>...][-crf]"
+        "[-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -117,19 +117,18 @@ def parse_args(argv):
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    encoder = [] if args.text_encoder == system.text_encoder else [Path(args.text_encoder).absolute().name]
-    fusion = [args.fusion] if args.fusion else []
-    fusion += [f"train{args.train_share:g}"] * (args.train_share < 1)
-    fusion += [f"{name}{weight:g}" for name, weight in dict(args.align).items()]
-    fusion += ["crf"] * (args.decoder == "crf") + [f"extra-{args.extra}"] * (args.extra != "none")
-    fusion += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
-    name = "-".join([dataset, args.model, *encoder, *fusion])
-    args.run_dir = args.run_dir or f"runs/{name}-s{args.seed}"
-    if args.shuffle_photos and args.fusion == args.extra == "none":
-        parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
     args.align, asked = dict(args.align), len(args.align)
     if len(args.align) < asked:
         parser.error("--align: one loss is named twice; leave one out")
+    parts = [dataset, args.model]
+    parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
+    parts += [args.fusion] * bool(args.fusion) + [f"train{args.train_share:g}"] * (args.train_share < 1)
+    parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
+    parts += ["crf"] * (args.decoder == "crf") + [f"extra-{args.extra}"] * (args.extra != "none")
+    parts += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
+    args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}-s{args.seed}"
+    if args.shuffle_photos and args.fusion == args.extra == "none":
+        parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
     if args.align and (system.checkpoint or args.fusion == "none"):
         parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
     if args.decoder == "crf" and task != "ner":
@@ -332,7 +331,13 @@ def run(args, stack):
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
-    notes = open_notes(args, dataset, rows, tokenizer, encoder)
+    notes, wrong = open_notes(args, dataset, rows, tokenizer, encoder), {}
+    if args.shuffle_photos:
+        for split, examples in dataset.examples.items():
+            wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed, notes)
+        if not any(wrong["train"].values()):
+            raise ValueError("--shuffle-photos: of no post of train there is a photo, or a note on one, to shuffle; leave it out")
+        print("photos     SHUFFLED: each post is shown another's, in every split")
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | {
         "run_format": RUN_FORMAT,
@@ -383,13 +388,7 @@ def run(args, stack):
         tokenizer.save_pretrained(run_dir / "encoder")
     wait_for_all(processes)
 
-    wrong, known = {}, mentions(dataset.examples["train"])
-    if args.shuffle_photos:
-        for split, examples in dataset.examples.items():
-            wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed, notes)
-        if not any(wrong["train"].values()):
-            raise ValueError(f"--shuffle-photos: no post of train has a photo, or in {args.notes} anything said of one; leave it out")
-        print("photos     SHUFFLED: each post is shown another's, in every split")
+    known = mentions(dataset.examples["train"])
 
     def answers(split):
         own = slice(rank, None, processes)
@@ -399,8 +398,8 @@ def run(args, stack):
         )  # fmt: skip
         return gather(records, processes)
 
-    none = [0.0] * len(model.loss_weights)
-    progress = {"epoch": 1, "step": 0, "loss": none, "labelled": 0.0, "best": -1.0, "best_epoch": 0, "log": [], "timing": []}
+    begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0.0}  # of an epoch
+    progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun
     saved = time.monotonic()
     if state.exists():
         progress = load_state(state, model, optimizer, scheduler, device)
@@ -479,7 +478,7 @@ def run(args, stack):
             f"{'  (best)' if kept else ''}",
             flush=True,
         )  # fmt: skip
-        progress |= {"epoch": epoch + 1, "step": 0, "loss": none, "labelled": 0.0}
+        progress |= {"epoch": epoch + 1} | begun
         if rank == 0 and time.monotonic() - saved >= args.save_every:
             save_state(state, progress, model, optimizer, scheduler, device)
             saved = time.monotonic()

@@ -260,10 +260,10 @@ def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
         rows, _ = encode(notes.segments.tokenizer, examples, dataset.labels, 128)
         notes.attach(rows, examples, "train")
         assert not shuffle or notes.shuffle(rows, 0) == 24
-        counts.append([sum("text_length" in notes.shown(row, photo) for row in rows for photo in photos) for photos in ((None,), ())])
-        counts[-1] += [sum("text_length" in notes.shown(row, row["image_id"]) for row in rows)]
-        assert sum(map(notes.has_photo, [row["image_id"] for row in rows])) == 12
-    assert counts == [[12, 0, 24]] * 2
+        hidden, seen = ([notes.shown(row, photo and row["image_id"]) for row in rows] for photo in (None, True))
+        counts.append([sum("text_length" in row for row in made) for made in (hidden, seen)])
+        assert sum(notes.has_photo(row["image_id"]) for row in rows) == 12
+    assert counts == [[12, 24]] * 2
 
 
 def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_for_it(data_dir, encoder_dir, tmp_path):
@@ -432,5 +432,6 @@ def test_mistakes_are_one_line(noted, data_dir, encoder_dir, cache_dir, tmp_path
     alone = write(tmp_path / "one.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
     with pytest.raises(ValueError, match="--shuffle-notes: fewer than 2 posts of train have an about_post"):
         train_run(tmp_path / "d", *given, "--notes", alone, "--shuffle-notes")
-    with pytest.raises(ValueError, match="--shuffle-photos: no post of train has a photo, or in .* anything said of one"):
+    with pytest.raises(ValueError, match="--shuffle-photos: of no post of train there is a photo, or a note on one"):
         train_run(tmp_path / "c", *given, "--notes", path, "--shuffle-photos")
+    assert not list(tmp_path.glob("[abcd]"))  # a mistake leaves no run folder behind

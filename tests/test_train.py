@@ -108,7 +108,7 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
 
     class More(model.TextRegions):
         loss_weights = {"labels": 1.0, "small": 0.5}
-        seen = []
+        seen, small = [], []
 
         def forward(self, batch, return_weights=False, losses=False):
             if not losses:
@@ -119,11 +119,10 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
 
         def total(self, sums, words, posts):
             made = super().total(sums, words, posts)
-            (labels, count), small = self.seen[-1], sums[1]
+            labels, count = self.seen[-1]
             assert (words, posts) == (count.sum(), len(count)) and sums[0] == labels.sum()
-            torch.testing.assert_close(made, labels.sum() / words + 0.5 * small / posts)
-            self.small = getattr(self, "small", 0) + small.item()
-            More.all_small = self.small
+            torch.testing.assert_close(made, labels.sum() / words + 0.5 * sums[1] / posts)
+            self.small.append(sums[1].item())
             return made
 
     plain = run(flags, tmp_path / "plain", "--fusion", "film", "--epochs", 1)
@@ -131,7 +130,7 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
     monkeypatch.setitem(model.SYSTEMS, "bert-resnet50", replace(system, model=More))
     more = run(flags, tmp_path / "more", "--fusion", "film", "--epochs", 1, "--model", "bert-resnet50")
     (line,), (without,) = json_lines(more / "log.jsonl"), json_lines(plain / "log.jsonl")
-    assert line["loss_small"] == pytest.approx(More.all_small / 24, rel=1e-5) and "loss_small" not in without
+    assert line["loss_small"] == pytest.approx(sum(More.small) / 24, rel=1e-5) and "loss_small" not in without
     labels, words = (torch.cat([step[i] for step in More.seen]) for i in (0, 1))
     assert line["loss"] == pytest.approx((labels.sum() / words.sum()).item(), rel=1e-5)
     assert load_file(more / "model.safetensors")["head.linear.bias"].ne(load_file(plain / "model.safetensors")["head.linear.bias"]).any()

@@ -632,7 +632,7 @@ def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(serve, 
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m", "--output", out, "--limit", 5]
     examples = load_dataset("demo", data_dir).examples["train"][:5]
     barred = f"Post: {' '.join(examples[place].words)}\n"
-    refuses = [any(barred in asked_text({"messages": [m]}) for m in ({"content": fill_prompt(e, False)},)) for e in examples]
+    refuses = [barred in fill_prompt(example, False) for example in examples]
 
     def reply(number, body):
         if any(barred in message["content"] for message in body["messages"]):
