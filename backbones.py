@@ -29,8 +29,11 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
 
-from data import MISSING, OK, UNREADABLE, special_ends
-from model import SYSTEMS, first_line, load_pretrained, load_text_encoder, longest_input
+from commands import first_line
+from data import special_ends
+from features import MISSING, OK, UNREADABLE
+from model import SYSTEMS
+from text_encoder import load_pretrained, load_text_encoder, longest_input
 
 # ---------------------------------------------------------------------------------------------------- backbones
 

@@ -27,8 +27,8 @@ from urllib.error import HTTPError
 import torch
 import transformers
 
-from commands import check_device
-from model import first_line, load_pretrained
+from commands import check_device, first_line
+from text_encoder import load_pretrained
 
 PROBE = "Answer with {}."
 TIMEOUT = 600  # seconds that an endpoint may be silent, or ask to wait

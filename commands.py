@@ -29,6 +29,11 @@ def bounded(kind, low, high=math.inf):
     return parse
 
 
+def first_line(error):
+    """What an exception says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def default_device():
     """cuda where there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
-"""Data set files -> examples -> batches, and `FeatureCache`, the read side of the feature file.
+"""Data set files -> examples -> batches.
 
 Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases unpack
-to, and a folder of your own of either kind. Needs torch, numpy and h5py only, and nothing else of this project: copy
-the file and use it.
+to, and a folder of your own of either kind. Needs torch and numpy only, and nothing else of this project: copy the
+file and use it.
 """
 
 import argparse
@@ -13,14 +13,11 @@ import math
 import os
 import re
 import unicodedata
-import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
@@ -718,7 +715,7 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
 
     input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index, tail_index, labels
     [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T], True = before that segment. With
-    a cache also what `FeatureCache.read` gives for `photos`, the image id of each row or None for no photo, and `views`.
+    a `FeatureCache` (features.py) also what it reads for `photos`, the image id of each row or None for no photo, and `views`.
     """
 
     def pad(key, value):
@@ -748,201 +745,3 @@ def to_device(batch, device):
     if torch.device(device).type == "cuda":  # from memory that is not pinned, the copy would wait
         batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-# ---------------------------------------------------------------------------------------------------- feature file
-
-FORMAT = 4  # version of the feature file's layout
-OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
-COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
-
-
-def read_attrs(file):
-    """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length UTF-8 bytes."""
-    values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in file.attrs.items()}
-    return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
-
-
-def row_crc32(regions, image_id, num_regions, grid, status, reason):
-    """[V] checksums of a row of a feature file, a view each, over its regions [V, R, D] and all its other columns."""
-    about = zlib.crc32(json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason]).encode())
-    return [zlib.crc32(np.ascontiguousarray(view).view(np.uint8), about) for view in regions]
-
-
-def attrs_crc32(attrs):
-    """Checksum of how a feature file was made, itself left out."""
-    return zlib.crc32(json.dumps({k: v for k, v in attrs.items() if k != "attrs_crc32"}, sort_keys=True).encode())
-
-
-def photo_bytes(paths):
-    """The size of each photo at `paths`, {image id: path or None}, in bytes; 0 where there is none."""
-    return [os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()]
-
-
-def photos_sha256(image_ids, sizes):
-    """SHA-256 over the names and sizes of photos: which photos they are."""
-    return hashlib.sha256(repr([*zip(image_ids, map(int, sizes), strict=True)]).encode()).hexdigest()
-
-
-def refuse_other_photos(path, attrs, image_ids, sizes, paths):
-    """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` in bytes (0 = unknown) of a feature file's."""
-    here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
-    other = [image_id for image_id, a, b in zip(image_ids, sizes, here, strict=True) if a and b and a != b]
-    if other:
-        raise ValueError(
-            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]}; it was made from"
-            f" {attrs.get('made_from', 'an unknown folder')}); make it anew with extract_features.py --overwrite, or name the"
-            " right one with --features or --cache-dir, the right photos with --images"
-        )
-
-
-class FeatureCache:
-    """Read side of a feature file made by extract_features.py.
-
-    The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied before
-    it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike. A view is
-    compared with its checksum when it is first read.
-
-    Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
-    `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row
-    by row; regions before them (BLIP's class token) are of the photo as a whole.
-    Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
-    """
-
-    resident = None  # all regions on a device, from `keep_on` on
-
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.exists():
-            hint = " (an unfinished one is there: run the same command again to resume it)"
-            unfinished = self.path.with_name(self.path.name + ".partial").exists()
-            raise FileNotFoundError(
-                f"no feature file {path}{hint if unfinished else ''}; make it with extract_features.py,"
-                " name another with --features, or train without photos: --fusion none"
-            )
-        try:
-            with h5py.File(self.path, "r", locking=False) as file:  # network drives may know no locks
-                self.attrs = read_attrs(file)
-                columns = [file.get(name) for name in COLUMNS]
-                if self.attrs.get("format") != FORMAT or not all(isinstance(c, h5py.Dataset) for c in columns):
-                    found = self.attrs.get("format", "none")
-                    raise ValueError(
-                        f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
-                    )
-                self.status, self.num_regions = file["status"][:], file["num_regions"][:]
-                self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
-                ids = [name.decode() for name in file["image_id"][:]]
-                # Files of earlier versions have none.
-                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(self.status), np.int64)
-                told = "photo_bytes" not in file or photos_sha256(ids, self.photo_bytes) == self.attrs.get("photos_sha256")
-                self.reasons = [reason.decode() for reason in file["reason"][:]]
-                regions = file["regions"]
-                self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
-        if (self.status == 0).any():
-            raise ValueError(
-                f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py --overwrite"
-            )
-        # Mapping past the end of a file is a bus error at first touch, not an exception: compare the lengths first.
-        if offset is None:
-            raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
-        if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
-            raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
-        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not told:
-            raise ValueError(f"{path}: what it says of itself is damaged; make it anew with extract_features.py --overwrite")
-        self.ids = ids
-        self.rows = {image_id: row for row, image_id in enumerate(ids)}
-        self.checked = np.zeros(self.shape[:2], bool)
-        self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
-
-    @property
-    def sha256(self):
-        """Of the checksums of all rows: two files share it exactly when they hold the same features."""
-        return hashlib.sha256(self.crc32.tobytes()).hexdigest()
-
-    def __reduce__(self):
-        return FeatureCache, (self.path,)  # a pickled map would carry all its bytes; a worker opens the file itself
-
-    @property
-    def views(self):
-        return self.shape[1]
-
-    @property
-    def region_dim(self):
-        return self.shape[3]
-
-    def has_photo(self, image_id):
-        """Whether the photo was there and readable; None is no photo."""
-        return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
-
-    def whole(self, row, views=slice(None)):
-        """Whether the bytes of a row are those that were written."""
-        about = self.ids[row], self.num_regions[row], self.grid[row], self.status[row], self.reasons[row]
-        return row_crc32(self.regions[row, views], *about) == self.crc32[row, views].tolist()
-
-    def damaged(self, photo, view):
-        """The error for bytes that are not those that were written."""
-        return ValueError(
-            f"{self.path}: the features of photo {photo} are damaged ({view}); extract_features.py"
-            " --verify finds all such rows, and the same command without it then repairs them"
-        )
-
-    def keep_on(self, device):
-        """Copy all regions to a device, every row checked; `read` then takes them there, where they stay."""
-        with ThreadPoolExecutor() as pool:
-            whole = np.array(list(pool.map(self.whole, range(len(self.ids)))))
-        if not whole.all():
-            raise self.damaged(self.ids[np.flatnonzero(~whole)[0]], "some view")
-        self.checked[:] = True
-        kind = torch.from_numpy(self.regions[:0].copy()).dtype
-        self.resident = torch.empty(self.shape, dtype=kind, device=device)
-        for row in range(len(self.ids)):
-            self.resident[row] = torch.from_numpy(self.regions[row].copy())
-
-    def require(self, image_ids, dataset):
-        """ValueError if the file lacks photos of a data set: it was made for another, or for a part of this one."""
-        absent = [image_id for image_id in image_ids if image_id is not None and image_id not in self.rows]
-        if absent:
-            raise ValueError(
-                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); it was"
-                f" made for {self.attrs.get('dataset')}. Was the text another, or --limit set? Name {dataset}'s own file, or"
-                f" make it: extract_features.py --dataset {dataset}"
-            )
-
-    def compare_photos(self, paths):
-        """How many of the photos the file was made of are not among `paths`, {image id: path or None}.
-
-        ValueError if some that are have another size: they are of another folder, or were replaced since.
-        """
-        refuse_other_photos(self.path, self.attrs, self.ids, self.photo_bytes, paths)
-        return sum(size > 0 and paths.get(image_id) is None for image_id, size in zip(self.ids, self.photo_bytes, strict=True))
-
-    def read(self, photos, views=None):
-        """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.
-
-        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns), photo_row
-        [B], which photo it is, -1 for none.
-        """
-        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # a row for None, hidden below
-        views = np.zeros(len(photos), int) if views is None else np.asarray(views)
-        shown = np.array([photo is not None for photo in photos])
-        for i in np.flatnonzero(shown & ~self.checked[rows, views]):  # of missing photos too: their status may be damaged
-            if not self.whole(rows[i], slice(views[i], views[i] + 1)):
-                raise self.damaged(photos[i], f"view {views[i]}")
-            self.checked[rows[i], views[i]] = True
-        real = shown & (self.status[rows] == OK)
-        mask = real[:, None] & (np.arange(self.shape[2]) < self.num_regions[rows, None])
-        grid = np.where(real[:, None], self.grid[rows], 0).astype(np.int64)
-        about = {"region_mask": torch.from_numpy(mask), "region_grid": torch.from_numpy(grid),
-                 "photo_row": torch.from_numpy(np.where(real, rows, -1))}  # fmt: skip
-        if self.resident is None:
-            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]: numpy's fastest way to copy rows
-            values = flat.take(rows * self.views + views, 0)
-            values[~real] = 0
-            return {"regions": torch.from_numpy(values)} | about
-        places = {"rows": torch.from_numpy(rows), "views": torch.from_numpy(views), "real": torch.from_numpy(real)}
-        about, places = (to_device(batch, self.resident.device) for batch in (about, places))
-        values = self.resident[places["rows"], places["views"]]
-        return {"regions": values.masked_fill(~places["real"][:, None, None], 0)} | about

@@ -18,8 +18,9 @@ import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
-from data import DATASETS, FeatureCache, collate, cut_train, dataset_name, encode, find_photos, image_folders, length_batches
+from data import DATASETS, collate, cut_train, dataset_name, encode, find_photos, image_folders, length_batches
 from data import load_dataset, read_ner, to_device
+from features import FeatureCache
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
 from notes import Notes
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json

@@ -15,7 +15,6 @@ Why contiguous and not a chunk an image: README, "The feature file".
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -36,137 +35,11 @@ from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
 from commands import alone_in, bounded, command_line, default_device, join_processes, lock, wait_for_all
-from data import DATASETS, FORMAT, MISSING, OK, UNREADABLE, FeatureCache, attrs_crc32, by_name, dataset_name
-from data import find_photos, image_folders, load_dataset, photo_bytes, read_attrs, read_captions
-from data import photos_sha256, refuse_other_photos, row_crc32
+from data import DATASETS, by_name, dataset_name, find_photos, image_folders, load_dataset, read_captions
+from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
+from features import refuse_other_photos, refuse_other_settings
 
-REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
-
-
-# -------------------------------------------------------------------------------------------- the file, write side
-
-
-def reserve(path, size):
-    """Take disk space for a file of `size` bytes at `path`, made if need be; OSError if there is not so much."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(fd, 0, size)
-        else:
-            os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take no space ahead
-            return os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-        raise OSError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}); make room or lower --views") from None
-    finally:
-        os.close(fd)
-
-
-def create_file(path, image_ids, sizes, shape, kind, attrs):
-    """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
-
-    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
-    opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a disk that is too
-    small for it is noticed now and not after hours.
-    """
-    rows, views = shape[:2]
-    names = np.array([image_id.encode() for image_id in image_ids])
-    columns = {
-        "regions": (shape, kind), "num_regions": ((rows,), "uint16"), "grid": ((rows, 2), "uint16"),
-        "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"),
-        "crc32": ((rows, views), "uint32"), "photo_bytes": ((rows,), "int64"),
-    }  # fmt: skip
-    known = {"image_id": names, "photo_bytes": sizes}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        reserve(temporary, int(np.prod(shape)) * np.dtype(kind).itemsize)  # HDF5 says it less clearly
-        with h5py.File(temporary, "w") as file:
-            for name, (size, dtype) in columns.items():
-                layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-                layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the data a fixed offset in the file
-                layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-                layout.set_obj_track_times(False)
-                stored, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
-                h5py.h5d.create(file.id, name.encode(), stored, space, layout)
-                if name != "regions":
-                    file[name][:] = known.get(name, np.zeros(size, dtype))
-            attrs = attrs | {"photos_sha256": photos_sha256(image_ids, sizes)}
-            attrs |= {"attrs_crc32": attrs_crc32(attrs)}
-            for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
-                file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
-        reserve(temporary, temporary.stat().st_size)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class FeatureWriter:
-    """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others, or if
-    another process is filling it (not asked with `alone` False: the first of several has the lock)."""
-
-    def __init__(self, path, settings, image_ids, alone=True):
-        self.path, self.image_ids = path, image_ids
-        self.fd = lock(path, os.O_RDWR) if alone else os.open(path, os.O_RDWR)
-        try:
-            self.attrs = refuse_other_settings(path, settings)
-            with h5py.File(path, "r", locking=False) as file:  # the lock is ours
-                self.status = file["status"][:]
-                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(image_ids), np.int64)
-                self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
-        except ValueError:
-            self.close()
-            raise
-
-    def close(self):
-        os.close(self.fd)
-
-    def put(self, name, row, value):
-        offset, dtype, shape = self.columns[name]
-        row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=int))
-        raw, at = np.asarray(value, dtype).tobytes(), offset + row * row_bytes
-        assert len(raw) == row_bytes, (name, len(raw), row_bytes)
-        while raw:  # a write may be cut short, by a full disk for one; the next then raises
-            try:
-                written = os.pwrite(self.fd, raw, at)
-            except OSError as error:
-                raise OSError(f"{self.path}: {error.strerror}; make room, and the same command goes on") from None
-            raw, at = raw[written:], at + written
-
-    def write(self, row, regions, grid, status, reason):
-        """One photo: regions [V, n, D] or None, their (rows, columns) and the rest, its status last of all."""
-        _, kind, (_, views, most, dim) = self.columns["regions"]
-        regions = np.zeros((views, 0, dim), kind) if regions is None else regions
-        count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
-        stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
-        about = {"image_id": self.image_ids[row], "num_regions": count, "grid": grid}
-        self.put("regions", row, stored)
-        for name, value in about.items():
-            self.put(name, row, value.encode() if name == "image_id" else value)
-        self.put("crc32", row, row_crc32(stored, *about.values(), status, reason))
-        self.put("reason", row, reason.encode())
-        self.put("status", row, status)
-        self.status[row] = status
-
-
-def refuse_other_settings(path, settings):
-    """ValueError that names every setting in which the file at `path` differs from those asked for."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            made = read_attrs(file)
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file ({error}); --overwrite makes it anew") from None
-    differing = [
-        f"{key} (file: {made.get(key, 'none')}, asked: {value})"
-        for key, value in settings.items()
-        if made.get(key) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, another --cache-dir"
-            " keeps both"
-        )
-    return made
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -399,10 +272,10 @@ def main(argv=None):
     if rank == 0:
         with alone_in(path.parent):
             begin(args, path, image_ids, sizes, shape, backbone.dtype, settings | recorded, found)
-            writer = FeatureWriter(partial, settings, image_ids)
+            writer = FeatureWriter(partial, lock(partial, os.O_RDWR), settings, image_ids)
     wait_for_all(processes)
     if rank:
-        writer = FeatureWriter(partial, settings, image_ids, alone=False)
+        writer = FeatureWriter(partial, os.open(partial, os.O_RDWR), settings, image_ids)  # the first process has the lock
     with contextlib.closing(writer):
         if not args.captions:
             refuse_other_photos(partial, writer.attrs, image_ids, writer.photo_bytes, inputs)

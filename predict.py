@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
 from commands import check_device, command_line, default_device, lock
-from data import NONE, UNREADABLE, FeatureCache, NerExample, RelationExample, encode
+from data import NONE, NerExample, RelationExample, encode
 from evaluate import predict
+from features import UNREADABLE, FeatureCache
 from model import load_run, precision_on
 from notes import Segments, check_note, is_text, note_text
 from scores import entity_spans

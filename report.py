@@ -22,9 +22,10 @@ from PIL import Image
 
 from backbones import upright
 from commands import check_device, command_line, default_device
-from data import NONE, FeatureCache, NerExample, RelationExample, collate, encode, find_photos, image_folders
-from data import length_batches, to_device
+from data import NONE, NerExample, RelationExample, collate, encode, find_photos, image_folders, length_batches
+from data import to_device
 from evaluate import dataset_now, predictions_file, run_notes, verdict
+from features import FeatureCache
 from model import autocast, load_run, precision_on, read_config
 from notes import EXTRAS, note_text
 from scores import entity_spans, main_score, read_predictions, score, write_text

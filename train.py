@@ -27,15 +27,18 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from commands import bounded, command_line, default_device, gather, join_processes, lock, pick_precision, wait_for_all
-from data import DATASETS, IGNORE, FeatureCache, collate, cut_train, data_task, dataset_name, encode, find_photos, image_folders
+from commands import bounded, command_line, default_device, first_line, gather, join_processes, lock, pick_precision
+from commands import wait_for_all
+from data import DATASETS, IGNORE, collate, cut_train, data_task, dataset_name, encode, find_photos, image_folders
 from data import length_batches, load_dataset, locate, to_device
 from evaluate import predict, shuffled_photos
+from features import FeatureCache
 from fusion import FUSIONS
-from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, first_line, flat, load_text_encoder
-from model import longest_input, read_config, save_weights
+from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, flat, read_config
+from model import save_weights
 from notes import EXTRAS, Notes
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
+from text_encoder import load_text_encoder, longest_input
 
 
 def alignment(text):

@@ -44,9 +44,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chat import Endpoint, Local
-from commands import bounded, command_line, default_device, lock
+from commands import bounded, command_line, default_device, first_line, lock
 from data import DATASETS, RelationExample, dataset_name, find_photos, image_folders, load_dataset, locate
-from model import first_line
 from notes import KEYS, OF_PHOTO
 from predict import bounded_lines
 from report import thumbnail

@@ -40,13 +40,14 @@ sys.path.insert(0, str(PROJECT))
 import demo  # noqa: E402
 from backbones import Compiled, Photos, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
-from data import FORMAT, IGNORE, OK, FeatureCache, collate, encode, length_batches, load_dataset  # noqa: E402
-from data import to_device  # noqa: E402
+from data import IGNORE, collate, encode, length_batches, load_dataset, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
-from extract_features import FeatureWriter, batch_loader, create_file, extract  # noqa: E402
+from extract_features import batch_loader, extract  # noqa: E402
+from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
-from model import TextRegions, autocast, drop_pooler, load_tokenizer  # noqa: E402
+from model import TextRegions, autocast  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
+from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
 BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
 
@@ -109,7 +110,7 @@ def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
     attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views, "weights": "none", "parameters": 0}
     create_file(path, image_ids, [0] * len(image_ids), (len(image_ids), views, *shape), "float16", attrs)
     values = np.random.default_rng(0).standard_normal(views * shape[0] * shape[1] + 997).astype(np.float16)
-    with contextlib.closing(FeatureWriter(path, {}, image_ids)) as writer:
+    with contextlib.closing(FeatureWriter(path, os.open(path, os.O_RDWR), {}, image_ids)) as writer:
         for number in range(len(image_ids)):
             start = number % 997
             regions = values[start : start + views * shape[0] * shape[1]].reshape(views, *shape)
@@ -299,7 +300,7 @@ def extraction(args, place):
         def work(turn):
             path = place / f"extracted-{views}.h5"
             create_file(path, ids, [0] * len(ids), (len(ids), views, REGIONS, DIM), "float16", {"format": FORMAT})
-            with contextlib.closing(FeatureWriter(path, {}, ids)) as writer, tqdm(disable=True) as progress:
+            with contextlib.closing(FeatureWriter(path, os.open(path, os.O_RDWR), {}, ids)) as writer, tqdm(disable=True) as progress:
                 extract(backbone, writer, batch_loader(reader, batches, workers), batches, args.device, progress)
 
         return work

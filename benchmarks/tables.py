@@ -27,8 +27,9 @@ sys.path.insert(0, str(PROJECT))
 import train  # noqa: E402
 from checks import paired_bootstrap  # noqa: E402
 from commands import command_line  # noqa: E402
-from data import DATASETS, FeatureCache, load_dataset  # noqa: E402
+from data import DATASETS, load_dataset  # noqa: E402
 from evaluate import predictions_file  # noqa: E402
+from features import FeatureCache  # noqa: E402
 from model import RUN_FORMAT, differing, read_config, system_settings  # noqa: E402
 from scores import main_score, read_predictions, write_text  # noqa: E402
 

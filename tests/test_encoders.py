@@ -14,11 +14,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import evaluate
-import model
+import text_encoder
 import train
 from data import MARKERS, PROBE, RELATIONS, RelationExample, collate, encode, special_ends, split_pieces
-from model import SYSTEMS, load_run, load_text_encoder, load_tokenizer
+from model import SYSTEMS, load_run
 from scores import mentions, read_predictions
+from text_encoder import load_text_encoder, load_tokenizer
 
 TWEETS = """so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 , it's GREAT ...
     | naïve café-goers ( x2 ) http://t.co/Ab1cD | they’re GO!! & "quoted" | a | 30pts 4 KD's team 💪🏽 | : ) | Zürich 東京 дом"""
@@ -123,7 +124,7 @@ def test_trying_an_encoder_out_leaves_no_trace(encoder_dir, monkeypatch):
         return encoder, tokenizer, torch.get_rng_state()
 
     encoder, tokenizer, state = loaded()
-    monkeypatch.setattr(model, "try_out", lambda *_: None)
+    monkeypatch.setattr(text_encoder, "try_out", lambda *_: None)
     untried, other, untried_state = loaded()
     assert torch.equal(state, untried_state) and tokenizer.get_vocab() == other.get_vocab()
     assert encoder.training == untried.training and all(p.grad is None and p.requires_grad for p in encoder.parameters())

@@ -21,8 +21,9 @@ from torchvision import transforms
 import extract_features
 import faults
 from backbones import Photos, load_backbone, state_hash
-from data import MISSING, OK, UNREADABLE, FeatureCache, load_dataset
-from extract_features import FeatureWriter, main
+from data import load_dataset
+from extract_features import main
+from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
 
 
 @pytest.fixture

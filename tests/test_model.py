@@ -13,9 +13,11 @@ from tokenizers import pre_tokenizers
 from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval, RobertaConfig
 from transformers import RobertaModel, ViltForTokenClassification
 
-from data import MARKERS, RELATIONS, FeatureCache, collate, encode, load_dataset
+from data import MARKERS, RELATIONS, collate, encode, load_dataset
+from features import FeatureCache
 from fusion import FUSIONS
-from model import SYSTEMS, Vilt, load_run, load_text_encoder, longest_input, save_weights
+from model import SYSTEMS, Vilt, load_run, save_weights
+from text_encoder import load_text_encoder, longest_input
 
 BERT = SYSTEMS["bert-resnet50"]
 

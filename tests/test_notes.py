@@ -14,9 +14,10 @@ import tables
 import train
 from data import collate, encode, load_dataset
 from evaluate import image_check, open_run, shuffled_photos
-from model import SYSTEMS, load_text_encoder
+from model import SYSTEMS
 from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from scores import read_predictions
+from text_encoder import load_text_encoder
 
 FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5, "phrases": ["a hoop"], "with_photo": False}
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 import predict
 import train
-from data import FeatureCache, load_dataset
+from data import load_dataset
+from features import FeatureCache
 from predict import Predictor
 from scores import entity_spans, read_predictions
 

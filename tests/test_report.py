@@ -20,12 +20,14 @@ from seqeval.metrics.sequence_labeling import get_entities
 import report
 import train
 from backbones import load_processor
-from data import DATASETS, FeatureCache, collate, encode, load_dataset
+from data import DATASETS, collate, encode, load_dataset
 from evaluate import open_run
-from model import load_run, load_tokenizer
+from features import FeatureCache
+from model import load_run
 from notes import EXTRAS, Segments, read_notes
 from report import compare_spans, place_maps, relation_kind, score_tables, seen_part, thumbnail
 from scores import entity_spans, score, write_json, write_json_lines
+from text_encoder import load_tokenizer
 
 RUNS = {  # name: (data set, what to add to a quick run's arguments)
     "film": ("demo", ["--fusion", "film"]),

@@ -26,8 +26,9 @@ import predict as predictor
 import report
 import train
 from commands import lock
-from data import FeatureCache, collate, encode, load_dataset
+from data import collate, encode, load_dataset
 from evaluate import predict, shuffled_photos
+from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
 from model import load_run
 from scores import main_score, read_predictions, score
