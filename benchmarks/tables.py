@@ -5,12 +5,13 @@
     python benchmarks/tables.py --only systems/ --text-encoder models/mine --lr 1e-4
 
 Run it where data/, features/ and runs/ are. A finished run is not run again, so a table that was stopped goes on where
-it stopped. Rows that lack data, features or weights stay empty and say what they lack. All tables are written each
-time, from all runs there are: RESULTS.md, results.csv and results.tex.
+it stopped. All tables are written each time, from all runs there are: RESULTS.md, results.csv and results.tex. A row that
+results.csv has of more seeds than there are runs here stays as it is there: runs may be deleted, or lie on another machine.
 """
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -130,7 +131,7 @@ class Row:
     flags: tuple = ()
     reference: tuple = ()  # as `METRICS`, or accuracy alone
     control: str = "--shuffle-photos"  # what trains the row's control; "" if there is nothing to shuffle
-    text_only: str = "none"  # the row of the same table without photo that it is compared with
+    over: str = "none"  # the row that it is compared with beside its control, of the same table or TABLE/NAME
 
     @property
     def key(self):
@@ -166,7 +167,7 @@ def all_rows():
     for fusion in FUSION:
         flags = (*small, "--model", "bert-caption", "--fusion", fusion, *notes["post"])
         name = f"post and captions, {fusion}"
-        rows.append(Row("notes", name, "twitter2017", flags, control=photos, text_only="post"))
+        rows.append(Row("notes", name, "twitter2017", flags, control=photos, over="post"))
     base = ("--text-encoder", "models/all-mpnet-base-v2", "--lr", 3e-5, "--fusion-lr", 1e-3)
     for extra in ("none", "post"):
         rows.append(Row("base", extra, "twitter2017", (*base, *text_only, *notes[extra]), control=controls[extra]))
@@ -174,7 +175,7 @@ def all_rows():
         for extra in ("none", "post"):
             flags = (*small, *text_only, "--train-share", share, *notes[extra])
             name = f"{extra}, {share:.0%}"
-            rows.append(Row("few-shot", name, "twitter2017", flags, control="", text_only=f"none, {share:.0%}"))
+            rows.append(Row("few-shot", name, "twitter2017", flags, control="", over=f"none, {share:.0%}"))
     for fusion in ("none", *FUSION):
         flags = (*small, "--model", "bert-resnet50", "--fusion", fusion, "--batch-size", 16, "--epochs", 3)
         rows.append(Row("relations", fusion, "mnre", flags, control=""))
@@ -235,18 +236,24 @@ def finished(argv):
     return (folder / f"metrics-{'test' if 'test' in splits else 'valid'}.json").exists()
 
 
+@functools.cache
+def splits(dataset, data_dir):
+    """The splits a data set has; raises what `load_dataset` raises."""
+    return tuple(load_dataset(dataset, data_dir).examples)
+
+
 def lacks(row, argv):
     """What a row cannot be run without, in a few words, or ""."""
     asked = train.parse_args(argv)
     try:
-        splits = load_dataset(row.dataset, asked.data_dir).examples
+        found = splits(row.dataset, asked.data_dir)
         if asked.fusion != "none":
             FeatureCache(asked.features)
     except (FileNotFoundError, ValueError) as error:
         return str(error).split(";")[0].split(":")[0]
     if asked.notes and not Path(asked.notes).is_file():
         return f"no notes file {asked.notes}"
-    if "test" not in splits and row.reference:
+    if "test" not in found and row.reference:
         return f"no test file of {row.dataset}"
     return ""
 
@@ -290,11 +297,11 @@ def shown_command(argv):
 
 
 def spread(values):
-    """Mean ± standard deviation and n, as text; "" of nothing."""
+    """Mean ± standard deviation, as text; "" of nothing."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation} (n = {len(values)})"
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def read_metrics(folders):
@@ -313,76 +320,80 @@ def done_folders(row, args, shuffled=False):
     return [run_folder(argv) for argv in runs if finished(argv)]
 
 
-def cells(row, args, reason):
-    """{column: text} of one row."""
+def judged(row):
+    """What is to be said of a row's reference values."""
+    if not row.reference:
+        return []
+    notes = []
+    if row.reference[0] == MAJORITY[row.dataset]:
+        notes.append("the reference equals always answering the majority label")
+    elif row.reference[0] < MAJORITY[row.dataset]:
+        notes.append("the reference lies below always answering the majority label")
+    if len(row.reference) == 4 and row.reference[0] != row.reference[2]:
+        notes.append("the reference is no weighted token score: its recall is not its accuracy")
+    return notes
+
+
+def gain(a, b):
+    """How much better runs in folders `a` are than those in `b` of the same seeds, by paired bootstrap, as text; "" of nothing."""
+    sides = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
+    both = [seed for seed in sides[0] if seed in sides[1]]
+    if not both:
+        return ""
+    found = paired_bootstrap(*([read_predictions(predictions_file(side[seed], None)) for seed in both] for side in sides))
+    fewer = f" ({len(both)} seed{'s' * (len(both) > 1)})" * (len(both) < len(a))
+    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{fewer}"
+
+
+def cells(row, args, rows):
+    """{column: text} of one row, with `seeds` and `made with`; {} where no run of it is finished. `rows`: all, by key."""
     true, wrong = done_folders(row, args), done_folders(row, args, shuffled=True) if row.control else []
-    runs, notes = read_metrics(true), []
-    made = {"row": row.name, "data": row.dataset}
+    if not true:
+        return {}
+    runs, notes, made = read_metrics(true), judged(row), {"row": row.name, "data": row.dataset}
+    made["seeds"] = f"{len(true)} + {len(wrong)}" if wrong else f"{len(true)}"
     if row.reference:
         made["reference"] = " ".join(f"{value:.4f}" for value in row.reference)
-        if row.reference[0] == MAJORITY[row.dataset]:
-            notes.append("the reference equals always answering the majority label")
-        elif row.reference[0] < MAJORITY[row.dataset]:
-            notes.append("the reference lies below always answering the majority label")
-        if len(row.reference) == 4 and row.reference[0] != row.reference[2]:
-            notes.append("the reference is no weighted token score: its recall is not its accuracy")
     level = "row" if DATASETS[row.dataset][0] == "relation" else "token"
-    count = len(row.reference) or 1
-    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in METRICS[:count]) if runs else ""
+    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in METRICS[: len(row.reference) or 1])
     made["main F1"] = spread([main_score(m) for _, m, _ in runs])
     if row.table in ("notes", "base", "few-shot"):
         for part in ("seen", "unseen"):
             made[f"F1, mentions {part}"] = spread([m[f"entity_{part}"]["f1"] for _, m, _ in runs])
+    other = rows.get(f"{row.over}/{row.dataset}") or rows.get(f"{row.table}/{row.over}/{row.dataset}")
+    if other and other != row:
+        made[f"over {row.over if row.over in ('none', 'post') else other.name}"] = gain(true, done_folders(other, args))
+    made["over its control"] = gain(true, wrong)
     made["main F1, trained on shuffled"] = spread([main_score(m) for _, m, _ in read_metrics(wrong)])
     shown = [json.loads(path.read_text()) for folder in true for path in folder.glob("image-check-*.json")]
     made["main F1, shown shuffled"] = spread([statistics.mean(map(main_score, c["shuffled"])) for c in shown])
     made["main F1, shown none"] = spread([main_score(c["none"]) for c in shown])
-    majority = runs[0][1]["baseline"]["accuracy"] if runs else MAJORITY.get(row.dataset)
-    made["majority"] = f"{majority:.4f}" if majority else ""
-    if runs and runs[0][0] == "valid":
+    split, metrics, config = runs[0]
+    made["majority"] = f"{metrics['baseline']['accuracy']:.4f}"
+    if split == "valid":
         notes.append("scored on valid, which also chose the epoch: no test file")
-    if runs:
-        _, _, config = runs[0]
-        features = config["features_made"]
-        photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
-        notes.append(f"{config['data'][runs[0][0]]['variant']}, text encoder {Path(config['text_encoder']).name}{photos}")
-    else:
-        reason = reason or other_run(argument_list(row, args.seeds[0], args)) or "no finished run"
-        notes.append(f"not run: {reason}")
+    features, versions = config["features_made"], config["versions"]
+    photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
+    notes.append(f"{config['data'][split]['variant']}, text encoder {Path(config['text_encoder']).name}{photos}")
     made["notes"] = "; ".join(notes)
-    return made
+    made["made with"] = (f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s) of"
+                         f" {config['device']}, {config['precision']}")  # fmt: skip
+    return {key: text for key, text in made.items() if text}
 
 
-def comparisons(rows, args):
-    """Table cells that say, by paired bootstrap, what each row's photos or notes are worth: against wrong ones and without."""
-    lines, by_name = [], {row.name: row for row in rows}  # of one table
-    for row in rows:
-        a = done_folders(row, args)
-        others = {"trained on shuffled": done_folders(row, args, shuffled=True)} if row.control else {}
-        if row.text_only in by_name and row.name != row.text_only:
-            others["text only" if row.text_only.startswith("none") else row.text_only] = done_folders(by_name[row.text_only], args)
-        for name, b in others.items():
-            by_seed = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
-            both = [seed for seed in by_seed[0] if seed in by_seed[1]]
-            if not both:
-                continue
-            sides = [[read_predictions(predictions_file(side[seed], None)) for seed in both] for side in by_seed]
-            found = paired_bootstrap(*sides)
-            cells = [f"{found[key]:.4f}" for key in ("a", "b")] + [f"{found['difference']:+.4f}"]
-            interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-            lines.append([f"{row.name}, {row.dataset}", name, str(len(both)), *cells, interval, f"{found['p']:.4f}"])
-    return lines
+def seeds(made):
+    """How many runs the cells of a row are made of."""
+    return sum(map(int, made["seeds"].split(" + "))) if made else 0
 
 
-def made_with(rows, args):
-    """What the finished runs were made with, each combination once."""
-    said = set()
-    for row in rows:
-        for _, _, config in read_metrics(done_folders(row, args)):
-            versions = config["versions"]
-            said.add(f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s)"
-                     f" of {config['device']}, {config['precision']}")  # fmt: skip
-    return "; ".join(sorted(said)) or "no finished runs"
+def read_results(path):
+    """{(table, row, data set): {column: text}} of a results.csv; {} if there is none."""
+    found = {}
+    if path.exists():
+        with open(path, encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                found.setdefault((line["table"], line["row"], line["data set"]), {})[line["column"]] = line["value"]
+    return found
 
 
 def latex(title, header, body):
@@ -400,46 +411,49 @@ def latex(title, header, body):
 
 
 def write_results(rows, reasons, args):
-    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs."""
-    text, tex, values = [INTRO.format(made_with(rows, args))], [], [["table", "row", "data set", "column", "value"]]
+    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs; returns {(table, row): cells}."""
+    earlier, by_key = read_results(args.output / "results.csv"), {row.key: row for row in rows}
+    kept = {row: earlier.get((row.table, row.name, row.dataset), {}) for row in rows}
+    made = {row: max(cells(row, args, by_key), kept[row], key=seeds) for row in rows}  # of equals the first
+    text, tex, values = [], [], [["table", "row", "data set", "column", "value"]]
     for table, title in TITLES.items():
         mine = [row for row in rows if row.table == table]
-        if table == "published":
-            ours = {row.dataset: cells(row, args, "")["main F1"] for row in rows
-                    if row.table == "fusion" and row.name == "film"}  # fmt: skip
-            cited = {**PUBLISHED, "ours: roberta-resnet50, film": ours}
-            made = [{"row": name} | {d: at.get(d) or "not run" for d in ("twitter2015", "twitter2017")}
-                    for name, at in cited.items()]  # fmt: skip
-        else:
-            made = [cells(row, args, reasons.get(row.key, "")) for row in mine]
-        keys = {key: None for cell in made for key in cell if any(cell.get(key) for cell in made)}
-        header = [HEADINGS.get(key, key) for key in keys]
-        body = [[str(cell.get(key, "")) for key in keys] for cell in made]
-        text += [f"\n## {title}\n\n{NOTES[table]}\n", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
-        tex += latex(title, header, body)
-        values += [[table, cell["row"], cell.get("data", ""), key, cell[key]] for cell in made for key in keys if cell.get(key)]
-        if lines := comparisons(mine, args):
-            header = ["A", "B", "seeds", "F1 of A", "F1 of B", "A - B", "95% interval", "p"]
-            text += [f"\n{BOOTSTRAP}\n", markdown(header), "|" + " --- |" * len(header), *map(markdown, lines)]
-        if mine:
-            commands = dict.fromkeys(shown_command(argument_list(row, args.seeds[0], args)) for row in mine)
-            text += ["\nCommands, first seed:\n", *(f"    {command}" for command in commands)]
+        ran, missing = [row for row in mine if made[row]], [row for row in mine if not made[row]]
+        text.append(f"\n## {title}\n\n{NOTES[table]}")
+        if ran:
+            last = ("majority", "notes", "made with")
+            keys = [*dict.fromkeys(key for row in ran for key in made[row] if key not in last), *last[:2]]
+            header, body = [HEADINGS.get(key, key) for key in keys], [[made[row].get(key, "") for key in keys] for row in ran]
+            text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
+            tex += latex(title, header, body)
+            text += ["\nCommands, first seed:\n", *dict.fromkeys(f"    {shown_command(argument_list(row, args.seeds[0], args))}" for row in ran)]
+        if missing:
+            why = {row: reasons.get(row.key) or other_run(argv) or lacks(row, argv) for row in missing
+                   for argv in [argument_list(row, args.seeds[0], args)]}  # fmt: skip
+            said = f": {'; '.join(filter(None, dict.fromkeys(why.values())))}" if any(why.values()) else ""
+            names = ", ".join(dict.fromkeys(row.name for row in missing))
+            text.append(f"\nNot run, {len(missing)} of {len(mine)} rows ({names}){said}. `python benchmarks/tables.py --only {table}/`")
+        values += [[table, row.name, row.dataset, key, value] for row in ran for key, value in made[row].items()]
+    with_what = "; ".join(sorted({cell["made with"] for cell in made.values() if "made with" in cell})) or "no finished runs"
     args.output.mkdir(parents=True, exist_ok=True)
-    write_text(args.output / "RESULTS.md", "\n".join(text) + "\n")
+    write_text(args.output / "RESULTS.md", "\n".join([INTRO.format(with_what), *text]) + "\n")
     write_text(args.output / "results.tex", "\n".join(tex) + "\n")
     rows_of_csv = io.StringIO(newline="")
     csv.writer(rows_of_csv, lineterminator="\n").writerows(values)
     write_text(args.output / "results.csv", rows_of_csv.getvalue())
     print(f"{args.output}: RESULTS.md, results.csv, results.tex")
+    return {(row.table, row.name): cell for row, cell in made.items()}
 
 
-def plot_few_shot(rows, args):
-    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts, with notes and without."""
-    runs = {(row.table, row.name): read_metrics(done_folders(row, args)) for row in rows if row.table in ("few-shot", "notes")}
-    points = {extra: [(share, runs.get((table, name))) for share, table, name in
+def plot_few_shot(made, output):
+    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts, with notes and without.
+
+    `made`: what `write_results` gives.
+    """
+    curves = {extra: [(share, made.get((table, name), {}).get("main F1")) for share, table, name in
                       ((10, "few-shot", f"{extra}, 10%"), (30, "few-shot", f"{extra}, 30%"), (100, "notes", extra))]
               for extra in ("none", "post")}  # fmt: skip
-    if not all(made for curve in points.values() for _, made in curve):
+    if not all(text for curve in curves.values() for _, text in curve):
         return
     import matplotlib  # a requirement of this part alone
 
@@ -448,14 +462,14 @@ def plot_few_shot(rows, args):
 
     figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
     for extra, label in (("none", "text only"), ("post", "and notes on the post")):
-        scores = [[main_score(metrics) for _, metrics, _ in made] for _, made in points[extra]]
-        spreads = [statistics.stdev(values) if len(values) > 1 else 0 for values in scores]
-        axes.errorbar([share for share, _ in points[extra]], list(map(statistics.mean, scores)), spreads, fmt="o-", capsize=3, label=label)
+        shares, texts = zip(*curves[extra], strict=True)
+        means, spreads = zip(*([float(part) for part in f"{text} ± 0".split(" ± ")[:2]] for text in texts), strict=True)
+        axes.errorbar(shares, means, spreads, fmt="o-", capsize=3, label=label)
     axes.set(xscale="log", xlabel="training posts of Twitter-2017, %", ylabel="test entity F1", xticks=(10, 30, 100), xticklabels=("10", "30", "100"))
     axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(args.output / "few-shot.png", dpi=120)
+    figure.savefig(output / "few-shot.png", dpi=120)
 
 
 def markdown(parts):
@@ -463,22 +477,22 @@ def markdown(parts):
 
 
 HEADINGS = {
-    "data": "data set", "reference": "reference: accuracy [precision recall F1]", "ours": "ours: accuracy [precision recall F1] of tokens or rows",
-    "main F1": "ours: entity F1 (relations: micro F1 without None)",
+    "data": "data set", "seeds": "seeds (+ of its control)", "reference": "reference: accuracy [precision recall F1]",
+    "ours": "accuracy [precision recall F1] of tokens or rows", "main F1": "entity F1 (relations: micro F1 without None)",
     "F1, mentions seen": "of mentions that train has", "F1, mentions unseen": "of those it has not",
-    "main F1, trained on shuffled": "entity F1 (relations: micro), trained on others' photos or notes",
-    "main F1, shown shuffled": "the same, only shown others' photos", "main F1, shown none": "the same, shown no photo",
-    "majority": "accuracy of always answering the majority label", "twitter2015": "Twitter-2015", "twitter2017": "Twitter-2017",
+    "over none": "over text only", "over post": "over post", "main F1, trained on shuffled": "F1 of its control",
+    "main F1, shown shuffled": "F1 shown others' photos", "main F1, shown none": "F1 shown no photo",
+    "majority": "accuracy of always answering the majority label",
 }  # fmt: skip
-BOOTSTRAP = (
-    "Paired bootstrap over test posts (photos for relations), 10,000 resamples, entity F1 (relations: micro F1 without"
-    " None), the same seeds on both sides:"
-)
 INTRO = """# Results
 
 Written by `benchmarks/tables.py` from finished runs; mean ± standard deviation over seeds. Token and row scores include
 `O` and `None` and stand beside the accuracy of always answering the majority label; the F1 that tells systems apart is
 the one of whole entities, or of relations without `None`. The best epoch is chosen on valid, test is scored once.
+
+A row's control is the same run trained on other posts' photos, or notes. Gains, "over", are differences of that F1 with the
+95% interval of a paired bootstrap over test posts (photos for relations; 10,000 resamples, the same seeds on both sides): it
+holds what other posts could have changed, not what other seeds could have. An interval that holds 0 tells nothing apart.
 
 Made with {}."""
 
@@ -510,8 +524,7 @@ def main(argv=None):
     for row in chosen:
         reasons[row.key] = run_row(row, args)
     if not args.dry_run:
-        write_results(rows, reasons, args)
-        plot_few_shot(rows, args)
+        plot_few_shot(write_results(rows, reasons, args), args.output)
 
 
 if __name__ == "__main__":

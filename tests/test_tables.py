@@ -11,7 +11,8 @@ from conftest import backbone_flags
 import extract_features
 import tables
 import train
-from scores import main_score
+from checks import paired_bootstrap
+from scores import main_score, read_predictions
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,7 @@ def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
 
 def test_references_are_judged():
     """Of the published values, those that are no better than one answer for all, and those that are no weighted scores."""
-    args = tables.parse_args(["--runs", "absent"])
-    notes = {row.key: tables.cells(row, args, "")["notes"] for row in tables.all_rows() if row.reference}
+    notes = {row.key: "; ".join(tables.judged(row)) for row in tables.all_rows() if row.reference}
     assert [key for key, note in notes.items() if "equals always" in note] == ["fusion/attention/twitter2015"]
     assert [key for key, note in notes.items() if "below always" in note] == ["systems/blip/mnre"]
     unweighted = {key for key, note in notes.items() if "no weighted token score" in note}
@@ -89,25 +89,28 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     text = (place / "benchmarks" / "RESULTS.md").read_text()
     cells = [cell.strip() for cell in re.search(r"\n\| film \| demo (\|.*)\|\n", text)[1].split("|")[1:]]
     shuffled = sum(map(main_score, check["shuffled"])) / 3
-    numbers = [metrics[0]["token"]["accuracy"], *map(main_score, metrics), shuffled, main_score(check["none"])]
-    assert cells[:5] == [f"{value:.4f} (n = 1)" for value in numbers]
-    assert cells[5] == f"{metrics[0]['baseline']['accuracy']:.4f}"
-    assert "text encoder encoder, resnet50 features of weights random-" in cells[6]
-    assert "| film, demo | trained on shuffled | 1 |" in text and "python train.py --dataset demo" in text
-    assert "not run: no feature file features/mnre-resnet50-224.h5" in text and str(place) not in text
+    found = paired_bootstrap(*([read_predictions(folder / "predictions-test.jsonl")] for folder in (true, wrong)))
+    gain = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    numbers = [main_score(metrics[1]), shuffled, main_score(check["none"]), metrics[0]["baseline"]["accuracy"]]
+    expected = [metrics[0]["token"]["accuracy"], main_score(metrics[0]), gain, *numbers]
+    assert cells[0] == "1 + 1" and cells[1:8] == [x if isinstance(x, str) else f"{x:.4f}" for x in expected]
+    assert "text encoder encoder, resnet50 features of weights random-" in cells[8]
+    assert "python train.py --dataset demo" in text and str(place) not in text
+    of_fusion = text.split("## Fusion layers")[1].split("\n## ")[0]
+    assert "Not run, 12 of 12 rows (film, attention, cross-attention, bimodal): " in of_fusion and "| film" not in of_fusion
+    assert "no feature file features/mnre-resnet50-224.h5" in of_fusion and "tables.py --only fusion/`" in of_fusion
     values = list(csv.DictReader(open(place / "benchmarks" / "results.csv", encoding="utf-8", newline="")))
-    assert {"table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[1]} in values
-    assert {"table": "fusion", "row": "film", "data set": "mnre", "column": "reference", "value": "0.7538"} in values
+    assert {"table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[2]} in values
+    assert {value["table"] for value in values} == {"demo"}  # of what was not run there are no values
     tex = (place / "benchmarks" / "results.tex").read_text()
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 10 and cells[1] in tex and "±" not in tex
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 1 and cells[2] in tex and "±" not in tex
 
     def never(*args, **kwargs):
         raise AssertionError("run again")
 
     monkeypatch.setattr(tables.subprocess, "run", never)
     tables.main(["--only", "demo/film", "--seeds", "1"])
-    assert (place / "benchmarks" / "RESULTS.md").read_text() == text.replace(
-        "not run: no feature file features/mnre-resnet50-224.h5", "not run: no finished run")  # fmt: skip
+    assert (place / "benchmarks" / "RESULTS.md").read_text() == text
     (wrong / "metrics-test.json").rename(wrong / "kept")  # as a kill before the end leaves it
     with pytest.raises(AssertionError, match="run again"):
         tables.main(["--only", "demo/film", "--seeds", "1"])
@@ -116,8 +119,11 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
     with pytest.raises(ValueError, match="film-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"):
         tables.main(["--only", "demo/film", "--seeds", "1"])
-    tables.main(["--only", "fusion/film/mnre", "--seeds", "1"])  # a row that is not asked for does not stop the others
-    assert "film-s1 is another run, lr (its: 0.5, this row's: 0.001) |" in (place / "benchmarks" / "RESULTS.md").read_text()
+    here = ["--only", "fusion/film/mnre", "--seeds", "1", "--output"]  # a row that is not asked for does not stop the others
+    tables.main([*here, "elsewhere"])
+    assert "film-s1 is another run, lr (its: 0.5, this row's: 0.001)" in (place / "elsewhere" / "RESULTS.md").read_text()
+    tables.main([*here, "benchmarks"])  # what was measured stays, though its run is not here any more
+    assert (place / "benchmarks" / "RESULTS.md").read_text() == text
     (true / "config.json").write_text(json.dumps(config))
 
 
@@ -131,4 +137,5 @@ def test_a_run_that_fails_says_why_and_the_others_go_on(place, monkeypatch, caps
     tables.main(["--seeds", "1", "--output", "out", "--runs", "others"])
     assert "FAILED: train.py: error: --text-encoder absent/encoder: cannot be loaded" in capsys.readouterr().out
     text = (place / "out" / "RESULTS.md").read_text()
-    assert "not run: train.py: error: --text-encoder absent/encoder" in text and "| none | demo | 0." in text
+    assert "Not run, 1 of 2 rows (broken): train.py: error: --text-encoder absent/encoder" in text
+    assert "\n| none | demo | 1 | 0." in text and "| broken |" not in text
