@@ -26,8 +26,8 @@ from text_encoder import drop_pooler, load_tokenizer
 
 
 class Head(nn.Module):
-    """Dropout and a linear layer over the token states of what is labelled; softmax or, for named entities, a `Crf` decides,
-    with "visual-crf" one whose transitions have a `PhotoBias`.
+    """Dropout and a linear layer over the token states of what is labelled; softmax decides or, for named
+    entities, a `Crf`, with "visual-crf" one whose transitions have a `PhotoBias`.
 
     Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini Soares et
     al., ACL 2019, "entity start").
@@ -123,7 +123,7 @@ class TextRegions(Model):
         if losses is not None and self.align:
             seen = batch["region_mask"]
             scales = places = [(unit_length(clean(batch["regions"].float(), seen)), seen)]
-            if "local" in self.align and "region_grid" in self.fusion.reads:  # words are aligned at both finer scales
+            if "local" in self.align and "region_grid" in self.fusion.reads:  # words: at both finer scales
                 levels = pyramid_levels(batch["regions"], seen, batch["region_grid"])
                 places = [(unit_length(values), mask) for values, mask in levels[1:]]
             for name, alignment in self.align.items():
@@ -132,7 +132,8 @@ class TextRegions(Model):
                 losses[name] = sum(made) / len(made)
         mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
-        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights, **more)
+        regions, region_mask = batch.get("regions"), batch.get("region_mask")
+        fused = self.fusion(text, mask, regions, region_mask, return_weights, **more)
         return fused if return_weights else (fused, None)
 
 

@@ -1,4 +1,4 @@
-"""Parts of a system between batch and head that are no fusion layer. Needs torch and fusion.py: copy the two files.
+"""Parts of a system between batch and head that are no fusion layer. Needs torch and fusion.py: copy both.
 
 Masks, and what padding, masked regions, their order and their scale may change, are as in fusion.py.
 """
@@ -10,11 +10,11 @@ from fusion import RegionStates, clean, start_at_zero
 
 
 class PhotoBias(nn.Module):
-    """What a photo adds to the transitions of a CRF: U tanh(Y v), v the mean of its regions at unit length.
+    """What a photo adds to the transitions of a CRF: U tanh(Y v), v the mean of its regions, of length 1.
 
-    So a photo can say that here nobody is a LOC, or that after B-PER stands I-PER. regions [B, R, Dv], region_mask
-    [B, R] -> [B, K, K] float32 for the `bias` of crf.py. U is zero at the start, and there are no biases: until it
-    is trained, and for a post without photo, this is exactly 0 and the CRF a plain one.
+    So a photo can say that here nobody is a LOC, or that after B-PER stands I-PER. regions [B, R, Dv],
+    region_mask [B, R] -> [B, K, K] float32 for the `bias` of crf.py. U is zero at the start, and there are no
+    biases: until it is trained, and for a post without photo, this is exactly 0 and the CRF a plain one.
     """
 
     def __init__(self, region_dim, labels, width=128):

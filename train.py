@@ -71,8 +71,8 @@ def parse_args(argv):
     add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the labels of a"
-        " post's words: each by itself, all together (crf.py), or all together with the photo (stages.py)")
+    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
+        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
         " and photo of a post together (align.py): contrastive, local, matching")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
@@ -96,8 +96,8 @@ def parse_args(argv):
         " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-<alignment><weight>...]"
-        "[-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
+        "[-<alignment><weight>...][-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -135,10 +135,11 @@ def parse_args(argv):
     if args.align and (system.checkpoint or args.fusion == "none"):
         parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
     if args.decoder != "softmax" and task != "ner":
-        parser.error(f"--decoder {args.decoder}: labels of words are decoded together, a relation is one label; leave it out")
+        parser.error(f"--decoder {args.decoder}: labels of words are decoded together, a relation is one"
+                     " label; leave it out")  # fmt: skip
     if args.decoder == "visual-crf" and (system.checkpoint or args.fusion == "none"):
-        parser.error(f"--decoder visual-crf: {args.model if system.checkpoint else '--fusion none'} has no cached regions for it to"
-                     " look at; take --decoder crf")
+        blind = args.model if system.checkpoint else "--fusion none"
+        parser.error(f"--decoder visual-crf: {blind} has no cached regions to look at; take --decoder crf")
     if (args.extra == "none") != (args.notes is None):
         parser.error("--notes and --extra go together: --notes FILE --extra post, for one")
     if args.shuffle_notes and args.extra not in ("post", "both"):
@@ -167,7 +168,9 @@ def open_features(args, dataset):
             f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name another"
         )
     if args.fusion == "pyramid" and cache.num_regions.any() and not cache.grid.any():
-        raise ValueError(f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion")
+        raise ValueError(
+            f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
+        )
     print(f"features   {args.features}: {cache.views} views, made from {made.get('made_from', 'an unknown folder')}")
     if backbone != "caption":
         try:

@@ -1,4 +1,4 @@
-"""What stands between batch and head: the CRF that a photo biases against enumeration, and against a plain one."""
+"""What stands between batch and head: the CRF that a photo biases against enumeration and a plain one."""
 
 import math
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_crf import enumerated, log_sum, random_crf
+from test_crf import enumerated, log_sum
 from test_fusion import batch, close, same, spoil, unit
 
 from crf import Crf
@@ -65,7 +65,8 @@ def test_masked_regions_order_and_scale_change_nothing(scale):
     made = bias(spoilt, region_mask)
     same(made, expected)
     made.square().sum().backward()
-    assert spoilt.grad.isfinite().all() and all(p.grad.isfinite().all() and p.grad.any() for p in bias.parameters())
+    assert spoilt.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in bias.parameters())
     order = torch.tensor([3, 0, 4, 1, 2])
     close(bias(regions[:, order], region_mask[:, order]), expected)
     for size in (1e-3, 1e3):
@@ -118,7 +119,7 @@ def test_untrained_or_without_photo_it_is_the_plain_one():
     visual.crf.load_state_dict(plain.crf.state_dict())
     _, _, regions, region_mask = batch()
     given = {"regions": regions, "region_mask": region_mask, "labels": labels, "word_starts": mask.long() - 1}
-    blind = given | {"regions": torch.full_like(regions, math.nan), "region_mask": torch.zeros_like(region_mask)}
+    blind = given | {"regions": math.nan * regions, "region_mask": torch.zeros_like(region_mask)}
 
     def says(one, shown):
         return one.loss(logits, shown), *one.answer(logits, shown)
@@ -128,7 +129,7 @@ def test_untrained_or_without_photo_it_is_the_plain_one():
         visual.photo_bias.transitions.weight.normal_()
     same(says(visual, blind), says(plain, blind))
     trained, before = says(visual, given), says(plain, given)
-    same([part[3] for part in trained], [part[3] for part in before])  # the post without photo among others with one
+    same([part[3] for part in trained], [part[3] for part in before])  # the one post without photo
     assert (trained[0] - before[0])[[0, 2]].abs().min() > 1e-2
 
 
