@@ -14,10 +14,16 @@ All layers share one call, `fusion(text, text_mask, regions, region_mask, return
                              read them in eval mode, dropout may act on them in training; those of padding tokens
                              mean nothing
 
-Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order of
-regions changes nothing; a post without photo, like a padding token, leaves as it came in; multiplying all regions by
-a positive constant changes nothing, as long as float16 can hold them (backbones differ a thousandfold in scale); a
-fresh layer leaves all text as it came in, so that training starts from the text encoder's own states.
+A layer that looks at more of a post names it in `reads` and takes it by that name:
+
+    region_grid  [B, 2]      (rows, columns) of places: the last rows * columns real regions are places, row
+                             by row; those before them are of the photo as a whole, as a class state is
+
+Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order
+of regions changes nothing, but to a layer that reads `region_grid`; a post without photo, like a padding
+token, leaves as it came in; multiplying all regions by a positive constant changes nothing, as long as
+float16 can hold them (backbones differ a thousandfold in scale); a fresh layer leaves all text as it came in,
+so that training starts from the text encoder's own states.
 """
 
 import torch
@@ -51,6 +57,56 @@ def where_photo(fused, text, text_mask, region_mask):
     return torch.where(photo[..., None], fused.to(text.dtype), text)
 
 
+def additive_scores(score, left, right):
+    """w^T tanh(left + right), w the layer `score` (Bahdanau et al., ICLR 2015): [..., H] twice -> [...].
+
+    The sum inside the tanh is what lets tokens differ: were both scored by one linear map of their
+    concatenation, the token's part would cancel in the softmax over what it looks at, and all would look
+    alike.
+    """
+    return score(torch.tanh(left + right)).squeeze(-1)
+
+
+def attend(attention, words, states, mask, return_weights):
+    """Words [B, T, D] attend, by an `nn.MultiheadAttention`, to states [B, N, D] where mask [B, N] is True.
+
+    Returns (context [B, T, D], weights [B, T, N] or None). Where a row of the mask has no True, the weights
+    are zero and the context means nothing.
+    """
+    some = mask.any(1)[:, None]  # a row with nothing to attend to would be NaN
+    hidden = ~mask & some
+    context, weights = attention(words, states, states, key_padding_mask=hidden, need_weights=return_weights)
+    return context, (weights * some[..., None] if return_weights else None)
+
+
+def pyramid_levels(regions, region_mask, region_grid):
+    """A photo at three scales: [(regions [B, N, Dv] float32, mask [B, N])] with N = 1, 9 and R.
+
+    The mean of all regions; the places pooled to 3 x 3 as `F.adaptive_avg_pool2d` pools a map of any size (of
+    fewer than 3 rows or columns, cells share places); the places themselves, at their own indices.
+    `region_grid` [B, 2]: as at the top of the file, each post's own. What is no place is False in the last
+    mask; of a photo without places nothing is True in the last two.
+    """
+    values = clean(regions, region_mask).float()  # [B, R, Dv]
+    count = region_mask.sum(1, keepdim=True)  # [B, 1]
+    rows, columns = region_grid[..., None].unbind(1)  # [B, 1] each
+    place = region_mask.cumsum(1) - 1 - (count - rows * columns)  # [B, R]; under 0: of the photo as a whole
+    places, cell = region_mask & (place >= 0), torch.arange(3, device=regions.device)[:, None]
+
+    def stripes(at, size):
+        """Which of 3 stripes of `size` [B, 1] rows or columns each place `at` [B, R] lies in: [B, 3, R]."""
+        at, size = at[:, None], size[:, None]
+        return (at >= cell * size // 3) & (at < -(-(cell + 1) * size // 3))
+
+    width = columns.clamp(min=1)
+    down, across = stripes(place // width, rows), stripes(place % width, columns)
+    inside = (down[:, :, None] & across[:, None]).flatten(1, 2) & places[:, None]  # [B, 9, R]
+    with torch.autocast(regions.device.type, enabled=False):
+        cells = inside / inside.sum(-1, keepdim=True).clamp(min=1) @ values
+    mean = values.sum(1, keepdim=True) / count.clamp(min=1)[..., None]
+    return [(mean, count > 0), (cells, inside.any(-1)), (clean(values, places), places)]
+
+
 class RegionStates(nn.Module):
     """Regions at the scale of token states, for layers that attend to them: [B, R, Dv] -> [B, R, D], zero where masked.
 
@@ -69,9 +125,9 @@ class RegionStates(nn.Module):
 
 
 def start_at_zero(linear):
-    """The linear layer with zero weights and bias, so that what it adds to the text begins as nothing."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    """The linear layer with all its parameters zero, so that what it adds to the text begins as nothing."""
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     return linear
 
 
@@ -81,7 +137,13 @@ def check_heads(text_dim, heads):
         raise ValueError(f"{heads} heads do not divide token states of width {text_dim}; choose a number that does")
 
 
-class NoFusion(nn.Module):
+class Fusion(nn.Module):
+    """What every layer is; see the top of the file."""
+
+    reads = ()  # what it takes of a batch besides text, regions and their masks, by name
+
+
+class NoFusion(Fusion):
     """Text only: returns the token states as they are. Takes None for the regions and their mask."""
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -91,7 +153,7 @@ class NoFusion(nn.Module):
         return (text, None) if return_weights else text
 
 
-class Film(nn.Module):
+class Film(Fusion):
     """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta, channel by channel.
 
     A linear generator makes gamma = 1 + delta and beta from the mean of the real regions; it starts at zero.
@@ -110,11 +172,10 @@ class Film(nn.Module):
         return (fused, None) if return_weights else fused
 
 
-class Attention(nn.Module):
+class Attention(Fusion):
     """Additive attention (Bahdanau et al., ICLR 2015) of each token over the regions, joined by a gated residual.
 
-    Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r). The sum inside the tanh is what lets tokens differ: were
-    h and v scored by one linear map of their concatenation, the token's part would cancel in the softmax.
+    Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r), the `additive_scores`.
     Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t. v: the
     `RegionStates`. One head, `heads` is not used.
     """
@@ -132,8 +193,8 @@ class Attention(nn.Module):
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
         image, words = self.regions(regions, region_mask), clean(text, text_mask)
-        scores = self.score(torch.tanh(self.token(words)[:, :, None] + self.region(image)[:, None]))  # [B, T, R, 1]
-        weights = masked_softmax(scores.squeeze(-1), region_mask[:, None])  # [B, T, R]
+        scores = additive_scores(self.score, self.token(words)[:, :, None], self.region(image)[:, None])
+        weights = masked_softmax(scores, region_mask[:, None])  # [B, T, R]
         # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting them after.
         context = self.dropout(self.context(weights.to(image.dtype) @ image))  # [B, T, D]
         gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
@@ -141,7 +202,7 @@ class Attention(nn.Module):
         return (fused, weights) if return_weights else fused
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Fusion):
     """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries, `RegionStates` keys and values.
 
     x = h + attention(h, v); output x + FFN(LayerNorm(x)); the last projections of both are zero at the start. The
@@ -163,16 +224,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
         image, words = self.regions(regions, region_mask), clean(text, text_mask)
-        photo = region_mask.any(1)[:, None]  # a row with nothing to attend to would be NaN; its result is not used
-        context, weights = self.attention(
-            words, image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
-        )
+        context, weights = attend(self.attention, words, image, region_mask, return_weights)
         x = words + self.dropout(context)
         fused = where_photo(x + self.dropout(self.feed_forward(self.norm(x))), text, text_mask, region_mask)
-        return (fused, weights * photo[..., None]) if return_weights else fused
+        return (fused, weights) if return_weights else fused
 
 
-class Bimodal(nn.Module):
+class Bimodal(Fusion):
     """Attention in both directions, joined by a gated multimodal unit.
 
     "Bimodal" has no single meaning in the literature. This is: one multi-head affinity between tokens and regions, read
@@ -216,10 +274,105 @@ class Bimodal(nn.Module):
         return (fused, to_regions.mean(1)) if return_weights else fused
 
 
+class CoAttention(Fusion):
+    """Adaptive co-attention (Zhang et al., AAAI 2018): words look at regions, what they saw looks at words.
+
+    Over the regions v, `RegionStates`: a = softmax over r of w^T tanh(A h_t + B v_r), seen u_t = sum_r a_tr C
+    v_r. Over the tokens: b = softmax over j of w'^T tanh(A' h_j + B' u_t), said k_t = sum_j b_tj h_j. Gated
+    fusion: m = g tanh(W u) + (1 - g) tanh(W' k), g = sigmoid(G [tanh(W u); tanh(W' k)]). Filter: s =
+    sigmoid(F [h; m]); output h + O (s * tanh(M m)), O zero at the start. Two things are not as published:
+    scores are `additive_scores`, not of a concatenation, and the filtered m is added to the token, not handed
+    to the tagger beside it. One head, `heads` is not used.
+    """
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        hidden = max(32, text_dim // 4)
+        self.regions = RegionStates(region_dim, text_dim)
+        self.token, self.back_token = nn.Linear(text_dim, hidden), nn.Linear(text_dim, hidden)
+        self.region, self.back_seen = (nn.Linear(text_dim, hidden, bias=False) for _ in range(2))
+        self.score, self.back_score = (nn.Linear(hidden, 1, bias=False) for _ in range(2))
+        self.region_value = nn.Linear(text_dim, text_dim, bias=False)
+        self.image_unit, self.token_unit = nn.Linear(text_dim, text_dim), nn.Linear(text_dim, text_dim)
+        self.gate = nn.Linear(2 * text_dim, text_dim)
+        self.filter = nn.Linear(2 * text_dim, text_dim)
+        self.memory = nn.Linear(text_dim, text_dim)
+        self.output = start_at_zero(nn.Linear(text_dim, text_dim, bias=False))  # a closed filter adds nothing
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        image, words = self.regions(regions, region_mask), clean(text, text_mask)
+        scores = additive_scores(self.score, self.token(words)[:, :, None], self.region(image)[:, None])
+        weights = masked_softmax(scores, region_mask[:, None])  # [B, T, R]
+        seen = self.region_value(weights.to(image.dtype) @ image)  # [B, T, D]
+        scores = additive_scores(
+            self.back_score, self.back_token(words)[:, None], self.back_seen(seen)[:, :, None]
+        )
+        said = masked_softmax(scores, text_mask[:, None]).to(words.dtype) @ words  # [B, T, T] @ [B, T, D]
+        of_image, of_text = torch.tanh(self.image_unit(seen)), torch.tanh(self.token_unit(said))
+        gate = torch.sigmoid(self.gate(torch.cat((of_image, of_text), -1)))
+        mixed = gate * of_image + (1 - gate) * of_text
+        kept = torch.sigmoid(self.filter(torch.cat((words, mixed.to(words.dtype)), -1)))
+        added = self.output(kept * torch.tanh(self.memory(mixed)))
+        fused = where_photo(words + self.dropout(added), text, text_mask, region_mask)
+        return (fused, weights) if return_weights else fused
+
+
+class Pyramid(Fusion):
+    """Attention of each token over a photo at three scales, the `pyramid_levels`, and over the scales.
+
+    Contexts c_l: of level 1, one vector, a linear layer, which is what attention to one vector is; of levels
+    2 and 3 multi-head attention (Vaswani et al., NeurIPS 2017). alpha = softmax over l of w^T tanh(A h_t + B
+    c_tl), among the levels that the photo has; c_t = sum_l alpha_tl c_tl; output h_t + sigmoid(G [h_t; c_t])
+    * c_t. The last projections of all c_l are zero at the start. Regions: the `RegionStates`, of what was
+    pooled too. Weights: those of level 3 times its alpha; what is missing to 1 went to the coarser levels.
+    ValueError without `region_grid`.
+    """
+
+    reads = ("region_grid",)
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        check_heads(text_dim, heads)
+        hidden = max(32, text_dim // 4)
+        self.regions = RegionStates(region_dim, text_dim)
+        self.whole = start_at_zero(nn.Linear(text_dim, text_dim))
+        self.cells = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
+        self.places = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
+        start_at_zero(self.cells.out_proj)
+        start_at_zero(self.places.out_proj)
+        self.token = nn.Linear(text_dim, hidden)
+        self.level = nn.Linear(text_dim, hidden, bias=False)
+        self.score = nn.Linear(hidden, 1, bias=False)
+        self.gate = nn.Linear(2 * text_dim, text_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False, region_grid=None):
+        if region_grid is None:
+            raise ValueError("the pyramid pools places and needs region_grid [B, 2], their rows and columns")
+        values, masks = zip(*pyramid_levels(regions, region_mask, region_grid), strict=True)
+        states = self.regions(torch.cat(values, 1), torch.cat(masks, 1))  # [B, 1 + 9 + R, D]
+        whole, cells, places = states.split([mask.shape[1] for mask in masks], 1)
+        words = clean(text, text_mask)
+        of_whole = self.whole(whole).expand(-1, words.shape[1], -1)
+        of_cells, _ = attend(self.cells, words, cells, masks[1], False)
+        of_places, weights = attend(self.places, words, places, masks[2], return_weights)
+        contexts = torch.stack((of_whole, of_cells, of_places), 2)  # [B, T, 3, D]
+        scores = additive_scores(self.score, self.token(words)[:, :, None], self.level(contexts))  # [B, T, 3]
+        has = torch.stack([mask.any(1) for mask in masks], -1)  # [B, 3]
+        alpha = masked_softmax(scores, has[:, None])
+        context = self.dropout((alpha.to(contexts.dtype)[:, :, None] @ contexts).squeeze(2))  # [B, T, D]
+        gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
+        fused = where_photo(words + gate * context, text, text_mask, region_mask)
+        return (fused, weights * alpha[..., 2:]) if return_weights else fused
+
+
 FUSIONS = {
     "film": Film,
     "attention": Attention,
     "cross-attention": CrossAttention,
     "bimodal": Bimodal,
+    "co-attention": CoAttention,
+    "pyramid": Pyramid,
     "none": NoFusion,
 }

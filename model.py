@@ -20,12 +20,14 @@ from align import ALIGNMENTS
 from commands import first_line
 from crf import Crf
 from data import IGNORE
-from fusion import FUSIONS, clean, unit_length
+from fusion import FUSIONS, clean, pyramid_levels, unit_length
+from stages import PhotoBias
 from text_encoder import drop_pooler, load_tokenizer
 
 
 class Head(nn.Module):
-    """Dropout and a linear layer over the token states of what is labelled; softmax or, for named entities, a `Crf` decides.
+    """Dropout and a linear layer over the token states of what is labelled; softmax decides or, for named
+    entities, a `Crf`, with "visual-crf" one whose transitions have a `PhotoBias`.
 
     Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini Soares et
     al., ACL 2019, "entity start").
@@ -35,7 +37,9 @@ class Head(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config["dropout"])
         self.linear = nn.Linear(width if config["task"] == "ner" else 2 * width, len(config["labels"]))
-        self.crf = Crf(len(config["labels"])) if config["decoder"] == "crf" else None
+        labels, decoder = len(config["labels"]), config["decoder"]
+        self.crf = Crf(labels) if decoder != "softmax" else None
+        self.photo_bias = PhotoBias(config["region_dim"], labels) if decoder == "visual-crf" else None
 
     def forward(self, states, batch):
         """states [B, T, D] -> logits [B, W, labels] or [B, labels]. Those of a word with `word_starts` -1 mean nothing."""
@@ -46,11 +50,15 @@ class Head(nn.Module):
             states = torch.cat([states[rows, batch["head_index"]], states[rows, batch["tail_index"]]], -1)  # [B, 2 D]
         return self.linear(self.dropout(states))
 
+    def bias(self, batch):
+        """What the photos of a batch add to the CRF's transitions, [B, K, K], or None."""
+        return None if self.photo_bias is None else self.photo_bias(batch["regions"], batch["region_mask"])
+
     def loss(self, logits, batch):
         """The negative log-likelihood of the batch's labels, summed over a post's words. [B]"""
         labels = batch["labels"]
         if self.crf is not None:
-            return self.crf.loss(logits, batch["word_starts"] >= 0, labels)
+            return self.crf.loss(logits, batch["word_starts"] >= 0, labels, self.bias(batch))
         loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
         return loss.view(len(labels), -1).sum(1)
 
@@ -58,7 +66,7 @@ class Head(nn.Module):
         """(number of the label, its probability), [B, W] or [B] each: the most probable label or, of a CRF, the label in the
         most probable sequence and its marginal probability."""
         if self.crf is not None:
-            return self.crf.decode(logits, batch["word_starts"] >= 0)
+            return self.crf.decode(logits, batch["word_starts"] >= 0, self.bias(batch))
         best = logits.float().softmax(-1).max(-1)
         return best.indices, best.values
 
@@ -114,11 +122,18 @@ class TextRegions(Model):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         if losses is not None and self.align:
             seen = batch["region_mask"]
-            regions = unit_length(clean(batch["regions"].float(), seen))
+            scales = places = [(unit_length(clean(batch["regions"].float(), seen)), seen)]
+            if "local" in self.align and "region_grid" in self.fusion.reads:  # words: at both finer scales
+                levels = pyramid_levels(batch["regions"], seen, batch["region_grid"])
+                places = [(unit_length(values), mask) for values, mask in levels[1:]]
             for name, alignment in self.align.items():
-                losses[name] = alignment(text, batch["own_mask"], regions, seen, batch["photo_row"])
+                made = [alignment(text, batch["own_mask"], *scale, batch["photo_row"])
+                        for scale in (places if name == "local" else scales)]  # fmt: skip
+                losses[name] = sum(made) / len(made)
         mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
-        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights)
+        more = {key: batch[key] for key in self.fusion.reads if key in batch}
+        regions, region_mask = batch.get("regions"), batch.get("region_mask")
+        fused = self.fusion(text, mask, regions, region_mask, return_weights, **more)
         return fused if return_weights else (fused, None)
 
 

@@ -375,6 +375,8 @@ def main(argv=None):
         "confusion": confusion(posts, [*metrics["entity"]["types"], NOTHING] if ner else
                                [NONE, *metrics["relation"]["types"]]),
         "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
+        # Where attention went that is on no region.
+        "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
         "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
                  "about_photo": "Said of the photo"},
     }  # fmt: skip

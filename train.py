@@ -71,8 +71,8 @@ def parse_args(argv):
     add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--decoder", choices=("softmax", "crf"), default="softmax", help="what decides on the labels of a post's words: each by"
-        " itself, or all together (crf.py)")
+    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
+        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
         " and photo of a post together (align.py): contrastive, local, matching")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
@@ -81,7 +81,7 @@ def parse_args(argv):
     add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
     add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells what"
         " --extra post is worth")
-    add("--heads", type=bounded(int, 1), help="of cross-attention and bimodal; default: 8")
+    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal and pyramid; default: 8")
     add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
         " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
@@ -96,8 +96,8 @@ def parse_args(argv):
         " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-<alignment><weight>...][-crf]"
-        "[-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
+        "[-<alignment><weight>...][-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -110,7 +110,7 @@ def parse_args(argv):
         args.fusion = args.fusion or "film"
     elif args.fusion:
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
-    if args.heads and args.fusion not in ("cross-attention", "bimodal"):
+    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid"):
         parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
     if args.img_size and args.features:
         parser.error("--img-size and --features: either tells which feature file; leave one out")
@@ -127,15 +127,19 @@ def parse_args(argv):
     parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
     parts += [args.fusion] * bool(args.fusion) + [f"train{args.train_share:g}"] * (args.train_share < 1)
     parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
-    parts += ["crf"] * (args.decoder == "crf") + [f"extra-{args.extra}"] * (args.extra != "none")
+    parts += [args.decoder] * (args.decoder != "softmax") + [f"extra-{args.extra}"] * (args.extra != "none")
     parts += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
     args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}-s{args.seed}"
     if args.shuffle_photos and args.fusion == args.extra == "none":
         parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
     if args.align and (system.checkpoint or args.fusion == "none"):
         parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
-    if args.decoder == "crf" and task != "ner":
-        parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
+    if args.decoder != "softmax" and task != "ner":
+        parser.error(f"--decoder {args.decoder}: labels of words are decoded together, a relation is one"
+                     " label; leave it out")  # fmt: skip
+    if args.decoder == "visual-crf" and (system.checkpoint or args.fusion == "none"):
+        blind = args.model if system.checkpoint else "--fusion none"
+        parser.error(f"--decoder visual-crf: {blind} has no cached regions to look at; take --decoder crf")
     if (args.extra == "none") != (args.notes is None):
         parser.error("--notes and --extra go together: --notes FILE --extra post, for one")
     if args.shuffle_notes and args.extra not in ("post", "both"):
@@ -162,6 +166,10 @@ def open_features(args, dataset):
     if made["backbone"] != backbone:
         raise ValueError(
             f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name another"
+        )
+    if args.fusion == "pyramid" and cache.num_regions.any() and not cache.grid.any():
+        raise ValueError(
+            f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
         )
     print(f"features   {args.features}: {cache.views} views, made from {made.get('made_from', 'an unknown folder')}")
     if backbone != "caption":

@@ -193,7 +193,8 @@ def fusion(args, place):
     taken = in_turn(cases, rounds, args.device)
     data = in_turn({"data": posts.batch}, rounds)["data"]
     checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
-    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15, "crf": 1.05}
+    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15,
+               "co-attention": 1.15, "pyramid": 1.2, "crf": 1.05}  # fmt: skip
     text = statistics.median(taken["none"])
     for name in targets:
         target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"

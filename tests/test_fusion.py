@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fusion import FUSIONS
+import fusion as layers
+from fusion import FUSIONS, pyramid_levels
 
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
 TRAINED = [name for name in FUSIONS if name != "none"]
-WEIGHTED = ["attention", "cross-attention", "bimodal"]
+WEIGHTED = ["attention", "cross-attention", "bimodal", "co-attention", "pyramid"]
+ORDERED = ["pyramid"]  # these read where a region lies, so its order says something
 GARBAGE = [1, 1e4, 1e30, math.inf, math.nan]  # 1e30 is finite in float32, its square is not
 
 # A fresh film is text only and a fresh bias often zero: noise on the parameters shows what the start would hide.
@@ -22,9 +25,26 @@ CASES = [(name, noise) for name in FUSIONS for noise in (0, 0.3) if name in TRAI
 every_case = pytest.mark.parametrize("name, noise", CASES)
 
 
-def make(name, noise=0.3):
+def grid_of(region_mask):
+    """A region_grid [B, 2] for posts of so many real regions: as square as can be, the rest before it."""
+    count = region_mask.sum(-1)
+    rows = count.sqrt().long().clamp(min=1)
+    return torch.stack((rows, count // rows), -1)
+
+
+def build(name, *args, **more):
+    """A layer that takes the four arguments of all; one that reads a grid is given `grid_of` the mask."""
     torch.manual_seed(0)
-    fusion = FUSIONS[name](D, DV, heads=HEADS).eval()
+    fusion = FUSIONS[name](*args, **more)
+    if "region_grid" in fusion.reads:
+        fusion.register_forward_pre_hook(
+            lambda _, args, more: (args, {"region_grid": grid_of(args[3])} | more), with_kwargs=True
+        )
+    return fusion
+
+
+def make(name, noise=0.3):
+    fusion = build(name, D, DV, heads=HEADS).eval()
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += noise * torch.randn_like(parameter)
@@ -92,7 +112,7 @@ def test_masked_regions_change_nothing(name, noise, dtype, scale):
     same(gradients(fusion, text, text_mask, spoilt, region_mask), expected)
 
 
-@every_case
+@pytest.mark.parametrize("name, noise", [case for case in CASES if case[0] not in ORDERED])
 def test_order_of_regions_changes_nothing(name, noise):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
     order = torch.tensor([3, 0, 4, 1, 2])
@@ -171,6 +191,9 @@ def test_weights(name):
     assert weights.shape == (4, 6, 5)
     assert (weights >= 0).all() and not weights.masked_select(~region_mask[:, None]).any()
     photo = region_mask.any(1, keepdim=True).float().expand(-1, 6)
+    if name == "pyramid":  # the rest went to coarser levels, where a place has no weight of its own
+        assert (weights.sum(-1) < 0.99).all() and torch.equal(weights.sum(-1) > 0.01, photo > 0)
+        return
     close(weights.sum(-1)[text_mask], photo[text_mask])
     assert torch.pdist(weights[0]).min() > 1e-3  # each token of the first post has weights of its own
 
@@ -206,10 +229,11 @@ def test_none_is_text_only_and_needs_no_regions():
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_a_fresh_layer_does_not_weigh_all_regions_alike(name):
     """At real widths: unit-length regions of 2048 channels must still make keys that differ."""
-    torch.manual_seed(0)
+    fusion = build(name, 384, 2048).eval()
     text, regions = torch.randn(4, 6, 384), torch.randn(4, 49, 2048)
     masks = torch.ones(4, 6).bool(), torch.ones(4, 49).bool()
-    _, weights = FUSIONS[name](384, 2048).eval()(text, masks[0], regions, masks[1], return_weights=True)
+    _, weights = fusion(text, masks[0], regions, masks[1], return_weights=True)
+    weights = weights / weights.sum(-1, keepdim=True)  # of the pyramid's last level
     entropy = -(weights * weights.log()).sum(-1) / math.log(49)  # [B, T]; 1 = uniform
     assert entropy.max() < 0.9999 and entropy.min() > 0.9
 
@@ -222,7 +246,7 @@ def find_asked_region(name, steps=400, width=128, region_dim=512, heads=8, size=
     """
     torch.manual_seed(0)
     shapes, colours, asks = torch.randn(things, region_dim), torch.randn(4, region_dim), torch.randn(things, width)
-    layer, head = FUSIONS[name](width, region_dim, heads, dropout=0.0), torch.nn.Linear(width, 4)
+    layer, head = build(name, width, region_dim, heads, dropout=0.0), torch.nn.Linear(width, 4)
     parameters, rows, correct = [*layer.parameters(), *head.parameters()], torch.arange(size), []
     optimizer = torch.optim.AdamW(parameters, lr=1.1e-3, weight_decay=0.01)  # as train.py trains a fusion layer
     for _ in range(steps):
@@ -233,16 +257,22 @@ def find_asked_region(name, steps=400, width=128, region_dim=512, heads=8, size=
         masks = torch.ones(size, 1).bool(), torch.ones(size, 49).bool()
         logits = head(layer(asks[asked][:, None], masks[0], shapes[shown] + colours[colour], masks[1]))[:, 0]
         correct.append((logits.argmax(-1) == colour[rows, place]).float().mean())
-        torch.nn.functional.cross_entropy(logits, colour[rows, place]).backward()
+        F.cross_entropy(logits, colour[rows, place]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return torch.stack(correct)
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", ["attention", "cross-attention", "bimodal"])
 def test_finds_the_region_that_the_token_asks_for(name):
     assert find_asked_region(name)[200:].mean() >= 0.95
+
+
+@pytest.mark.parametrize("name, steps", [("co-attention", 400), ("pyramid", 300)])
+def test_finds_it_among_narrower_ones(name, steps):
+    """These take longer a step, and half the width for it."""
+    assert find_asked_region(name, steps, width=64, region_dim=128)[-100:].mean() >= 0.95
 
 
 def unit(region):
@@ -273,19 +303,24 @@ def attention_reference(layer, tokens, regions):
     return fused, weights
 
 
-def cross_attention_reference(layer, tokens, regions):
-    regions, inner = [layer.regions.linear.weight @ unit(region) for region in regions], layer.attention
+def multi_head_reference(inner, h, states):
+    """(context [D], weights of the states) of one token."""
     of_query, of_key, of_value = zip(inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True)
-    keys, values = ([weight @ v + bias for v in regions] for weight, bias in (of_key, of_value))
-    fused, weights = [], []
+    keys, values = ([weight @ v + bias for v in states] for weight, bias in (of_key, of_value))
+    query = of_query[0] @ h + of_query[1]
+    heads = [softmax([query[s] @ key[s] / math.sqrt(D / HEADS) for key in keys]) for s in HEAD_SLICES]
+    mixed = [mix(w, [value[s] for value in values]) for w, s in zip(heads, HEAD_SLICES, strict=True)]
+    return inner.out_proj(torch.cat(mixed)), sum(heads) / HEADS
+
+
+def cross_attention_reference(layer, tokens, regions):
+    regions, fused, weights = [layer.regions.linear.weight @ unit(region) for region in regions], [], []
     for h in tokens:
-        query = of_query[0] @ h + of_query[1]
-        heads = [softmax([query[s] @ key[s] / math.sqrt(D / HEADS) for key in keys]) for s in HEAD_SLICES]
-        context = torch.cat([mix(w, [value[s] for value in values]) for w, s in zip(heads, HEAD_SLICES, strict=True)])
-        x = h + inner.out_proj(context)
+        context, attended = multi_head_reference(layer.attention, h, regions)
+        x = h + context
         hidden = layer.feed_forward[0](layer.norm(x))
         fused.append(x + layer.feed_forward[3](hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2))  # GELU
-        weights.append(sum(heads) / HEADS)
+        weights.append(attended)
     return fused, weights
 
 
@@ -308,7 +343,42 @@ def bimodal_reference(layer, tokens, regions):
     return fused, weights
 
 
-REFERENCES = [film_reference, attention_reference, cross_attention_reference, bimodal_reference]
+def co_attention_reference(layer, tokens, regions):
+    regions, fused, weights = [layer.regions.linear.weight @ unit(region) for region in regions], [], []
+    for h in tokens:
+        scores = [layer.score(torch.tanh(layer.token(h) + layer.region(v)))[0] for v in regions]
+        weights.append(softmax(scores))
+        seen = mix(weights[-1], [layer.region_value.weight @ v for v in regions])
+        back = [layer.back_score(torch.tanh(layer.back_token(j) + layer.back_seen(seen)))[0] for j in tokens]
+        said = mix(softmax(back), tokens)
+        of_image, of_text = torch.tanh(layer.image_unit(seen)), torch.tanh(layer.token_unit(said))
+        gate = torch.sigmoid(layer.gate(torch.cat((of_image, of_text))))
+        mixed = gate * of_image + (1 - gate) * of_text
+        kept = torch.sigmoid(layer.filter(torch.cat((h, mixed))))
+        fused.append(h + layer.output.weight @ (kept * torch.tanh(layer.memory(mixed))))
+    return fused, weights
+
+
+def pyramid_reference(layer, tokens, regions):
+    rows, columns = grid_of(torch.ones(len(regions), dtype=torch.bool)).tolist()
+    before = len(regions) - rows * columns
+    cells = F.adaptive_avg_pool2d(regions[before:].T.view(1, DV, rows, columns), 3).view(DV, 9).T
+    levels = [regions.mean(0)[None], cells, regions[before:]]
+    levels = [[layer.regions.linear.weight @ unit(v) for v in level] for level in levels]
+    fused, weights = [], []
+    for h in tokens:
+        of_cells, _ = multi_head_reference(layer.cells, h, levels[1])
+        of_places, attended = multi_head_reference(layer.places, h, levels[2])
+        contexts = [layer.whole(levels[0][0]), of_cells, of_places]
+        alpha = softmax([layer.score(torch.tanh(layer.token(h) + layer.level(c)))[0] for c in contexts])
+        c = mix(alpha, contexts)
+        fused.append(h + torch.sigmoid(layer.gate(torch.cat((h, c)))) * c)
+        weights.append(torch.cat((torch.zeros(before), alpha[2] * attended)))
+    return fused, weights
+
+
+REFERENCES = [film_reference, attention_reference, cross_attention_reference, bimodal_reference,
+              co_attention_reference, pyramid_reference]  # fmt: skip
 
 
 @torch.no_grad()
@@ -324,7 +394,142 @@ def test_formula(name, reference):
             close(weights[i, t][:, r], torch.stack(expected_weights))
 
 
-@pytest.mark.parametrize("name", ["cross-attention", "bimodal"])
+def test_co_attention_of_two_words_and_two_regions_by_hand():
+    """Word 1 is (1, 0), word 2 (0, 1); the regions (3, 1) and (0, 5) become the states (1, -1) and (-1, 1).
+
+    First channels are compared: word 1 has scores tanh(1 + 1) and tanh(1 - 1), so weights .7239 and .2761,
+    word 2 tanh(1) and tanh(-1), so .8210 and .1790. Seen: .4478 and .6420 times (1, -1). Said: of word 1
+    tanh(1.4478) and tanh(.4478) make .6167 and .3833 of the two words, of word 2 tanh(1.6420) and tanh(.6420)
+    .5894 and .4106. All gates are open by half.
+    """
+    layer = FUSIONS["co-attention"](2, 2).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.regions.linear.weight.copy_(math.sqrt(2) * torch.eye(2))
+        for linear in (layer.token, layer.region, layer.score):
+            linear.weight[0, 0] = 1
+        for linear in (layer.back_token, layer.back_seen, layer.back_score):
+            linear.weight[0, 0] = 1
+        for linear in (layer.region_value, layer.image_unit, layer.token_unit, layer.memory, layer.output):
+            linear.weight.copy_(torch.eye(2))
+        regions = torch.tensor([[[3.0, 1.0], [0.0, 5.0]]])
+        masks = torch.ones(1, 2).bool(), torch.ones(1, 2).bool()
+        fused, weights = layer(torch.eye(2)[None], masks[0], regions, masks[1], return_weights=True)
+    close(weights[0], torch.tensor([[0.7239, 0.2761], [0.8210, 0.1790]]), 1e-4)
+    of_image, of_text = [[0.4201, -0.4201], [0.5663, -0.5663]], [[0.5488, 0.3656], [0.5294, 0.3890]]  # tanh
+    mixed = (torch.tensor(of_image) + torch.tensor(of_text)) / 2
+    close(fused[0], torch.eye(2) + torch.tanh(mixed) / 2, 1e-4)
+
+
+@torch.no_grad()
+def test_co_attention_of_what_leaves_no_choice():
+    """One region is all that is seen, one word all that is said; equal regions are weighed alike."""
+    layer, (text, text_mask, regions, region_mask) = make("co-attention"), batch()
+    (h,), (v,) = text[2, text_mask[2]], regions[1, region_mask[1]]
+    masks = torch.ones(1, 1).bool(), torch.ones(1, 1).bool()
+    fused, weights = layer(h[None, None], masks[0], v[None, None], masks[1], return_weights=True)
+    assert weights.item() == 1
+    of_image = torch.tanh(layer.image_unit(layer.region_value.weight @ layer.regions.linear.weight @ unit(v)))
+    of_text = torch.tanh(layer.token_unit(h))
+    gate = torch.sigmoid(layer.gate(torch.cat((of_image, of_text))))
+    mixed = gate * of_image + (1 - gate) * of_text
+    kept = torch.sigmoid(layer.filter(torch.cat((h, mixed))))
+    close(fused[0, 0], h + layer.output(kept * torch.tanh(layer.memory(mixed))))
+    same_everywhere = regions[:, :1].expand(-1, 5, -1)
+    _, weights = layer(text, text_mask, same_everywhere, region_mask, return_weights=True)
+    count = region_mask.sum(1)[:, None, None]
+    close(weights, (region_mask[:, None] / count.clamp(min=1)).expand(-1, 6, -1))
+
+
+@torch.no_grad()
+def test_words_and_photos_look_apart():
+    """Scored by a concatenation all words would look at one place: a word's part cancels in the softmax."""
+    layer, (text, text_mask, _, region_mask), weights = make("co-attention"), batch(), []
+    for seed in (1, 3):
+        weights.append(layer(text, text_mask, batch(seed)[2], region_mask, return_weights=True)[1][0])
+    assert torch.pdist(weights[0]).min() > 1e-2 and (weights[0] - weights[1]).abs().amax(1).min() > 1e-2
+    score, words, image = torch.nn.Linear(8, 1), torch.randn(6, 1, 8), torch.randn(1, 5, 8)
+    concatenated = (score(words) + score(image)).squeeze(-1).softmax(-1)
+    summed = layers.additive_scores(score, words, image).softmax(-1)
+    assert torch.pdist(concatenated).max() < 1e-6 and torch.pdist(summed).min() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, shut", [("co-attention", "filter"), ("pyramid", "gate")])
+def test_a_shut_gate_is_text_only(name, shut):
+    fusion, (text, text_mask, regions, region_mask) = make(name), batch()
+    assert not torch.equal(fusion(text, text_mask, regions, region_mask), text)
+    getattr(fusion, shut).bias.fill_(-50)
+    close(fusion(text, text_mask, regions, region_mask), text, 1e-7)
+    if name == "co-attention":
+        fusion = make(name)
+        fusion.output.weight.zero_()
+        assert torch.equal(fusion(text, text_mask, regions, region_mask), text)
+
+
+GRIDS = torch.tensor([[7, 7], [8, 8], [12, 12], [1, 1], [2, 5], [9, 16], [0, 0], [3, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_pyramid_levels_are_torchs_adaptive_pooling(dtype):
+    """Of grids of all sizes in one batch, class states before them, holes among them; one has no photo."""
+    generator = torch.Generator().manual_seed(0)
+    before, real = torch.tensor([0, 1, 0, 0, 2, 1, 3, 0]), torch.zeros(8, 160, dtype=torch.bool)
+    for i, count in enumerate((before + GRIDS.prod(1))[:7]):
+        real[i, torch.randperm(160, generator=generator)[:count]] = True
+    regions = spoil(torch.randn(8, 160, DV, generator=generator).to(dtype), real, math.nan)
+    (mean, photo), (cells, cell_mask), (places, place_mask) = pyramid_levels(regions, real, GRIDS)
+    assert {level.dtype for level in (mean, cells, places)} == {torch.float32}
+    assert torch.equal(photo, real.any(1, keepdim=True)) and torch.equal(cell_mask.any(1), cell_mask.all(1))
+    for i, (rows, columns) in enumerate(GRIDS.tolist()):
+        mine = regions[i, real[i]].float()
+        if i == 7:
+            assert not cell_mask[i].any() and not place_mask[i].any() and not mean[i].any()
+            continue
+        close(mean[i, 0], mine.mean(0))
+        assert torch.equal(places[i, place_mask[i]], mine[before[i] :])
+        assert torch.equal(cell_mask[i].all(), place_mask[i].any()) and place_mask[i].any() == (rows > 0)
+        if rows:
+            pooled = F.adaptive_avg_pool2d(mine[before[i] :].T.view(1, DV, rows, columns), 3)
+            close(cells[i], pooled.view(DV, 9).T)
+
+
+def test_a_photo_that_is_the_same_everywhere_looks_the_same_at_every_scale():
+    _, _, regions, region_mask = batch()
+    levels = pyramid_levels(regions[:, :1].expand(-1, 5, -1), region_mask, grid_of(region_mask))
+    for values, mask in levels:
+        close(values[mask], regions[:, :1].expand(-1, values.shape[1], -1)[mask])
+
+
+@torch.no_grad()
+def test_pyramid_weighs_the_levels_there_are(monkeypatch):
+    layer, (text, text_mask, regions, region_mask), seen = make("pyramid"), batch(), []
+    softmax_of = layers.masked_softmax
+    monkeypatch.setattr(layers, "masked_softmax", lambda *args: seen.append(softmax_of(*args)) or seen[-1])
+    grid = grid_of(region_mask)
+    grid[1] = 0  # one region, of the photo as a whole, and no place
+    fused, weights = layer(text, text_mask, regions, region_mask, return_weights=True, region_grid=grid)
+    (alpha,) = seen  # [B, T, 3]
+    close(alpha.sum(-1), region_mask.any(1, keepdim=True).float().expand(-1, 6))
+    assert (alpha[[0, 2]] > 0.01).all() and torch.equal(alpha[1], torch.tensor([1.0, 0, 0]).expand(6, -1))
+    close(weights.sum(-1)[[0, 2]], alpha[[0, 2], :, 2])
+    assert not weights[1].any()
+    h, c = text[1, 0], layer.whole(layer.regions.linear.weight @ unit(regions[1, 0]))
+    close(fused[1, 0], h + torch.sigmoid(layer.gate(torch.cat((h, c)))) * c)
+
+
+def test_pyramid_sees_where_a_region_lies_and_needs_to_be_told():
+    fusion, (text, text_mask, regions, region_mask) = make("pyramid"), batch()
+    region_mask = torch.ones_like(region_mask)
+    given = fusion(text, text_mask, regions, region_mask)
+    assert (given - fusion(text, text_mask, regions.flip(1), region_mask)).abs().max() > 1e-2
+    alone = FUSIONS["pyramid"](D, DV, heads=HEADS)
+    with pytest.raises(ValueError, match=r"the pyramid pools places and needs region_grid \[B, 2\]"):
+        alone(text, text_mask, regions, region_mask)
+
+
+@pytest.mark.parametrize("name", ["cross-attention", "bimodal", "pyramid"])
 def test_heads_must_divide_text_dim(name):
     with pytest.raises(ValueError, match="5 heads do not divide token states of width 24"):
         FUSIONS[name](D, DV, heads=5)
@@ -352,7 +557,8 @@ import torch
 import fusion
 text, regions = torch.randn(2, 3, 16), torch.randn(2, 4, 5)
 for layer in fusion.FUSIONS.values():
-    fused = layer(16, 5)(text, torch.ones(2, 3).bool(), regions, torch.ones(2, 4).bool())
+    more = {{"region_grid": torch.full((2, 2), 2)}} if layer.reads else {{}}
+    fused = layer(16, 5)(text, torch.ones(2, 3).bool(), regions, torch.ones(2, 4).bool(), **more)
     assert fused.shape == text.shape and fused.isfinite().all()
 assert not {foreign!r} & set(sys.modules)
 print(fusion.__file__)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PARTS, backbone_flags
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,7 +32,8 @@ from evaluate import predict, shuffled_photos
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
 from model import load_run
-from scores import main_score, read_predictions, score
+from scores import entity_spans, main_score, read_predictions, score
+from text_encoder import load_text_encoder
 
 PROJECT = Path(__file__).parents[1]
 
@@ -219,6 +221,94 @@ def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
         assert record["predicted"] == said
         wanted = [p for p, ok in zip(chance, reached, strict=False) if ok]
         assert [p for p in record["probability"] if p is not None] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, tmp_path, data_dir):
+    """By evaluate.py, predict.py and report.py, from the run folder alone."""
+    more = ("--fusion", "pyramid", "--decoder", "visual-crf", "--align", "local=0.1")
+    folder = run(flags, tmp_path / "run", *more)
+    weights = load_file(folder / "model.safetensors")
+    assert all(tensor.any() for name, tensor in weights.items() if not name.startswith("encoder."))
+    model, tokenizer, config, dataset, rows, cache, _ = evaluate.open_run(folder, "test", "cpu")
+    examples, recorded = dataset.examples["test"], read_predictions(folder / "predictions-test.jsonl")
+    batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in examples])
+    with torch.inference_mode():
+        bias = model.head.photo_bias(batch["regions"], batch["region_mask"])
+        best, _ = model.head.crf.decode(model(batch), batch["word_starts"] >= 0, bias)
+        _, attended = model(batch, return_weights=True)
+    for labels, record in zip(best, recorded, strict=True):
+        assert record["predicted"] == [config["labels"][k] for k in labels[: len(record["words"])]]
+    assert bias.any()
+    evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", "--device", "cpu"])
+    check = json.loads((folder / "image-check-test.json").read_text())
+    assert main_score(check["true"]) == main_score(score(recorded))
+    images = data_dir / "demo" / "images"
+    posts = [{"words": list(e.words), "image": str(images / f"{e.image_id}.jpg")} for e in examples]
+    answers = predictor.Predictor(folder, "cpu")(posts)
+    for answer, record in zip(answers, recorded, strict=True):
+        found = {(entity["type"], *entity["words"]) for entity in answer["entities"]}
+        assert found == entity_spans(record["predicted"])
+    page = report.main(["--run", str(folder)]).read_text(encoding="utf-8")
+    page = page.partition('<script type="application/json" id="data">')[2]
+    page = json.loads(page.partition("</script>")[0])
+    shown = {post["id"]: post["maps"]["places"] for post in page["posts"]}
+    assert page["rest"] == "coarser views of it" and "decoder visual-crf" in page["facts"]["System"]
+    for example, row, weight in zip(examples, rows, attended, strict=True):
+        assert shown[example.id] == pytest.approx(weight[row["word_starts"]].sum(-1).tolist(), abs=2e-3)
+
+
+def test_words_are_aligned_with_both_finer_scales_of_a_pyramid(data_dir, cache_dir, encoder_dir):
+    dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), model.SYSTEMS["bert-resnet50"], "ner", 0.0)
+    config = {"task": "ner", "labels": dataset.labels, "fusion": "pyramid", "decoder": "softmax", "heads": 8,
+              "dropout": 0, "align": {"local": 1, "contrastive": 1}, "region_dim": cache.region_dim,
+              }  # fmt: skip
+    made, examples = model.TextRegions(encoder, config).eval(), dataset.examples["valid"]
+    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
+    photos = [*[example.image_id for example in examples[1:]], None]
+    batch = collate(rows, tokenizer.pad_token_id, cache, photos)
+    with torch.no_grad():
+        _, losses = made(batch, losses=True)
+        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        text = made.encoder(**given).last_hidden_state
+        regions, real = batch["regions"].float(), batch["region_mask"]
+        assert batch["region_grid"][:-1].eq(2).all() and not real[-1].any()
+        cells = F.adaptive_avg_pool2d(regions.mT.unflatten(-1, (2, 2)), 3).flatten(2).mT
+        scales = [(unit_length(cells), real.any(1, keepdim=True).expand(-1, 9)), (unit_length(regions), real)]
+        local, whole = made.align["local"], made.align["contrastive"]
+        fine = [local(text, batch["own_mask"], *scale, batch["photo_row"]) for scale in scales]
+        torch.testing.assert_close(losses["local"], (fine[0] + fine[1]) / 2, rtol=1e-4, atol=1e-4)
+        assert (fine[0] - fine[1])[:-1].abs().min() > 1e-4 and losses["local"][-1] == 0
+        wanted = whole(text, batch["own_mask"], *scales[1], batch["photo_row"])
+        torch.testing.assert_close(losses["contrastive"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (("--dataset", "mnre"), "--decoder visual-crf: labels of words are decoded together"),
+        (("--model", "blip"), "--decoder visual-crf: blip has no cached regions"),
+        (("--model", "vilt"), "--decoder visual-crf: vilt has no cached regions"),
+        (("--fusion", "none"), "--decoder visual-crf: --fusion none has no cached regions"),
+    ],
+)
+def test_a_visual_crf_is_refused_where_it_sees_nothing(more, said, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--decoder", "visual-crf", *more])
+    assert said in capsys.readouterr().err
+
+
+def test_captions_have_no_places_for_a_pyramid(flags, tmp_path, data_dir):
+    message = r"\A--fusion pyramid: bert-caption's regions are no places in a photo; .*\Z"
+    with pytest.raises(ValueError, match=message):
+        run([*flags, *system_flags("bert-caption", data_dir)], tmp_path / "run", "--fusion", "pyramid")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folders_tell_decoders_and_fusions_apart():
+    for decoder, part in (("softmax", ""), ("crf", "-crf"), ("visual-crf", "-visual-crf")):
+        made = train.parse_args(["--fusion", "pyramid", "--heads", "4", "--decoder", decoder])
+        assert made.run_dir == f"runs/twitter2017-roberta-resnet50-pyramid{part}-s1337"
 
 
 def test_defaults_are_the_reference_settings():
@@ -570,7 +660,9 @@ def test_run_folders_tell_encoders_apart():
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--heads", "4"], "--heads: film has none to choose"), (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
+    (["--heads", "4"], "--heads: film has none to choose"),
+    (["--heads", "4", "--fusion", "co-attention"], "--heads: co-attention has none to choose"),
+    (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
     (["--img-size", "64", "--features", "x.h5"], "--img-size and --features: either tells which feature file"),
     (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"), (["--fusion", "none", "--images", "x"], "--images"),
     (["--model", "bert-caption", "--images", "x"], "--images: bert-caption reads captions"),
