@@ -21,6 +21,7 @@ from commands import first_line
 from crf import Crf
 from data import IGNORE
 from fusion import FUSIONS, clean, unit_length
+from stages import Prefix, Relevance
 from text_encoder import drop_pooler, load_tokenizer
 
 
@@ -67,7 +68,7 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
+    features_made, align, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
     own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
     a post without photo (None where there is no such thing). For a post without photo the states depend on no image
     state at all.
@@ -99,27 +100,65 @@ class Model(nn.Module):
 
 
 class TextRegions(Model):
-    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion."""
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
+
+    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. `ALIGNMENTS` come before the
+    fusion; with --relevance a post has the share of the fusion that its photo's relevance, given or `Relevance`'s, says.
+    """
 
     def __init__(self, encoder, config):
         super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder = encoder
-        self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
-        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, config["region_dim"]) for name in config["align"]})
+        config, width = BEFORE | config, encoder.config.hidden_size
+        region_dim, more = config["region_dim"], (config["heads"], config["dropout"])
+        self.encoder, self.prefix, self.relevance = encoder, None, None
+        if config["fusion"] == "prefix":
+            self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *more)
+        self.fusion = FUSIONS["none" if config["fusion"] == "prefix" else config["fusion"]](width, region_dim, *more)
+        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
+        if config["relevance"] != "none":
+            self.relevance = Relevance(width, region_dim)
+            self.loss_weights |= {"relevance": config["relevance_loss"]} if config["notes"] else {}
+        self.takes_given, self.median = config["relevance"] == "given", config["relevance_median"]
         self.head = Head(width, config)
 
+    def read(self, batch, return_weights):
+        """The encoder's states [B, T, D] and, with a `Prefix` and if asked, its weights, else None."""
+        if self.prefix is None:
+            made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return made.last_hidden_state, None
+        embeddings, mask, weights = self.prefix(
+            self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool(), batch["own_mask"],
+            batch["regions"], batch["region_mask"], return_weights,
+        )  # fmt: skip
+        states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+        return states[:, : batch["input_ids"].shape[1]], weights
+
     def states(self, batch, return_weights, losses):
-        text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        text, weights = self.read(batch, return_weights)
+        given = batch.get("relevance")
+        if given is None:  # of no post
+            given = torch.full((len(text),), -1.0, device=text.device)
         if losses is not None and self.align:
             seen = batch["region_mask"]
             regions = unit_length(clean(batch["regions"].float(), seen))
             for name, alignment in self.align.items():
-                losses[name] = alignment(text, batch["own_mask"], regions, seen, batch["photo_row"])
+                shown, classes = seen, None
+                if name == "supervised":  # of the posts that have one
+                    shown, classes = seen & (given >= 0)[:, None], (given >= self.median).long()
+                losses[name] = alignment(text, batch["own_mask"], regions, shown, batch["photo_row"], classes)
         mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
         fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights)
-        return fused if return_weights else (fused, None)
+        if return_weights:
+            fused, weights = fused[0], fused[1] if self.prefix is None else weights
+        if self.relevance is not None:
+            logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
+            share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
+            # Not text + share * (fused - text): that is not exactly `fused` at 1.
+            fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
+            if losses is not None and "relevance" in self.loss_weights:
+                losses["relevance"] = self.relevance.loss(logits, given, batch["region_mask"])
+        return fused, weights
 
 
 class Blip(Model):
@@ -284,7 +323,7 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}}
+          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None}
 
 
 def flat(config, prefix=""):
@@ -298,7 +337,8 @@ def flat(config, prefix=""):
 def system_settings(config):
     """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
     share it are one system."""
-    kept = {key: value for key, value in config.items() if key not in {"seed", "eval_batch_size"} | PLACES | WRITING | MACHINE}
+    of_seed = {"seed", "relevance_median"}  # the median of the posts that --train-share drew
+    kept = {key: value for key, value in config.items() if key not in {"eval_batch_size"} | of_seed | PLACES | WRITING | MACHINE}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
     if features := config.get("features_made"):
