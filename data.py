@@ -714,8 +714,10 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
     input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index, tail_index, labels
-    [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T], True = before that segment. With
-    a `FeatureCache` (features.py) also what it reads for `photos`, the image id of each row or None for no photo, and `views`.
+    [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T], True = before that segment; where
+    one has a `relevance`, that of its photo, 0 to 1, also relevance [B], float32, -1 = none is given.
+    With a `FeatureCache` (features.py) also what it reads for `photos`, the image id of each row or None for no photo, and
+    `views`.
     """
 
     def pad(key, value):
@@ -731,6 +733,8 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     if any("text_length" in row for row in rows):
         texts = torch.tensor([row.get("text_length", len(row["input_ids"])) for row in rows])
         batch["text_mask"] = place < texts[:, None]
+    if any("relevance" in row for row in rows):
+        batch["relevance"] = torch.tensor([float(row.get("relevance", -1)) for row in rows])
     if "word_starts" in rows[0]:
         batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
     else:

@@ -22,7 +22,7 @@ from data import DATASETS, collate, cut_train, dataset_name, encode, find_photos
 from data import load_dataset, read_ner, to_device
 from features import FeatureCache
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
-from notes import Notes
+from notes import Notes, reads_relevance
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions
@@ -51,8 +51,10 @@ def predict(
             record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
             if cache is not None:
                 record["photo"] = photos[i] is not None and cache.has_photo(photos[i])
-            if notes is not None:
+            if notes is not None and notes.segments:
                 record["extra"] = "text_length" in rows[i]
+            if notes is not None and notes.relevance:
+                record["relevance"] = rows[i].get("relevance")  # the one given, None where none is
             if "word_starts" in rows[i]:
                 reached = [start >= 0 for start in rows[i]["word_starts"]]
                 record["gold"] = list(example.labels)
@@ -97,11 +99,11 @@ def run_notes(config, tokenizer, rows, examples, split, path=None):
 
     `path`: where they are now. ValueError if they have changed.
     """
-    if config["extra"] == "none":
+    if config["notes"] is None:
         if path:
             raise ValueError(f"--notes {path}: the run read none; leave it out")
         return None
-    notes = Notes(path or config["notes"], tokenizer, config["extra"], config["extra_len"])
+    notes = Notes(path or config["notes"], tokenizer, config["extra"], config["extra_len"], reads_relevance(config))
     if notes.sha256 != config["notes_sha256"]:
         raise ValueError(f"{notes.path}: not the notes the run was trained with ({config['notes_sha256'][:16]}); restore them")
     notes.attach(rows, examples, split)

@@ -21,7 +21,7 @@ from commands import first_line
 from crf import Crf
 from data import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
-from stages import PhotoBias
+from stages import PhotoBias, Prefix, Relevance
 from text_encoder import drop_pooler, load_tokenizer
 
 
@@ -75,7 +75,7 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
+    features_made, align, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
     own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
     a post without photo (None where there is no such thing). For a post without photo the states depend on no image
     state at all.
@@ -107,34 +107,80 @@ class Model(nn.Module):
 
 
 class TextRegions(Model):
-    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion."""
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
+
+    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. `ALIGNMENTS` come
+    before the fusion. With --relevance a post has the share of the fusion that its photo's relevance, given or
+    `Relevance`'s, says.
+    """
 
     def __init__(self, encoder, config):
         super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder = encoder
-        self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
-        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, config["region_dim"]) for name in config["align"]})
+        config, width = BEFORE | config, encoder.config.hidden_size
+        layer, region_dim, sizes = config["fusion"], config["region_dim"], (config["heads"], config["dropout"])
+        self.encoder, self.prefix, self.relevance = encoder, None, None
+        if layer == "prefix":
+            self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *sizes)
+        self.fusion = FUSIONS["none" if layer == "prefix" else layer](width, region_dim, *sizes)
+        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
+        if config["relevance"] != "none":
+            self.relevance = Relevance(width, region_dim)
+            self.loss_weights |= {"relevance": config["relevance_loss"]} if config["notes"] else {}
+        self.takes_given, self.median = config["relevance"] == "given", config["relevance_median"]
         self.head = Head(width, config)
 
+    def read(self, batch, return_weights):
+        """The encoder's states [B, T, D] and, with a `Prefix` and if asked, its weights, else None."""
+        if self.prefix is None:
+            made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return made.last_hidden_state, None
+        embeddings, mask, weights = self.prefix(
+            self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool(),
+            batch["own_mask"], batch["regions"], batch["region_mask"], return_weights,
+        )  # fmt: skip
+        states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
+        return states[:, : batch["input_ids"].shape[1]], weights
+
+    def aligned(self, text, batch, given):
+        """{name: loss [B]} of --align; `local` before a pyramid is the mean over its two finer scales."""
+        made, photos, grid = {}, [(batch["regions"], batch["region_mask"])], batch["region_grid"]
+        for name, alignment in self.align.items():
+            pictures, classes = photos, None
+            if name == "local" and "region_grid" in self.fusion.reads:
+                pictures = pyramid_levels(*photos[0], grid)[1:]
+            elif name == "supervised":  # of the posts whose relevance is given
+                pictures = [(regions, mask & (given >= 0)[:, None]) for regions, mask in photos]
+                classes = (given >= self.median).long()
+            losses = [
+                alignment(text, batch["own_mask"], unit_length(clean(regions.float(), mask)), mask,
+                          batch["photo_row"], classes)
+                for regions, mask in pictures
+            ]  # fmt: skip
+            made[name] = sum(losses) / len(losses)
+        return made
+
     def states(self, batch, return_weights, losses):
-        text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        text, weights = self.read(batch, return_weights)
+        given = batch.get("relevance")
+        if given is None:  # of no post
+            given = torch.full((len(text),), -1.0, device=text.device)
         if losses is not None and self.align:
-            seen = batch["region_mask"]
-            scales = places = [(unit_length(clean(batch["regions"].float(), seen)), seen)]
-            if "local" in self.align and "region_grid" in self.fusion.reads:  # words: at both finer scales
-                levels = pyramid_levels(batch["regions"], seen, batch["region_grid"])
-                places = [(unit_length(values), mask) for values, mask in levels[1:]]
-            for name, alignment in self.align.items():
-                made = [alignment(text, batch["own_mask"], *scale, batch["photo_row"])
-                        for scale in (places if name == "local" else scales)]  # fmt: skip
-                losses[name] = sum(made) / len(made)
-        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
+            losses |= self.aligned(text, batch, given)
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment looks at the photo
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
-        regions, region_mask = batch.get("regions"), batch.get("region_mask")
-        fused = self.fusion(text, mask, regions, region_mask, return_weights, **more)
-        return fused if return_weights else (fused, None)
+        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights, **more)
+        if return_weights:
+            fused, looked = fused
+            weights = looked if self.prefix is None else weights
+        if self.relevance is not None:
+            logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
+            share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
+            # Not text + share * (fused - text): that is not exactly `fused` at 1.
+            fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
+            if losses is not None and "relevance" in self.loss_weights:
+                losses["relevance"] = self.relevance.loss(logits, given, batch["region_mask"])
+        return fused, weights
 
 
 class Blip(Model):
@@ -299,7 +345,7 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}}
+          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None}
 
 
 def flat(config, prefix=""):
@@ -313,7 +359,8 @@ def flat(config, prefix=""):
 def system_settings(config):
     """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
     share it are one system."""
-    kept = {key: value for key, value in config.items() if key not in {"seed", "eval_batch_size"} | PLACES | WRITING | MACHINE}
+    of_seed = {"seed", "relevance_median"}  # the median of the posts that --train-share drew
+    kept = {key: value for key, value in config.items() if key not in {"eval_batch_size"} | of_seed | PLACES | WRITING | MACHINE}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
     if features := config.get("features_made"):

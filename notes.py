@@ -1,4 +1,5 @@
-"""Notes: what others, a language model for one, said of each post; read, and given to the text encoder as a second segment.
+"""Notes: what others, a language model for one, said of each post: read, and given to the text encoder as a second segment,
+and, as `relevance`, to what weighs the photo.
 
 A notes file has one JSON object a line, such as write_notes.py makes:
 
@@ -41,6 +42,11 @@ KEYS = {
 }
 
 
+def reads_relevance(config):
+    """Whether a run, by its arguments or configuration, makes something of the `relevance` in its notes."""
+    return config["notes"] is not None and (config["relevance"] != "none" or "supervised" in config["align"])
+
+
 def check_note(note, keys=tuple(KEYS)):
     """{key: value} of those of `keys` that a note has; null is nothing. ValueError for a value of the wrong kind."""
     found = {key: note[key] for key in keys if note.get(key) is not None}
@@ -77,17 +83,17 @@ class Notes:
     """The notes of a data set's posts, as second segments for its text encoder: [CLS] post [SEP] note [SEP] and the like.
 
     The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts are taken;
-    `length`: sub-tokens of them, at most, the rest is cut. `attach` gives rows of `encode` their notes, `shown` makes
-    the row that the model is given. Without a tokenizer they can be found and counted, and no row made.
-    FileNotFoundError or ValueError if the file cannot be read.
+    `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of their photo. `attach`
+    gives rows of `encode` their notes, `shown` makes the row that the model is given. Without a tokenizer they can be
+    found and counted, and no row made. FileNotFoundError or ValueError if the file cannot be read.
     """
 
-    def __init__(self, path, tokenizer=None, extra="none", length=0):
-        self.path, self.extra = Path(path), extra
+    def __init__(self, path, tokenizer=None, extra="none", length=0, relevance=False):
+        self.path, self.extra, self.relevance = Path(path), extra, relevance
         if not self.path.is_file():
             raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.segments = Segments(tokenizer, extra, length) if tokenizer is not None else None
+        self.segments = Segments(tokenizer, extra, length) if tokenizer is not None and extra != "none" else None
         self.of_photo = {}
 
     def find(self, example, split):
@@ -95,10 +101,14 @@ class Notes:
         return next((key for key in (f"{split}/{example.id}", example.id, example.image_id) if key in self.notes), None)
 
     def attach(self, rows, examples, split):
-        """Give each row its post's `note` and `image_id`; of posts that share a photo, the photo's is the first note of it."""
+        """Give each row its post's `note` and `image_id`; of posts that share a photo, the photo's is the first note of it.
+
+        One with a text of it before one with a relevance alone.
+        """
         for row, example in zip(rows, examples, strict=True):
             row |= {"note": self.notes.get(self.find(example, split), {}), "image_id": example.image_id}
-            if example.image_id is not None and not self.has_photo(example.image_id):
+            before = self.of_photo.get(example.image_id, {})
+            if example.image_id is not None and (not before or self.tells(row["note"]) > self.tells(before)):
                 self.of_photo[example.image_id] = row["note"]
 
     def known(self, row, photo):
@@ -109,12 +119,22 @@ class Notes:
 
     def shown(self, row, photo):
         """A row of `encode` with what is `known` of its post."""
-        return self.segments(row, self.known(row, photo))
+        note = self.known(row, photo)
+        if self.relevance and "relevance" in note:
+            row = row | {"relevance": note["relevance"]}
+        return self.segments(row, note) if self.segments else row
+
+    def tells(self, note):
+        """Whether (second segments, the relevance) have anything of a note that was written with the photo in view."""
+        read = (key for key in EXTRAS[self.extra] if note_text(note, key))
+        return any(key in OF_PHOTO or note.get("with_photo") for key in read), self.relevance and "relevance" in note
 
     def has_photo(self, image_id):
-        """Whether the second segments say anything that was written with this photo in view."""
-        note = self.of_photo.get(image_id, {})
-        return any(note_text(note, key) and (key in OF_PHOTO or note.get("with_photo")) for key in EXTRAS[self.extra])
+        """Whether the second segments say anything that was written with this photo in view.
+
+        A relevance alone is nothing to be shown: it says how much of a photo's regions, if there are any, is used.
+        """
+        return self.tells(self.of_photo.get(image_id, {}))[0]
 
     def shuffle(self, rows, seed):
         """Give each row that has an `about_post` another's, by one random cycle through them: a control. Returns how many.

@@ -6,7 +6,7 @@
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
 its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
 spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
-`about_post` and `about_photo`, as in their notes. Other keys are ignored.
+`about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other keys are ignored.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
 `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
@@ -34,12 +34,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
-from commands import check_device, command_line, default_device, lock
+from commands import bounded, check_device, command_line, default_device, lock
 from data import NONE, NerExample, RelationExample, encode
 from evaluate import predict
 from features import UNREADABLE, FeatureCache
 from model import load_run, precision_on
-from notes import Segments, check_note, is_text, note_text
+from notes import EXTRAS, Segments, check_note, is_text, note_text
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
@@ -232,6 +232,7 @@ class Predictor:
             self.backbone = run_backbone(self.made, weights)
             self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.segments = None
+        self.keys = EXTRAS[self.config["extra"]] + ("relevance",) * (self.config["relevance"] == "given")  # of notes
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         # A tokenizer is not for several threads at once.
@@ -258,7 +259,7 @@ class Predictor:
                 post_id = post.get("id")
                 answer["id"] = post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
                 example, offsets = read_post(post, config["task"], self.source, folder)
-                note = check_note(post, self.segments.keys) if self.segments else {}
+                note = check_note(post, self.keys)
             except ValueError as error:
                 answer["error"] = str(error)
                 continue
@@ -270,6 +271,8 @@ class Predictor:
                     remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
                 if row.get("note_cut"):
                     remark(answer, f"of its notes only the first {self.segments.length} sub-tokens were read")
+            if "relevance" in note:
+                row = row | {"relevance": note["relevance"]}
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
@@ -284,7 +287,7 @@ class Predictor:
             self.model, rows, examples, config["labels"], self.tokenizer.pad_token_id, config["eval_batch_size"],
             self.device, precision_on(self.device, config), photos,
         )  # fmt: skip
-        for (answer, post, _, offsets, _), example, record in zip(read, examples, records, strict=True):
+        for (answer, post, _, offsets, row), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
                 if reason and re.match("https?://", str(post.get("image"))):
@@ -292,6 +295,8 @@ class Predictor:
                 named = "caption" if self.source == "caption" else post["image"]
                 if reason:
                     remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
+                if answer["photo"] and "relevance" in self.keys and "relevance" not in row:
+                    remark(answer, "no relevance given: it was predicted")
             elif self.source == "caption" and post.get("image") is not None:
                 remark(answer, "the run looks at captions, not at images; give the post its caption")
             if config["task"] == "relation":
@@ -458,6 +463,8 @@ def parse_args(argv):
     add("--caption", help="the caption of its photo, for runs on captions")
     add("--about-post", help="what is said of it, for runs with --extra post or both")
     add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
+    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with --relevance given; left"
+        " out, it is predicted")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"))
     add("--json", action="store_true", help="print the answer as JSON")
@@ -472,7 +479,7 @@ def parse_args(argv):
     many = args.input is not None
     if many != (args.output is not None):
         parser.error("--input and --output go together")
-    for name in ("image", "caption", "about_post", "about_photo", "head", "tail", "images"):
+    for name in ("image", "caption", "about_post", "about_photo", "relevance", "head", "tail", "images"):
         if getattr(args, name) is not None and many != (name == "images"):
             parser.error(f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}")
     return args
@@ -492,10 +499,10 @@ def main(argv=None):
     check_device(args.device)
     predictor = Predictor(args.run, args.device, args.weights)
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
-    read = predictor.segments.keys if predictor.segments else ()
+    read = predictor.keys
     for name, use in (
         ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption"),
-        ("about_post", "about_post" in read), ("about_photo", "about_photo" in read),
+        *((name, name in read) for name in ("about_post", "about_photo", "relevance")),
     ):  # fmt: skip
         if getattr(args, name) is not None and not use:
             what = f"{'relations' if relations else 'entities'} in {' and '.join(filter(None, ('text', looked_at, *read)))}"
@@ -506,7 +513,7 @@ def main(argv=None):
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
-    names = ("text", "words", "image", "caption", "about_post", "about_photo", "head", "tail")
+    names = ("text", "words", "image", "caption", "about_post", "about_photo", "relevance", "head", "tail")
     (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")

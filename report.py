@@ -27,7 +27,7 @@ from data import to_device
 from evaluate import dataset_now, predictions_file, run_notes, verdict
 from features import FeatureCache
 from model import autocast, load_run, precision_on, read_config
-from notes import EXTRAS, note_text
+from notes import EXTRAS, note_text, reads_relevance
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -271,15 +271,15 @@ def image_check_line(config, check):
 
 def notes_line(config, records):
     """What a run read of notes, and for how many of its posts they had something, as a sentence."""
-    if config["extra"] == "none":
+    if config["notes"] is None:
         return "not used"
-    given = sum(record.get("extra") is True for record in records)
+    count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
+    given, rated = sum(r.get("extra") is True for r in records), sum(r.get("relevance") is not None for r in records)
+    extra = f"--extra {config['extra']}: {given} of {count} {unit} with a note, {count - given} without"
+    relevance = f"relevance of the photo: of {rated} of {count} {unit} given"
+    said = "; ".join([extra] * (config["extra"] != "none") + [relevance] * reads_relevance(config))
     shuffled = "; SHUFFLED: each post was given what was said of another" if config["shuffle_notes"] else ""
-    unit = "posts" if config["task"] == "ner" else "rows"
-    return (
-        f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), --extra {config['extra']}:"
-        f" {given} of {len(records)} {unit} with a note, {len(records) - given} without{shuffled}"
-    )
+    return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {said}{shuffled}"
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -305,7 +305,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     run, config = args.run, read_config(args.run)
-    if args.notes and config["extra"] == "none":
+    if args.notes and config["notes"] is None:
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
@@ -327,13 +327,13 @@ def main(argv=None):
     photos = load_photos(named, folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
-        unseen = ", and of notes nothing that was written with a photo in view" * (config["extra"] != "none")
+        unseen = ", and of notes nothing that was written with a photo in view" * (config["notes"] is not None)
         warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
                         f" own, which the model did not see; so there is no attention to show{unseen}.")  # fmt: skip
     if config["shuffle_notes"]:
         warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown here, too.")
     cache, maps = open_regions(run, config, records, args.features), {}
-    if cache is not None or config["extra"] != "none":
+    if cache is not None or config["notes"] is not None:
         model, tokenizer, _ = load_run(run, args.device)
         try:
             rows, said = run_inputs(config, tokenizer, records, split, args.notes)
@@ -346,7 +346,9 @@ def main(argv=None):
                 maps = attention(model, config, rows, records, tokenizer.pad_token_id, cache, args.device)
             for post, row, texts in zip(posts, rows, said, strict=True):
                 post |= {"said": texts, "cut": row.get("note_cut", False)} if texts else {}
-    for i, post in enumerate(posts):
+    for i, (post, record) in enumerate(zip(posts, records, strict=True)):
+        if record.get("relevance") is not None and not config.get("shuffle_photos"):  # that would be another photo's
+            post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
         if i in maps and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
     posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
@@ -380,6 +382,9 @@ def main(argv=None):
         "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
                  "about_photo": "Said of the photo"},
     }  # fmt: skip
+    if reads_relevance(config):
+        own = "; the run used its own" * (config["relevance"] == "predicted")
+        page["said"]["relevance"] = f"Relevance of the photo, as given{own}"
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]

@@ -1,12 +1,97 @@
-"""Parts of a system between batch and head that are no fusion layer. Needs torch and fusion.py: copy both.
+"""Parts between batch and head that are no fusion layer. Needs torch and fusion.py: copy these two files and use them.
 
-Masks, and what padding, masked regions, their order and their scale may change, are as in fusion.py.
+Masks: True = real. What masked tokens and regions hold changes nothing, NaN included; multiplying all regions by a
+positive constant, or another order of them, changes nothing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fusion import RegionStates, clean, start_at_zero
+from fusion import RegionStates, check_heads, clean, start_at_zero, unit_length
+
+
+class Relevance(nn.Module):
+    """How far a photo belongs to its post, r = sigmoid(w2 GELU(W1 [t; v; t * v])), 0 to 1: what share of the fusion is used.
+
+    t: the mean state of the post's own tokens; v: the mean of the regions, each of unit length, as one of `RegionStates`.
+    In the manner of Zeng et al., Neurocomputing 2025, whose formula is not public. All of it in float32, in autocast too.
+    """
+
+    def __init__(self, text_dim, region_dim, width=128):
+        super().__init__()
+        self.image = RegionStates(region_dim, text_dim)
+        self.score = nn.Sequential(nn.Linear(3 * text_dim, width), nn.GELU(), nn.Linear(width, 1))
+
+    def forward(self, text, own_mask, regions, region_mask):
+        """text [B, T, D], own_mask [B, T] (True = the post's own), regions [B, R, Dv], region_mask [B, R] -> logits of r [B].
+
+        Those of a post without photo mean nothing.
+        """
+        with torch.autocast(text.device.type, enabled=False):
+            t = clean(text.float(), own_mask).sum(1) / own_mask.sum(1, keepdim=True).clamp(min=1)
+            # At unit length, which `RegionStates` brings it to, the sum is the mean.
+            v = unit_length(clean(regions, region_mask)).sum(1, keepdim=True)
+            v = self.image(v, region_mask.any(1, keepdim=True)).squeeze(1)
+            return self.score(torch.cat((t, v, t * v), -1)).squeeze(-1)
+
+    @staticmethod
+    def loss(logits, given, region_mask):
+        """Binary cross entropy [B] with the relevances `given` [B], -1 = none; 0 where none is given, or without photo."""
+        known = (given >= 0) & region_mask.any(1)
+        made = F.binary_cross_entropy_with_logits(logits, given.clamp(min=0), reduction="none")
+        return torch.where(known, made, 0)
+
+
+class Prefix(nn.Module):
+    """Soft tokens that tell a text encoder what the photo shows, to be read with the words: in the manner of ICKA (Zeng et
+    al., ESWA 2024), of which no equation is public.
+
+    E: the word embeddings of the whole input, N: layer norm without parameters. X = MHA(query N(E), key and value
+    `RegionStates`); soft tokens P = Q + N(MHA(query Q, key and value N(X) of the post's own tokens)), Q learned, each scaled to
+    the mean length of E over the post's own tokens. Without the inner N: an encoder's embeddings are at 0.02 to 0.05, queries
+    so small weigh all regions alike, and took 3 times the steps, or more, to find one that is asked for. Without Q in the
+    sum all soft tokens were one and the same, at first and after training.
+
+    The soft tokens stand right behind the last token of each post, before its padding: no token changes its position, and
+    theirs are the same in any batch and for any kind of encoder, without position_ids, which not all of them take.
+    """
+
+    count = 4  # of the soft tokens
+
+    def __init__(self, embedding_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        check_heads(embedding_dim, heads)
+        self.regions = RegionStates(region_dim, embedding_dim)
+        self.look = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
+        self.queries = nn.Parameter(torch.randn(self.count, embedding_dim))
+        self.gather = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
+
+    def forward(self, embeddings, mask, own_mask, regions, region_mask, return_weights=False):
+        """Word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of the post's own,
+        regions [B, R, Dv], region_mask [B, R] -> (embeddings [B, T + count, E], their mask, weights of X over regions
+        [B, T, R] or None).
+
+        Without photo, or without a token of its own, a post's soft tokens are zero and masked.
+        """
+        photo, own = region_mask.any(1, keepdim=True), own_mask.any(1, keepdim=True)  # [B, 1]
+        embeddings = clean(embeddings, mask)
+        image, width = self.regions(regions, region_mask), embeddings.shape[-1:]
+        # A row with nothing to attend to would be NaN; its result is not used, here and below.
+        seen, weights = self.look(
+            F.layer_norm(embeddings, width), image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
+        )
+        seen, queries = F.layer_norm(seen, width), self.queries.expand(len(mask), -1, -1)
+        made, _ = self.gather(queries, seen, seen, key_padding_mask=~own_mask & own, need_weights=False)
+        made = queries + F.layer_norm(made, width)
+        length = embeddings.norm(dim=-1).masked_fill(~own_mask, 0).sum(1) / own_mask.sum(1).clamp(min=1)  # [B]
+        made = (F.normalize(made, dim=-1) * length[:, None, None]).to(embeddings.dtype)
+        # Behind the last token of each post.
+        place = mask.sum(1, keepdim=True) + torch.arange(self.count, device=mask.device)  # [B, count]
+        whole = F.pad(embeddings, (0, 0, 0, self.count))
+        whole = whole.scatter(1, place[..., None].expand_as(made), clean(made, (photo & own).expand_as(place)))
+        whole_mask = F.pad(mask, (0, self.count)).scatter(1, place, (photo & own).expand_as(place))
+        return whole, whole_mask, weights * photo[..., None] if return_weights else None
 
 
 class PhotoBias(nn.Module):

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -158,6 +159,31 @@ def try_out(encoder, tokenizer):
             f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's start marker, knows"
             " nothing of what comes after it; expect lower scores"
         )
+
+
+def check_soft_tokens(encoder, tokenizer, source, count):
+    """ValueError unless the encoder reads `count` vectors of no word behind a text as `stages.Prefix` gives them.
+
+    It must take embeddings for ids and make the same states of them, masked vectors of zero behind them or not. One that
+    reads left to right would never know of what stands behind. The encoder is in eval mode.
+    """
+    what = f"--fusion prefix: {source}, a {encoder.config.model_type},"
+    if encoder.left_to_right:
+        raise ValueError(f"{what} reads left to right, so no word would know of the photo; take another --text-encoder")
+    (prefix, suffix), pieces = special_ends(tokenizer), split_pieces(tokenizer, [PROBE])[0][0]
+    ids = torch.tensor([prefix + pieces[:16] + suffix])
+    mask = torch.ones_like(ids)
+    try:
+        with torch.no_grad():
+            plain = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            whole = F.pad(encoder.get_input_embeddings()(ids), (0, 0, 0, count))
+            states = encoder(inputs_embeds=whole, attention_mask=F.pad(mask, (0, count))).last_hidden_state
+        same = torch.allclose(states[:, : ids.shape[1]], plain, 1e-4, 1e-4)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} takes no embeddings in place of ids ({first_line(error)}); take another --text-encoder") from None
+    if not same:
+        raise ValueError(f"{what} makes other states of a text's embeddings, masked ones behind them, than of its ids; take another"
+                         " --text-encoder")  # fmt: skip
 
 
 def drop_pooler(encoder):

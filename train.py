@@ -27,6 +27,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
+from align import ALIGNMENTS
 from commands import bounded, command_line, default_device, first_line, gather, join_processes, lock, pick_precision
 from commands import wait_for_all
 from data import DATASETS, IGNORE, collate, cut_train, data_task, dataset_name, encode, find_photos, image_folders
@@ -36,16 +37,17 @@ from features import FeatureCache
 from fusion import FUSIONS
 from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, flat, read_config
 from model import save_weights
-from notes import EXTRAS, Notes
+from notes import EXTRAS, Notes, reads_relevance
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
-from text_encoder import load_text_encoder, longest_input
+from stages import Prefix
+from text_encoder import check_soft_tokens, load_text_encoder, longest_input
 
 
 def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss; not `supervised`, which wants classes that nothing here gives."""
+    """argparse type: NAME=WEIGHT of an alignment loss."""
     name, _, weight = text.partition("=")
-    if name not in ("contrastive", "local", "matching"):
-        raise argparse.ArgumentTypeError(f"{text}: NAME is contrastive, local or matching")
+    if name not in ALIGNMENTS:
+        raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
     return name, bounded(float, 0)(weight)
 
 
@@ -57,7 +59,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--fusion", choices=FUSIONS, help="none = text only; default: film. blip and vilt bring their own")
+    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo that the text encoder"
+        " reads; default: film. blip and vilt bring their own")
     add("--train-share", type=bounded(float, 1e-9, 1), default=1.0, help="train on this share of its posts, drawn with --seed")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
@@ -74,14 +77,18 @@ def parse_args(argv):
     add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
         " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
-        " and photo of a post together (align.py): contrastive, local, matching")
+        " and photo of a post together (align.py): contrastive, local, matching, and, by the relevance in --notes, supervised")
+    add("--relevance", choices=("none", "given", "predicted"), default="none", help="how much of the fusion a post is given: as"
+        " far as its photo belongs to it, by --notes where they say, or always by what the model makes of both")
+    add("--relevance-loss", type=bounded(float, 0), help="weight of the loss that teaches the model the relevance in --notes;"
+        " default: 0.5")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
     add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
         " of the post, of the photo, or both")
     add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
     add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells what"
         " --extra post is worth")
-    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal and pyramid; default: 8")
+    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal, pyramid and prefix; default: 8")
     add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
         " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
@@ -97,7 +104,8 @@ def parse_args(argv):
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
-        "[-<alignment><weight>...][-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
+        "[-<alignment><weight>...][-relevance-<which>[-notes][-loss<weight>]][-<decoder>][-extra-<what>]"
+        "[-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -110,7 +118,7 @@ def parse_args(argv):
         args.fusion = args.fusion or "film"
     elif args.fusion:
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
-    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid"):
+    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid", "prefix"):
         parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
     if args.img_size and args.features:
         parser.error("--img-size and --features: either tells which feature file; leave one out")
@@ -123,10 +131,16 @@ def parse_args(argv):
     args.align, asked = dict(args.align), len(args.align)
     if len(args.align) < asked:
         parser.error("--align: one loss is named twice; leave one out")
+    if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
+        parser.error("--relevance-loss: it teaches the relevance in --notes; add --notes FILE --relevance given or predicted")
+    args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
     parts = [dataset, args.model]
     parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
     parts += [args.fusion] * bool(args.fusion) + [f"train{args.train_share:g}"] * (args.train_share < 1)
     parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
+    if args.relevance != "none":
+        parts += [f"relevance-{args.relevance}"] + ["notes"] * (args.relevance == "predicted" and args.notes is not None)
+        parts += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts += [args.decoder] * (args.decoder != "softmax") + [f"extra-{args.extra}"] * (args.extra != "none")
     parts += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
     args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}-s{args.seed}"
@@ -140,8 +154,15 @@ def parse_args(argv):
     if args.decoder == "visual-crf" and (system.checkpoint or args.fusion == "none"):
         blind = args.model if system.checkpoint else "--fusion none"
         parser.error(f"--decoder visual-crf: {blind} has no cached regions to look at; take --decoder crf")
-    if (args.extra == "none") != (args.notes is None):
-        parser.error("--notes and --extra go together: --notes FILE --extra post, for one")
+    if args.relevance != "none" and (system.checkpoint or args.fusion in ("none", "prefix")):
+        what = args.model if system.checkpoint else f"--fusion {args.fusion}"
+        parser.error(f"--relevance {args.relevance}: {what} has no layer behind the encoder to weigh; choose another")
+    needs = [f"--extra {args.extra}"] * (args.extra != "none") + ["--relevance given"] * (args.relevance == "given")
+    needs += ["--align supervised"] * ("supervised" in args.align)
+    if needs and args.notes is None:
+        parser.error(f"{' and '.join(needs)}: taken from notes; add --notes FILE (write_notes.py makes one)")
+    if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
+        parser.error("--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for one")
     if args.shuffle_notes and args.extra not in ("post", "both"):
         parser.error("--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post")
     if args.extra != "none" and system.checkpoint:
@@ -197,25 +218,61 @@ def open_features(args, dataset):
     return cache
 
 
+def check_length(args, encoder, tokenizer, extra=0):
+    """ValueError if the encoder has too few positions for a post, `extra` sub-tokens of notes and soft tokens, if any."""
+    longest, soft = longest_input(encoder, tokenizer), Prefix.count * (args.fusion == "prefix")
+    if args.max_len + extra + soft > longest:
+        asked = [f"--max-len {args.max_len}"] + [f"--extra-len {args.extra_len}"] * bool(extra)
+        asked += [f"the {soft} soft tokens of --fusion prefix"] * bool(soft)
+        raise ValueError(f"{' and '.join(asked)}: {args.text_encoder} takes {longest} in all")
+
+
+def median_relevance(args, dataset, rows, notes, cache):
+    """The median of the relevances that are given of train's posts with a photo, for --align supervised; None without it.
+
+    How many are given is said on the console. ValueError if none of train is, or if the median parts nothing.
+    """
+    for split, examples in dataset.examples.items():
+        shown = [row for row in rows[split] if cache.has_photo(row["image_id"])]
+        given = [row["relevance"] for row in (notes.shown(row, row["image_id"]) for row in shown) if "relevance" in row]
+        rest = {"given": "that of the others is predicted", "predicted": "that of all is predicted"}
+        print(f"           {split}: relevance given of {len(given)} of {len(shown)} posts with a photo,"
+              f" {rest.get(args.relevance, 'the others take no part in supervised alignment')}")  # fmt: skip
+        if split == "train":
+            of_train = np.float32(given)  # as batches have them
+    if not len(of_train) and (args.relevance == "given" or "supervised" in args.align or args.extra == "none"):
+        raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the notes, or leave out what"
+                         " reads it")  # fmt: skip
+    if "supervised" not in args.align:
+        return None
+    median = float(np.median(of_train))
+    if (of_train >= median).all():
+        raise ValueError(f"--align supervised: its classes are relevances from train's median on, {median:g}, and those below it;"
+                         " none is below it, leave it out")  # fmt: skip
+    return median
+
+
 def open_notes(args, dataset, rows, tokenizer, encoder):
     """The `Notes` of the data set, attached to its encoded `rows`, and on the console what they cover; None without.
 
     ValueError if they do not fit the data set, or the encoder: its longest input, or that it reads left to right.
     """
-    if args.extra == "none":
+    if args.notes is None:
         return None
-    if getattr(encoder, "left_to_right", False):
+    if args.extra != "none" and getattr(encoder, "left_to_right", False):
         raise ValueError(f"--extra {args.extra}: {args.text_encoder} reads left to right, so no word would know of what stands after"
                          " the post; take another --text-encoder")  # fmt: skip
-    notes, longest = Notes(args.notes, tokenizer, args.extra, args.extra_len), longest_input(encoder, tokenizer)
-    if args.max_len + notes.segments.longest > longest:
-        raise ValueError(f"--max-len {args.max_len} and --extra-len {args.extra_len}: {args.text_encoder} takes {longest} in all")
+    notes = Notes(args.notes, tokenizer, args.extra, args.extra_len, reads_relevance(vars(args)))
+    if notes.segments:
+        check_length(args, encoder, tokenizer, notes.segments.longest)
     for i, line in enumerate(notes.coverage(dataset.examples)):
         print(f"{'           ' if i else 'notes      '}{line}")
     for split, examples in dataset.examples.items():
         notes.attach(rows[split], examples, split)
         if args.shuffle_notes and notes.shuffle(rows[split], args.seed) < 2 and split == "train":
             raise ValueError(f"--shuffle-notes: fewer than 2 posts of train have an about_post in {args.notes}; leave it out")
+        if notes.segments is None:
+            continue
         shown = [notes.shown(row, row["image_id"]) for row in rows[split]]
         with_note, cut = (sum(bool(row.get(key)) for row in shown) for key in ("text_length", "note_cut"))
         said = f", {cut} of them cut to --extra-len {args.extra_len}" * bool(cut)
@@ -335,14 +392,16 @@ def run(args, stack):
     if processes > 1 and "local" in args.align:
         raise ValueError("--align local: it needs all posts of a batch in one process; run it without torchrun")
     encoder, tokenizer = load_text_encoder(args.text_encoder, system, dataset.task, args.dropout)
-    if args.max_len > longest_input(encoder, tokenizer):
-        raise ValueError(f"--max-len {args.max_len}: {args.text_encoder} takes {longest_input(encoder, tokenizer)}")
+    check_length(args, encoder, tokenizer)
+    if args.fusion == "prefix":
+        check_soft_tokens(encoder, tokenizer, args.text_encoder, Prefix.count)
     rows = {}
     for split, examples in dataset.examples.items():
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
             print(f"           {split}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
     notes, wrong = open_notes(args, dataset, rows, tokenizer, encoder), {}
+    median = median_relevance(args, dataset, rows, notes, cache) if notes and notes.relevance else None
     if args.shuffle_photos:
         for split, examples in dataset.examples.items():
             wrong[split] = shuffled_photos([example.image_id for example in examples], cache, args.seed, notes)
@@ -358,6 +417,7 @@ def run(args, stack):
         "region_dim": cache.region_dim if cache else None,
         "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
         "notes_sha256": notes.sha256 if notes else None,
+        "relevance_median": median,
         "versions": versions | {"python": platform.python_version()},
         "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
         "processes": processes,

@@ -396,7 +396,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     (name, found) = evaluate.read_runs(str(tmp_path / "run-*"), "test")
     assert name == "run-s1" and len(found) == 1
     with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
-        evaluate.run_notes({"extra": "none"}, None, [], [], "test", "n.jsonl")
+        evaluate.run_notes({"notes": None}, None, [], [], "test", "n.jsonl")
     # Another text under the same name is another system to the tables.
     argv = [str(a) for a in ("--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder",
             encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu", *more, "--run-dir", tmp_path / "run-s1")]  # fmt: skip
@@ -409,7 +409,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--extra", "post"), "--notes and --extra go together"), (("--notes", "n.jsonl"), "--notes and --extra go together"),
+        (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"), (("--notes", "n.jsonl"), "--notes: nothing reads them"),
         (("--shuffle-notes",), "--shuffle-notes: it gives posts"), (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
         (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
         (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),

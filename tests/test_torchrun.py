@@ -26,9 +26,14 @@ def start(processes, script, *args):
 
 # 24 posts: with 23 a step the last step has one, and the second process none.
 @pytest.mark.parametrize("dataset, batch_size, more", [
-    ("demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5"]), ("mnre", 23, ["--align", "matching=0.5"]),
+    ("demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given", "--notes"]),
+    ("mnre", 23, ["--align", "matching=0.5"]),
 ])  # fmt: skip
 def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path):
+    if "--notes" in more:  # of every second post of train
+        notes = [json.dumps({"id": f"train_{i:04d}", "relevance": i / 24}) for i in range(0, 24, 2)]
+        (tmp_path / "notes.jsonl").write_text("\n".join(notes))
+        more = [*more, tmp_path / "notes.jsonl"]
     fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
              "--lr", 1e-3, "--epochs", 3, "--dropout", 0, "--batch-size", batch_size, *more]  # fmt: skip
     said = [start(processes, "train.py", *fixed, "--run-dir", tmp_path / str(processes)) for processes in (1, 2)]
@@ -41,7 +46,7 @@ def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, ca
     assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
     for alone, shared in zip(*logs, strict=True):
         losses = {key for key in alone if key.startswith("loss")}
-        assert len(losses) == 2 and all(shared[key] == pytest.approx(alone[key], rel=1e-5) for key in losses)
+        assert len(losses) == (4 if dataset == "demo" else 2) and all(shared[key] == pytest.approx(alone[key], rel=1e-5) for key in losses)
     assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)  # Adam divides by gradients, small ones too
     for alone, shared in zip(*predictions, strict=True):
         assert (shared["id"], shared["words"], shared["predicted"]) == (alone["id"], alone["words"], alone["predicted"])
