@@ -144,11 +144,11 @@ class TextRegions(Model):
 
     def aligned(self, text, batch, given):
         """{name: loss [B]} of --align; `local` before a pyramid is the mean over its two finer scales."""
-        made, photos, grid = {}, [(batch["regions"], batch["region_mask"])], batch["region_grid"]
+        made, photos = {}, [(batch["regions"], batch["region_mask"])]
         for name, alignment in self.align.items():
             pictures, classes = photos, None
             if name == "local" and "region_grid" in self.fusion.reads:
-                pictures = pyramid_levels(*photos[0], grid)[1:]
+                pictures = pyramid_levels(*photos[0], batch["region_grid"])[1:]
             elif name == "supervised":  # of the posts whose relevance is given
                 pictures = [(regions, mask & (given >= 0)[:, None]) for regions, mask in photos]
                 classes = (given >= self.median).long()

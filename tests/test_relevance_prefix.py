@@ -285,6 +285,7 @@ def posts(tokenizer, data_dir, notes=True, count=5):
     generator = torch.Generator().manual_seed(3)
     photos = {"regions": torch.randn(count, 5, DV, generator=generator), "photo_row": torch.arange(count)}
     photos["region_mask"] = torch.arange(5) < torch.tensor([5, 0, 3, 1, 4])[:count, None]
+    photos["region_grid"] = torch.tensor([[1, 5], [0, 0], [3, 1], [1, 1], [2, 2]])[:count]
     return collate(rows, tokenizer.pad_token_id) | photos, rows
 
 
