@@ -121,7 +121,7 @@ NOTES = {
     "demo-notes": "Posts of `demo.py` where a fifth of the photos are another post's, and the notes know it; beside a"
     " wrong photo a name of several types is of its usual one. Some names are made up for one post (all mentions"
     " unseen in train): its photo tells them, or the notes on it. A tiny model with random weights: what is shown is"
-    " what a part is for, not how good a system is.",
+    " what a part is for, not how good a system is. `relevance`: `--relevance given`.",
 }
 
 
@@ -198,6 +198,8 @@ def all_rows():
         ("none", ("--fusion", "none"), "", "none"),
         ("post", ("--fusion", "none", *told, "--extra", "post"), "--shuffle-notes", "none"),
         ("cross-attention", ("--fusion", "cross-attention"), photos, "none"),
+        ("cross-attention, relevance", ("--fusion", "cross-attention", *told, "--relevance", "given"), photos,
+         "cross-attention"),
     ):  # fmt: skip
         rows.append(Row("demo-notes", name, "demo-notes", tiny + rates + more, control=control, text_only=without))
     return rows
