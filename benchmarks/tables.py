@@ -121,7 +121,8 @@ NOTES = {
     "demo-notes": "Posts of `demo.py` where a fifth of the photos are another post's, and the notes know it; beside a"
     " wrong photo a name of several types is of its usual one. Some names are made up for one post (all mentions"
     " unseen in train): its photo tells them, or the notes on it. A tiny model with random weights: what is shown is"
-    " what a part is for, not how good a system is. `relevance`: `--relevance given`.",
+    " what a part is for, not how good a system is. `relevance`: `--relevance given`. Features: `extract_features.py"
+    " --dataset demo-notes --weights random --views 2 --img-size 96`.",
 }
 
 
