@@ -43,6 +43,7 @@ DATASETS = {
     "twitter2017": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
     "mnre": ("relation", RELATIONS),
     "demo": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
+    "demo-notes": ("ner", bio_labels(("LOC", "MISC", "ORG", "PER"))),
 }
 
 # Where the public releases put things, {d} = data set, {s} = split. One release really has "mnre_val .txt".

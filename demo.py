@@ -1,14 +1,25 @@
-"""Write the demo data set: posts, drawn photos and their captions, in exactly the files of Twitter-2017, and tiny models.
+"""Write two demo data sets, in exactly the files of Twitter-2017, and tiny models.
 
     python demo.py    # data/demo/: {train,valid,test}.txt, images/, captions.txt, {encoder,clip,blip,vilt}/
+                      # data/demo-notes/: the same, but notes.jsonl and generated/ for captions.txt
 
-Half of the names can be of several types (Jordan the player, the country, the brand), and nothing but the scene in
-the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one type whatever the
-photo shows. So text alone cannot reach a good score, and a good score shows that the photo is used.
+demo: half of the names can be of several types (Jordan the player, the country, the brand), and nothing but
+the scene in the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one
+type whatever the photo shows. So text alone cannot reach a good score, and a good score shows that the photo
+is used.
+
+demo-notes: a photo shows what its post's first name is, but a fifth of the photos are another post's, and
+then a name of several types is of its usual one: who knows which photos are wrong can be right, who does not
+is misled. Some names are made up for one post, in letters that no model here knows. Its own photo tells what
+such a name is, and so do a list of names (about_post) and a picture (generated/) made from the text by
+someone who has heard of them. Of a name of several types the picture shows the usual one, and the list says
+none.
 """
 
 import argparse
+import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -21,11 +32,11 @@ from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessor, loggin
 
 logging.disable_progress_bar()
 
-AMBIGUOUS = {
-    "Jordan": ("PER", "LOC", "ORG"), "Paris": ("PER", "LOC"), "Amazon": ("LOC", "ORG"),
-    "Phoenix": ("PER", "LOC", "MISC"), "Washington": ("PER", "LOC", "ORG"), "Chelsea": ("PER", "LOC", "ORG"),
-    "Mercedes": ("PER", "ORG"),
-    "Oscar": ("PER", "MISC"), "Apollo": ("ORG", "MISC"), "Chicago": ("LOC", "MISC"),
+AMBIGUOUS = {  # the usual type first
+    "Jordan": ("PER", "LOC", "ORG"), "Paris": ("LOC", "PER"), "Amazon": ("ORG", "LOC"),
+    "Phoenix": ("LOC", "PER", "MISC"), "Washington": ("LOC", "PER", "ORG"), "Chelsea": ("ORG", "PER", "LOC"),
+    "Mercedes": ("ORG", "PER"),
+    "Oscar": ("PER", "MISC"), "Apollo": ("MISC", "ORG"), "Chicago": ("LOC", "MISC"),
 }  # fmt: skip
 PLAIN = {
     "PER": ("Serena Williams", "Taylor Swift", "Obama", "Kevin Hart", "Messi"),
@@ -46,6 +57,7 @@ CAPTIONS = {
     "ORG": ("a shop with a white sign", "the front of a red building"),
     "MISC": ("a dark stage with two spotlights", "lights shining on an empty stage"),
 }
+KINDS = {"PER": "person", "LOC": "place", "ORG": "organisation", "MISC": "other"}  # as notes call them
 
 
 def draw_scene(kind, rng):
@@ -89,13 +101,34 @@ def make_post(rng):
         else:
             kind = rng.choice(list(PLAIN))
             names.append((rng.choice(PLAIN[kind]), kind))
+    return *fill(template, names), scene
+
+
+def fill(template, names):
+    """(words, labels) of a template with names, [(name, type)], in its gaps."""
     rest, words, labels = iter(names), [], []
     for word in template.split():
         name, kind = next(rest) if word == "{}" else (word, None)
         for position, part in enumerate(name.split()):
             words.append(part)
             labels.append("O" if kind is None else f"{'I' if position else 'B'}-{kind}")
-    return words, labels, scene
+    return words, labels
+
+
+def make_noted_post(rng, own):
+    """(words, labels, [(name, type)]); `own`: with its own photo, so a name can be of any of its types."""
+    template, names, luck = rng.choice(TEMPLATES), [], rng.random()
+    for i in range(template.count("{}")):
+        kind = rng.choice(list(PLAIN))
+        if i == 0 and luck < 0.4:
+            name = rng.choice(list(AMBIGUOUS))
+            kind = rng.choice(AMBIGUOUS[name]) if own else AMBIGUOUS[name][0]
+        elif i == 0 and luck < 0.5:
+            name = "".join(rng.choice("βγδκλμνπρτ") + rng.choice("αειου") for _ in range(3)).capitalize()
+        else:
+            name = rng.choice(PLAIN[kind])
+        names.append((name, kind))
+    return *fill(template, names), names
 
 
 def build_models(words, folder, width=64, layers=2, image=96, patch=16):
@@ -137,31 +170,69 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
             wrapped.save_pretrained(folder / name)
 
 
+def write_split(folder, split, posts):
+    """Write posts, [(words, labels, photo)], as a Twitter-2017 file and their photos in images/."""
+    with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as file:
+        for i, (words, labels, photo) in enumerate(posts):
+            lines = [f"{word}\t{label}" for word, label in zip(words, labels, strict=True)]
+            file.write("\n".join([f"IMGID:{split}_{i:04d}", *lines, "", ""]))
+            photo.save(folder / "images" / f"{split}_{i:04d}.jpg", quality=90)
+
+
 def write_dataset(folder, posts=(320, 80, 160), seed=7):
-    """Write the splits (so many posts each), their photos and the models under `folder`."""
+    """Write `demo` under `folder`: the splits (so many posts each), their photos, captions and the models."""
     folder, rng, train_words, captions = Path(folder), random.Random(seed), [], []
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
-        with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as file:
-            for number in range(count):
-                words, labels, scene = make_post(rng)
-                lines = [f"{word}\t{label}" for word, label in zip(words, labels, strict=True)]
-                file.write("\n".join([f"IMGID:{split}_{number:04d}", *lines, "", ""]))
-                draw_scene(scene, rng).save(folder / "images" / f"{split}_{number:04d}.jpg", quality=90)
-                captions.append(f"{split}_{number:04d}.jpg :{CAPTIONS[scene][number % 2]}")
-                train_words += words if split == "train" else []
+        made = []
+        for i in range(count):
+            words, labels, scene = make_post(rng)
+            made.append((words, labels, draw_scene(scene, rng)))
+            captions.append(f"{split}_{i:04d}.jpg :{CAPTIONS[scene][i % 2]}")
+            train_words += words if split == "train" else []
+        write_split(folder, split, made)
     (folder / "captions.txt").write_text("\n".join([*captions, ""]), encoding="utf-8")
     caption_words = " ".join(caption for pair in CAPTIONS.values() for caption in pair).split()
     build_models(train_words + caption_words, folder)
 
 
+def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
+    """Write `demo-notes`: as `demo`, with notes and pictures drawn from the text in place of captions."""
+    folder, rng, notes = Path(folder), random.Random(seed), []
+    for name in ("images", "generated"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+    for split, count in zip(("train", "valid", "test"), posts, strict=True):
+        wrong = set(rng.sample(range(count), count // 5))
+        made = [make_noted_post(rng, i not in wrong) for i in range(count)]
+        scenes = [names[0][1] for _, _, names in made]
+        photos, shown = [draw_scene(scene, rng) for scene in scenes], list(range(count))
+        for i in sorted(wrong):
+            shown[i] = rng.choice([j for j in range(count) if scenes[j] != scenes[i]])
+        write_split(folder, split, [(*post[:2], photos[j]) for post, j in zip(made, shown, strict=True)])
+        for i, (words, _, names) in enumerate(made):
+            usual = AMBIGUOUS.get(names[0][0], names[0][1:])[0]
+            picture = draw_scene(usual, random.Random(" ".join(words)))  # the text alone decides on it
+            picture.save(folder / "generated" / f"{split}_{i:04d}.jpg", quality=90)
+            entities = [name if name in AMBIGUOUS else f"{name} ({KINDS[kind]})" for name, kind in names]
+            caption = CAPTIONS[scenes[shown[i]]][shown[i] % 2]
+            cut = re.split(" (?:of|in front of|under|with|on) ", caption)
+            note = {"id": f"{split}_{i:04d}", "about_post": "; ".join(entities), "about_photo": caption}
+            notes.append(json.dumps(note | {"relevance": int(shown[i] == i), "phrases": cut}))
+    (folder / "notes.jsonl").write_text("\n".join([*notes, ""]), encoding="utf-8")
+    texts = [*TEMPLATES, *AMBIGUOUS, *KINDS.values(), *sum([*PLAIN.values(), *CAPTIONS.values()], ()), "();"]
+    build_models(re.findall(r"\w+|[^\w\s]", " ".join(texts)), folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="data")
-    target = Path(parser.parse_args().data_dir) / "demo"
+    parser.add_argument("--data-dir", default="data", type=Path)
+    target = parser.parse_args().data_dir
     try:
-        write_dataset(target)
+        write_dataset(target / "demo")
+        write_noted_dataset(target / "demo-notes")
     except OSError as error:
         raise SystemExit(f"demo.py: error: {error.filename}: {error.strerror}") from None
-    print(f"{target}: train, valid and test posts, their photos and captions; encoder/, clip/, blip/, vilt/: tiny random models")
+    for name, more in (("demo", "captions"), ("demo-notes", "notes, pictures drawn from the text")):
+        print(f"{target / name}: train, valid and test posts, their photos, {more}; tiny random models")

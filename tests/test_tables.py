@@ -30,7 +30,7 @@ def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
     rows = tables.all_rows()
     counts = {table: sum(row.table == table for row in rows) for table in tables.TITLES}
     assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 0, "captions": 5, "notes": 12, "base": 2,
-                      "few-shot": 4, "relations": 5, "demo": 9}  # fmt: skip
+                      "few-shot": 4, "relations": 5, "demo": 9, "demo-notes": 4}  # fmt: skip
     assert len({row.key for row in rows}) == len(rows)
     args, folders = tables.parse_args(["--runs", str(tmp_path)]), {}
     for row in rows:
@@ -74,6 +74,9 @@ def test_dry_run_shows_commands_and_writes_nothing(place, monkeypatch, capsys):
     for command in commands:
         train.parse_args(command[2:])
     assert sorted(place.rglob("*")) == before
+    tables.main(["--dry-run", "--only", "notes/none", "demo-notes"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
+    assert shown == ["notes/none/twitter2017", "notes/none, crf/twitter2017", *(row.key for row in tables.all_rows() if row.table == "demo-notes")]
     with pytest.raises(ValueError, match="--only nothing: no such row"):
         tables.main(["--only", "nothing"])
 
