@@ -21,6 +21,7 @@ from commands import first_line
 from crf import Crf
 from data import IGNORE
 from fusion import FUSIONS, clean, unit_length
+from stages import Bottleneck
 from text_encoder import drop_pooler, load_tokenizer
 
 
@@ -67,7 +68,7 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
+    features_made, align, generated, bottleneck). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
     own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
     a post without photo (None where there is no such thing). For a post without photo the states depend on no image
     state at all.
@@ -99,26 +100,45 @@ class Model(nn.Module):
 
 
 class TextRegions(Model):
-    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion."""
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion.
+
+    With a `Bottleneck` they all get its codes in place of text states and regions.
+    """
 
     def __init__(self, encoder, config):
         super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder = encoder
-        self.fusion = FUSIONS[config["fusion"]](width, config["region_dim"], config["heads"], config["dropout"])
-        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, config["region_dim"]) for name in config["align"]})
+        width, region_dim, sizes = encoder.config.hidden_size, config["region_dim"], (config["heads"], config["dropout"])
+        self.encoder, self.bottleneck = encoder, None
+        if config["bottleneck"]:
+            self.bottleneck, region_dim = Bottleneck(width, region_dim, *sizes), width
+            self.loss_weights = self.loss_weights | {"bottleneck": config["bottleneck"]}
+        pictures = {"pictures": 2} if config["generated"] else {}
+        self.fusion = FUSIONS[config["fusion"]](width, region_dim, *sizes, **pictures)
+        self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
         self.head = Head(width, config)
 
     def states(self, batch, return_weights, losses):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        if losses is not None and self.align:
-            seen = batch["region_mask"]
-            regions = unit_length(clean(batch["regions"].float(), seen))
-            for name, alignment in self.align.items():
-                losses[name] = alignment(text, batch["own_mask"], regions, seen, batch["photo_row"])
         mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
-        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights)
+        regions, seen = batch.get("regions"), batch.get("region_mask")
+        more = {key: batch[key] for key in self.fusion.reads if key in batch}
+        if self.bottleneck is not None:
+            second = [(more["generated"], more["generated_mask"])] if "generated" in more else []
+            text, (regions, *codes), divergence = self.bottleneck(text, mask, (regions, seen), *second)
+            more |= {"generated": code for code in codes}
+            if losses is not None:
+                losses["bottleneck"] = divergence
+        if losses is not None and self.align:
+            pictures = [(regions, seen, batch["photo_row"])]
+            if "generated" in more:
+                pictures.append((more["generated"], more["generated_mask"], batch["generated_row"]))
+            for name, alignment in self.align.items():
+                losses[name] = sum(
+                    alignment(text, batch["own_mask"], unit_length(clean(x.float(), real)), real, rows)
+                    for x, real, rows in pictures
+                )
+        fused = self.fusion(text, mask, regions, seen, return_weights, **more)
         return fused if return_weights else (fused, None)
 
 
@@ -208,11 +228,14 @@ def with_cls(mask):
     return torch.cat((mask.any(1, keepdim=True), mask), 1)
 
 
+WORDED = ("caption", "phrases")  # backbones that read what is said of a photo, and not the photo
+
+
 @dataclass(frozen=True)
 class System:
     text_encoder: str  # default of --text-encoder
     backbone: str  # of extract_features.py
-    img_size: int  # of its feature file, by default: pixels, or sub-tokens of a caption
+    img_size: int  # of its feature file, by default: pixels, sub-tokens of a caption, or phrases of a photo
     model: type
     max_len: int = 128  # sub-tokens a post, by default
     checkpoint: str = ""  # the model type its text encoder is a part of; "" = any plain text encoder
@@ -225,6 +248,8 @@ SYSTEMS = {
     "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
     "roberta-caption": System("roberta-base", "caption", 64, TextRegions),
     "bert-caption": System("bert-base-uncased", "caption", 64, TextRegions),
+    "roberta-phrases": System("roberta-base", "phrases", 32, TextRegions),
+    "bert-phrases": System("bert-base-uncased", "phrases", 32, TextRegions),
     "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
 
@@ -275,7 +300,7 @@ def load_run(run_dir, device="cpu"):
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
 # features also the last bits, which another machine computes differently.
-PLACES = {"data_dir", "images", "cache_dir", "features", "notes", "run_dir", "file", "made_from"}
+PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
@@ -284,7 +309,7 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}}
+          "train_share": 1.0, "align": {}, "generated": None, "generated_made": None, "bottleneck": 0.0}
 
 
 def flat(config, prefix=""):
@@ -301,8 +326,9 @@ def system_settings(config):
     kept = {key: value for key, value in config.items() if key not in {"seed", "eval_batch_size"} | PLACES | WRITING | MACHINE}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
-    if features := config.get("features_made"):
-        kept["features_made"] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
+    for name in ("features_made", "generated_made"):
+        if features := config.get(name):
+            kept[name] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
     return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
 
 

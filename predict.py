@@ -219,7 +219,8 @@ class Predictor:
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
-    if they were a local file. ValueError if they are not those the run's features were made with.
+    if they were a local file. ValueError if they are not those the run's features were made with. A run with --generated
+    answers without second pictures, as it answers a post that has none.
     """
 
     def __init__(self, run_dir, device=None, weights=None):
@@ -504,6 +505,9 @@ def main(argv=None):
         raise ValueError(f"--images and --weights do not go with {args.run}, which looks at text only; leave them out")
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
+    if predictor.config["generated"]:
+        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it answers without",
+              file=sys.stderr)  # fmt: skip
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
     names = ("text", "words", "image", "caption", "about_post", "about_photo", "head", "tail")

@@ -356,16 +356,23 @@ def main(argv=None):
     warnings += [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."] if counts else []
     warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
     warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
+    bottleneck = f", bottleneck {config['bottleneck']:g}" if config["bottleneck"] else ""
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
-        f" {config['text_encoder']}, decoder {config['decoder']}, seed {config['seed']}",
+        f" {config['text_encoder']}{bottleneck}, decoder {config['decoder']}, seed {config['seed']}",
         "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
         "not used",
         "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
+    if config["generated"]:
+        given = sum(record.get("generated") is True for record in records)
+        facts["Generated pictures"] = (
+            f"{Path(config['generated']).name} ({config['generated_made']['sha256'][:16]}):"
+            f" {given} of {len(records)} {'posts' if ner else 'rows'} with one; not shown here"
+        )
     found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
     if "bootstrap" in found:  # not in those of earlier versions
         facts["Image check"] = image_check_line(config, found)
