@@ -8,12 +8,14 @@ A backbone is one loader and one row of `BACKBONES`. How a transformers model wa
 normalised is read from its own image processor's configuration.
 
 The caption backbone sees no pixel: the regions of a photo are the states of the tokens of its caption, as much as
-alignment methods such as ITA (Wang et al., NAACL 2022) know of it.
+alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The phrases backbone has one region a phrase: objects,
+the triples of a scene graph, or a caption cut into phrases.
 """
 
 import hashlib
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,11 +45,12 @@ class Backbone:
     """A frozen model and how it wants its photos: all that decides what becomes of a photo.
 
     `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole (a class
-    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D].
+    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D]; of phrases ids
+    [1, P, n] to [1, P, D].
     """
 
     regions: nn.Module
-    prepare: object  # PIL photo -> its plain view, uint8 [3, H, W]; or caption -> ids [n]
+    prepare: object  # PIL photo -> its plain view, uint8 [3, H, W]; caption -> ids [n] or phrases -> ids [P, n], and what was cut
     resample: int  # the interpolation of `prepare`, as PIL numbers them
     stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places; 0 = there are no places
     shape: tuple  # (most regions of a photo, D)
@@ -278,23 +281,83 @@ class CaptionStates(nn.Module):
         return states[:, len(self.prefix) : len(self.prefix) + ids.shape[1]].half()
 
 
+class PhraseStates(nn.Module):
+    """Ids [1, P, n] of phrases, -1 behind the end of each -> [1, P, D] float16, the mean of the `CaptionStates` of each.
+
+    One by one, so that a phrase's region depends on no other phrase, to the last bit.
+    """
+
+    def __init__(self, states):
+        super().__init__()
+        self.states = states
+
+    def forward(self, ids):
+        return torch.stack([self.states(row[row >= 0][None])[0].float().mean(0) for row in ids[0]])[None].half()
+
+
+# Where a caption is cut into phrases: at these words, and at signs that are not inside of a word. What lies between is
+# mostly a noun phrase, sometimes with a verb. Of another language than English only the signs are known.
+CUT_AT = (
+    "in front of|on top of|next to|a|an|the|his|her|its|their|and|or|as|while|that|which|who|is|are|was|were|being|of|in|on|at"
+    "|by|with|for|from|to|into|over|under|behind|beside|between|near|around|through|against|across|along"
+)
+CUTS = re.compile(
+    rf"(?<![\w.'’-])(?:{CUT_AT})(?![\w'’-]|\.\w)|(?<!\w)[^\w\s]+|[^\w\s]+(?!\w)", re.IGNORECASE
+)  # fmt: skip
+
+
+def phrases_of(said):
+    """The phrases of what is said of a photo: of a list all that are not blank; a caption is cut, and repeats left out."""
+    if isinstance(said, str):
+        return list(dict.fromkeys(" ".join(part.split()) for part in CUTS.split(said) if part.strip()))
+    return [phrase.strip() for phrase in said if phrase.strip()]
+
+
+def caption_states(weights):
+    """(frozen `CaptionStates` of a text encoder, its tokenizer, how many sub-tokens of a caption it takes)."""
+    encoder, tokenizer = load_text_encoder(weights, SYSTEMS["bert-caption"], "ner", 0.0)
+    prefix, suffix = special_ends(tokenizer)
+    longest = longest_input(encoder, tokenizer) - len(prefix) - len(suffix)
+    return CaptionStates(encoder.eval(), prefix, suffix), tokenizer, longest
+
+
+def worded_backbone(regions, encoder, prepare, weights, settings):
+    """The `Backbone` of what is said of photos, at most settings["img_size"] regions of one."""
+    digest, shape = state_hash(encoder), (settings["img_size"], encoder.config.hidden_size)
+    settings = {"weights": f"file-{digest[:12]}" if os.path.isdir(weights) else weights, **settings}
+    parameters = sum(p.numel() for p in encoder.parameters())
+    return Backbone(regions, prepare, 0, 0, shape, False, settings, "float16", digest, parameters)
+
+
 def load_caption(weights, img_size, seed):
     """A frozen text encoder over captions, at most `img_size` (64) sub-tokens of each."""
-    encoder, tokenizer = load_text_encoder(weights, SYSTEMS["bert-caption"], "ner", 0.0)
-    (prefix, suffix), most = special_ends(tokenizer), img_size or 64
-    longest = longest_input(encoder, tokenizer) - len(prefix) - len(suffix)
+    (states, tokenizer, longest), most = caption_states(weights), img_size or 64
     if most > longest:
         raise ValueError(f"--img-size {most}: {weights} takes captions of {longest} sub-tokens at most")
 
     def prepare(caption):
-        return torch.tensor(tokenizer(caption, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        ids = torch.tensor(tokenizer(caption, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        return ids[:most], f"cut: {len(ids)} sub-tokens" if len(ids) > most else ""
 
-    digest = state_hash(encoder)
-    return Backbone(
-        CaptionStates(encoder.eval(), prefix, suffix), prepare, 0, 0, (most, encoder.config.hidden_size), False,
-        {"weights": f"file-{digest[:12]}" if os.path.isdir(weights) else weights, "img_size": most}, "float16", digest,
-        sum(p.numel() for p in encoder.parameters()),
-    )  # fmt: skip
+    return worded_backbone(states, states.encoder, prepare, weights, {"img_size": most})
+
+
+def load_phrases(weights, img_size, seed):
+    """A frozen text encoder over the phrases said of a photo, at most `img_size` (32) of them, each by itself."""
+    (states, tokenizer, longest), most = caption_states(weights), img_size or 32
+
+    def prepare(said):
+        phrases = phrases_of(said)
+        ids = [tokenizer(phrase, add_special_tokens=False)["input_ids"] for phrase in phrases[:most]]
+        kept = [torch.tensor(phrase[:longest]) for phrase in ids if phrase]
+        long, bare = sum(len(phrase) > longest for phrase in ids), len(ids) - len(kept)
+        cut = [f"cut: {len(phrases)} phrases"] * (len(phrases) > most)
+        cut += [f"cut: {long} of the phrases to {longest} sub-tokens"] * (long > 0)
+        cut += [f"left out: {bare} of the phrases, without a sub-token"] * (bare > 0)
+        return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else [], "; ".join(cut)
+
+    settings = {"img_size": most, "cut_at": CUT_AT}
+    return worded_backbone(PhraseStates(states), states.encoder, prepare, weights, settings)
 
 
 BACKBONES = {  # name: (loader, default of --weights)
@@ -303,6 +366,7 @@ BACKBONES = {  # name: (loader, default of --weights)
     "blip": (load_blip, "Salesforce/blip-itm-base-coco"),
     "pixels": (load_pixels, "dandelin/vilt-b32-mlm"),
     "caption": (load_caption, "bert-base-uncased"),
+    "phrases": (load_phrases, "bert-base-uncased"),
 }
 
 
@@ -401,20 +465,23 @@ class Captions:
     """What `Photos` is, for captions: item (list of rows) -> list of (ids [1, n] or None, status, reason).
 
     `captions`: {image id: caption or None}. One equal to `placeholder` says nothing of the photo, which counts as missing.
+    For phrases, `kind`, ids are [1, P, n], of a list of phrases or a caption that is cut into some; no phrases are missing.
     """
 
-    def __init__(self, image_ids, captions, backbone, placeholder=None):
-        self.image_ids, self.captions, self.placeholder = image_ids, captions, placeholder
-        self.prepare, self.most = backbone.prepare, backbone.shape[0]
+    def __init__(self, image_ids, captions, backbone, placeholder=None, kind="caption"):
+        self.image_ids, self.captions, self.placeholder, self.kind = image_ids, captions, placeholder, kind
+        self.prepare = backbone.prepare
 
     def read(self, row):
         caption = self.captions[self.image_ids[row]]
-        if caption is None or caption == self.placeholder:
-            return None, MISSING, "no caption" if caption is None else "caption of a placeholder picture"
-        ids = self.prepare(caption)
+        if caption is None or (self.kind == "phrases" and not caption):
+            return None, MISSING, f"no {self.kind}"
+        if caption == self.placeholder:
+            return None, MISSING, "caption of a placeholder picture"
+        ids, cut = self.prepare(caption)
         if not len(ids):
-            return None, UNREADABLE, "empty caption"
-        return ids[None, : self.most], OK, f"cut: {len(ids)} sub-tokens" if len(ids) > self.most else ""
+            return None, UNREADABLE, f"empty {self.kind}"
+        return ids[None], OK, cut
 
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]

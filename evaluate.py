@@ -29,12 +29,14 @@ from scores import format_scores, mentions, read_predictions, score, seen_spans,
 
 
 def predict(
-    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(), notes=None
-):
+    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(), notes=None,
+    generated=None,
+):  # fmt: skip
     """Predictions for encoded `rows` of `examples`, one record a post, in their order.
 
     `swap`: {image id: image id or None}, the photo to show in place of a post's own. `known`: the `mentions` of train.
-    `notes`: the `Notes` that were attached to the rows, if any. A word the model has no state for (cut off, or no
+    `notes`: the `Notes` that were attached to the rows, if any. `generated`: the `FeatureCache` of second pictures, if any;
+    each post is shown its own, whatever `swap` says. A word the model has no state for (cut off, or no
     sub-token) is answered `O` with probability null.
     """
     model.eval()
@@ -43,7 +45,10 @@ def predict(
         rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
     records = [None] * len(rows)
     for chosen in length_batches([len(row["input_ids"]) for row in rows], batch_size):
-        batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, [photos[i] for i in chosen]), device)
+        batch = collate([rows[i] for i in chosen], pad_id, cache, [photos[i] for i in chosen])
+        if generated is not None:
+            batch |= generated.read_generated([examples[i].image_id for i in chosen])
+        batch = to_device(batch, device)
         with torch.inference_mode(), autocast(device, precision):
             best, probability = model.answer(batch)
         for i, indices, values in zip(chosen, best.tolist(), probability.tolist(), strict=True):
@@ -51,6 +56,8 @@ def predict(
             record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
             if cache is not None:
                 record["photo"] = photos[i] is not None and cache.has_photo(photos[i])
+            if generated is not None:
+                record["generated"] = generated.has_photo(example.image_id)
             if notes is not None and notes.segments:
                 record["extra"] = "text_length" in rows[i]
             if notes is not None and notes.relevance:
@@ -112,11 +119,24 @@ def run_notes(config, tokenizer, rows, examples, split, path=None):
     return notes
 
 
-def open_run(run_dir, split, device, data_dir=None, features=None, notes=None):
-    """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`).
+def run_cache(run_dir, config, name, path, examples, dataset):
+    """The `FeatureCache` that a run was trained on, by its option, "features" or "generated"; `path`: where it is now.
 
-    The last two are None where the run has none. `data_dir`, `features`, `notes`: where they are now, if no longer where the
-    run was trained. ValueError if they have changed.
+    ValueError if it has changed.
+    """
+    cache = FeatureCache(path or config[name])
+    cache.require([example.image_id for example in examples], dataset)
+    if cache.sha256 != config[f"{name}_made"]["sha256"]:
+        raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
+    return cache
+
+
+def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, generated=None):
+    """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`, second
+    cache, of generated pictures).
+
+    The last three are None where the run has none. `data_dir`, `features`, `notes`, `generated`: where they are now, if no
+    longer where the run was trained. ValueError if they have changed.
     """
     model, tokenizer, config = load_run(run_dir, device)
     dataset = load_dataset(*dataset_now(config, data_dir))
@@ -126,23 +146,27 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None):
     if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
         raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
     rows, _ = encode(tokenizer, dataset.examples[split], config["labels"], config["max_len"])
-    cache = None
+    cache = second = None
+    examples = dataset.examples[split]
     if config["fusion"] != "none":
-        cache = FeatureCache(features or config["features"])
-        cache.require([example.image_id for example in dataset.examples[split]], dataset.name)
-        if cache.sha256 != config["features_made"]["sha256"]:
-            raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
-    notes = run_notes(config, tokenizer, rows, dataset.examples[split], split, notes)
-    return model, tokenizer, config, dataset, rows, cache, notes
+        cache = run_cache(run_dir, config, "features", features, examples, dataset.name)
+    if generated and not config["generated"]:
+        raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
+    if config["generated"]:
+        second = run_cache(run_dir, config, "generated", generated, examples, dataset.name)
+    notes = run_notes(config, tokenizer, rows, examples, split, notes)
+    return model, tokenizer, config, dataset, rows, cache, notes, second
 
 
-def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None):
+def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None, generated=None):
     """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
 
-    What notes say of a photo is shown with it. Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true
+    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true
     against shuffled photos, None where there is no photo to show. See `open_run` for what it takes.
     """
-    model, tokenizer, config, dataset, rows, cache, notes = open_run(run_dir, split, device, data_dir, features, notes)
+    model, tokenizer, config, dataset, rows, cache, notes, second = open_run(
+        run_dir, split, device, data_dir, features, notes, generated
+    )
     examples, known = dataset.examples[split], mentions(dataset.examples["train"])
     ids = [example.image_id for example in examples]
     photos = sum(photo is not None for photo in shuffled_photos(ids, cache, 0, notes).values())
@@ -150,7 +174,7 @@ def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, 
     def run(swap):
         return predict(
             model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
-            precision_on(device, config), cache, swap, known, notes,
+            precision_on(device, config), cache, swap, known, notes, second,
         )  # fmt: skip
 
     true = run(None)
@@ -354,6 +378,7 @@ def parse_args(argv):
         " --leak-check (default: data)")
     add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under --data-dir")
     add("--features", help="for --image-check: where the run's feature file is now")
+    add("--generated", help="for --image-check: where the run's feature file of second pictures is now")
     add("--notes", help="for --image-check: where the run's notes are now; for --leak-check: notes to look for labels in")
     add("--device", default=default_device(), help="for --image-check")
     # fmt: on
@@ -363,7 +388,7 @@ def parse_args(argv):
         ("train", args.predictions, "--predictions: a run's own know what train holds"),
         ("split", not args.predictions, "runs and data sets: --predictions is one file"),
         ("score", args.compare, "--compare"), ("shuffles", args.image_check, "--image-check"),
-        ("features", args.image_check, "--image-check"), ("images", args.leak_check, "--leak-check"),
+        ("features", args.image_check, "--image-check"), ("generated", args.image_check, "--image-check"), ("images", args.leak_check, "--leak-check"),
         ("notes", args.image_check or args.leak_check, "--image-check or --leak-check"),
         ("data_dir", args.image_check or args.leak_check, "--image-check or --leak-check"),
     ):  # fmt: skip
@@ -401,7 +426,8 @@ def main(argv=None):
         path, config = predictions_file(run, args.split), read_config(run)
         split = path.stem.removeprefix("predictions-")
         if args.image_check:
-            check = image_check(run, split, args.shuffles, args.device, args.data_dir, args.features, args.notes)
+            moved = args.data_dir, args.features, args.notes, args.generated
+            check = image_check(run, split, args.shuffles, args.device, *moved)
             write_json(run / f"image-check-{split}.json", check)
             print(check_row(f"{run.name:<{width}}  {split:<5}", check))
             print(f"    {verdict(config, check)}", flush=True)

@@ -3,6 +3,7 @@
     python extract_features.py --dataset twitter2017
     torchrun --nproc-per-node 8 extract_features.py --dataset twitter2017    # eight GPUs, one file
     python extract_features.py --dataset twitter2017 --backbone caption --captions captions.txt    # no photo needed
+    python extract_features.py --dataset twitter2017 --backbone phrases --captions notes.jsonl     # nor here
 
 The file is allocated up front, and rows are written with `os.pwrite` at their offsets: regions first, `status` last.
 HDF5's own metadata is never touched again, so a run that is killed leaves a file that opens and says which rows are
@@ -38,6 +39,8 @@ from commands import alone_in, bounded, command_line, default_device, join_proce
 from data import DATASETS, by_name, dataset_name, find_photos, image_folders, load_dataset, read_captions
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import refuse_other_photos, refuse_other_settings
+from model import WORDED
+from notes import said_of_photos
 
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
 
@@ -135,11 +138,12 @@ def parse_args(argv):
     add("--cache-dir", default="features", help="where feature files go")
     add("--backbone", choices=BACKBONES, default="resnet50", help="clip for clip-bert, blip for blip, pixels for vilt")
     add("--weights", "--text-encoder", help="resnet50: imagenet (default), imagenet-v2, random or a .pth / .safetensors"
-        " file; clip, blip, pixels, caption (a text encoder): a hub's model or a local folder (default: the published base)")
-    add("--captions", help="for --backbone caption: a file of '<photo> :<caption>' lines")
+        " file; clip, blip, pixels, caption and phrases (a text encoder): a hub's model or a local folder (default: the published base)")
+    add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which phrases cuts at function"
+        " words (backbones.py); or for phrases a notes file whose notes have phrases, a list of text (notes.py)")
     add("--placeholder", help="a caption that describes a placeholder picture: photos with it count as missing")
     add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption, sub-tokens"
-        " (default: 64); the others know their own")
+        " (default: 64); of phrases, most of a photo (default: 32); the others know their own")
     add("--views", type=bounded(int, 1, 1000), help="view 0 is plain, the others are augmented (default: 4; a caption has 1)")
     add("--seed", type=bounded(int, 0, 2**32), default=1337, help="of the augmented views and of random weights")
     add("--batch-size", type=bounded(int, 1), help="images per forward pass, views counted (default: 8, 64 on cuda)")
@@ -153,12 +157,12 @@ def parse_args(argv):
         " then repairs what is damaged")
     # fmt: on
     args = parser.parse_args(argv)
-    captions = args.backbone == "caption"
+    captions = args.backbone in WORDED
     if captions != bool(args.captions):
-        parser.error("--backbone caption and --captions FILE go together")
+        parser.error("--backbone caption or phrases and --captions FILE go together")
     if captions and args.images:
-        parser.error("--images: --backbone caption reads --captions, no photo; leave it out")
-    if args.compile and args.backbone in ("pixels", "caption"):
+        parser.error(f"--images: --backbone {args.backbone} reads --captions, no photo; leave it out")
+    if args.compile and args.backbone in ("pixels", *WORDED):
         parser.error(f"--compile: --backbone {args.backbone} has no forward pass of one shape; leave it out")
     if args.verify and args.overwrite:
         parser.error("--verify and --overwrite: one looks at the file, the other deletes it; leave one out")
@@ -175,7 +179,7 @@ def begin(args, path, image_ids, sizes, shape, kind, attrs, found):
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     held = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(path.parent).free
-    what = "captions" if args.captions else "found"
+    what = "found" if not args.captions else "captions" if args.backbone == "caption" else "with phrases"
     print(f"{attrs['dataset']}: {shape[0]} photos, {found} {what}, x {shape[1]} views; {path} takes {size:,} bytes")
     if size - held > free:
         raise ValueError(f"{path.parent}: {size - held:,} bytes needed, {free:,} free; make room or lower --views")
@@ -188,8 +192,8 @@ def begin(args, path, image_ids, sizes, shape, kind, attrs, found):
         create_file(partial, image_ids, sizes, shape, kind, attrs)
 
 
-def find_inputs(args, image_ids):
-    """({image id: the photo's path, or its caption, or None where there is none}, the `reasons` of `find_photos`).
+def find_inputs(args, dataset, image_ids):
+    """({image id: the photo's path, or its caption or phrases, or None if it has none}, the `reasons` of `find_photos`).
 
     ValueError if no post names a photo, FileNotFoundError if none is there.
     """
@@ -197,7 +201,9 @@ def find_inputs(args, image_ids):
         raise ValueError(f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none")
     place, reasons = args.captions, {}
     if args.captions:
-        inputs = by_name(image_ids, read_captions(args.captions))
+        captions = args.backbone == "caption"
+        said = by_name(image_ids, read_captions(args.captions)) if captions else said_of_photos(args.captions, dataset)
+        inputs = {image_id: said[image_id] for image_id in image_ids}
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
         place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
@@ -209,7 +215,7 @@ def find_inputs(args, image_ids):
         )
     if args.captions:
         said, count = Counter(found).most_common(1)[0]
-        if count > max(10, len(found) / 100) and not args.placeholder:
+        if isinstance(said, str) and count > max(10, len(found) / 100) and not args.placeholder:
             print(f"WARNING: {count} of {len(found)} captions are {said!r}; if it describes a placeholder picture, name it"
                   " with --placeholder, and these photos count as missing")  # fmt: skip
         if args.placeholder and args.placeholder not in found:
@@ -224,7 +230,7 @@ def main(argv=None):
     for note in dataset.notes:
         print(note)
     image_ids = dataset.image_ids()[: args.limit]
-    inputs, reasons = find_inputs(args, image_ids)
+    inputs, reasons = find_inputs(args, dataset, image_ids)
     found = sum(value is not None for value in inputs.values())
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
     shape = (len(image_ids), args.views, *backbone.shape)
@@ -290,7 +296,7 @@ def main(argv=None):
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
         if args.captions:
-            reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder), 0, 1
+            reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder, args.backbone), 0, 1
         else:
             reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
             asked = min(args.workers, len(todo))

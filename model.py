@@ -21,7 +21,7 @@ from commands import first_line
 from crf import Crf
 from data import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
-from stages import PhotoBias, Prefix, Relevance
+from stages import Bottleneck, PhotoBias, Prefix, Relevance
 from text_encoder import drop_pooler, load_tokenizer
 
 
@@ -75,8 +75,8 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
-    own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
+    features_made, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to
+    put losses of its own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
     a post without photo (None where there is no such thing). For a post without photo the states depend on no image
     state at all.
     """
@@ -106,22 +106,29 @@ class Model(nn.Module):
         return self.head.answer(self(batch), batch)
 
 
+PICTURES = {"regions": ("region_mask", "photo_row"), "generated": ("generated_mask", "generated_row")}  # of a batch
+
+
 class TextRegions(Model):
     """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
 
-    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. `ALIGNMENTS` come
-    before the fusion. With --relevance a post has the share of the fusion that its photo's relevance, given or
-    `Relevance`'s, says.
+    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. With a `Bottleneck`
+    all that follows gets its codes in place of text states and regions. `ALIGNMENTS` come before the fusion. With
+    --relevance a post has the share of the fusion that its photo's relevance, given or `Relevance`'s, says.
     """
 
     def __init__(self, encoder, config):
         super().__init__()
         config, width = BEFORE | config, encoder.config.hidden_size
         layer, region_dim, sizes = config["fusion"], config["region_dim"], (config["heads"], config["dropout"])
-        self.encoder, self.prefix, self.relevance = encoder, None, None
+        self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
         if layer == "prefix":
             self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *sizes)
-        self.fusion = FUSIONS["none" if layer == "prefix" else layer](width, region_dim, *sizes)
+        if config["bottleneck"]:
+            self.bottleneck, region_dim = Bottleneck(width, region_dim, *sizes), width
+            self.loss_weights = self.loss_weights | {"bottleneck": config["bottleneck"]}
+        pictures = {"pictures": 2} if config["generated"] else {}
+        self.fusion = FUSIONS["none" if layer == "prefix" else layer](width, region_dim, *sizes, **pictures)
         self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
         if config["relevance"] != "none":
@@ -143,31 +150,38 @@ class TextRegions(Model):
         return states[:, : batch["input_ids"].shape[1]], weights
 
     def aligned(self, text, batch, given):
-        """{name: loss [B]} of --align; `local` before a pyramid is the mean over its two finer scales."""
-        made, photos = {}, [(batch["regions"], batch["region_mask"])]
+        """{name: loss [B]} of --align: the mean over the pictures there are, of `local` before a pyramid over its two
+        finer scales."""
+        made, shown = {}, [(batch[name], *(batch[key] for key in PICTURES[name])) for name in PICTURES if name in batch]
         for name, alignment in self.align.items():
-            pictures, classes = photos, None
+            pictures, classes = shown, None
             if name == "local" and "region_grid" in self.fusion.reads:
-                pictures = pyramid_levels(*photos[0], batch["region_grid"])[1:]
+                levels = pyramid_levels(batch["regions"], batch["region_mask"], batch["region_grid"])
+                pictures = [(*level, batch["photo_row"]) for level in levels[1:]]
             elif name == "supervised":  # of the posts whose relevance is given
-                pictures = [(regions, mask & (given >= 0)[:, None]) for regions, mask in photos]
+                pictures = [(values, real & (given >= 0)[:, None], rows) for values, real, rows in shown]
                 classes = (given >= self.median).long()
             losses = [
-                alignment(text, batch["own_mask"], unit_length(clean(regions.float(), mask)), mask,
-                          batch["photo_row"], classes)
-                for regions, mask in pictures
-            ]  # fmt: skip
+                alignment(text, batch["own_mask"], unit_length(clean(values.float(), real)), real, rows, classes)
+                for values, real, rows in pictures
+            ]
             made[name] = sum(losses) / len(losses)
         return made
 
     def states(self, batch, return_weights, losses):
         text, weights = self.read(batch, return_weights)
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment looks at the photo
+        if self.bottleneck is not None:
+            pictures = [name for name in PICTURES if name in batch]
+            text, codes, divergence = self.bottleneck(text, mask, *((batch[p], batch[PICTURES[p][0]]) for p in pictures))
+            batch = batch | dict(zip(pictures, codes, strict=True))
+            if losses is not None:
+                losses["bottleneck"] = divergence
         given = batch.get("relevance")
         if given is None:  # of no post
             given = torch.full((len(text),), -1.0, device=text.device)
         if losses is not None and self.align:
             losses |= self.aligned(text, batch, given)
-        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment looks at the photo
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights, **more)
         if return_weights:
@@ -176,6 +190,7 @@ class TextRegions(Model):
         if self.relevance is not None:
             logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
             share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
+            share = torch.where(batch["region_mask"].any(1), share, 1)  # there is no photo whose share it could be
             # Not text + share * (fused - text): that is not exactly `fused` at 1.
             fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
             if losses is not None and "relevance" in self.loss_weights:
@@ -269,11 +284,14 @@ def with_cls(mask):
     return torch.cat((mask.any(1, keepdim=True), mask), 1)
 
 
+WORDED = ("caption", "phrases")  # backbones that read what is said of a photo, and not the photo
+
+
 @dataclass(frozen=True)
 class System:
     text_encoder: str  # default of --text-encoder
     backbone: str  # of extract_features.py
-    img_size: int  # of its feature file, by default: pixels, or sub-tokens of a caption
+    img_size: int  # of its feature file, by default: pixels, sub-tokens of a caption, or phrases of a photo
     model: type
     max_len: int = 128  # sub-tokens a post, by default
     checkpoint: str = ""  # the model type its text encoder is a part of; "" = any plain text encoder
@@ -286,6 +304,8 @@ SYSTEMS = {
     "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
     "roberta-caption": System("roberta-base", "caption", 64, TextRegions),
     "bert-caption": System("bert-base-uncased", "caption", 64, TextRegions),
+    "roberta-phrases": System("roberta-base", "phrases", 32, TextRegions),
+    "bert-phrases": System("bert-base-uncased", "phrases", 32, TextRegions),
     "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
 
@@ -336,7 +356,7 @@ def load_run(run_dir, device="cpu"):
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
 # features also the last bits, which another machine computes differently.
-PLACES = {"data_dir", "images", "cache_dir", "features", "notes", "run_dir", "file", "made_from"}
+PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
@@ -345,7 +365,8 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None}
+          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None,
+          "generated": None, "generated_made": None, "bottleneck": 0.0}
 
 
 def flat(config, prefix=""):
@@ -363,8 +384,9 @@ def system_settings(config):
     kept = {key: value for key, value in config.items() if key not in {"eval_batch_size"} | of_seed | PLACES | WRITING | MACHINE}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
-    if features := config.get("features_made"):
-        kept["features_made"] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
+    for name in ("features_made", "generated_made"):
+        if features := config.get(name):
+            kept[name] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
     return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_lines, special_ends
+from data import by_name, read_captions, read_lines, special_ends
 
 
 def is_text(value):
@@ -163,6 +163,23 @@ class Notes:
             counts = Counter(key for items in said for key, value in items if value not in ("", [], False) or key == "relevance")
             lines.append(f"{split}: " + ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key]) + f" of {len(keys)} posts")
         return lines
+
+
+def said_of_photos(path, dataset):
+    """{image id: phrases, a tuple, or None} of a file of notes; of one of `<photo> :<caption>` lines {image id: caption or None}.
+
+    Of posts that share a photo the first note with `phrases` counts; none, or an empty list, is None.
+    """
+    first = next((line.strip() for _, line in read_lines(path) if line.strip()), "")
+    if not first.startswith("{"):
+        return by_name(dataset.image_ids(), read_captions(path))
+    notes, found = Notes(path), dict.fromkeys(dataset.image_ids())
+    for split, examples in dataset.examples.items():
+        for example in examples:
+            phrases = notes.notes.get(notes.find(example, split), {}).get("phrases")
+            if example.image_id is not None and phrases:
+                found[example.image_id] = found[example.image_id] or tuple(phrases)
+    return found
 
 
 def note_text(note, key):

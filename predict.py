@@ -4,9 +4,10 @@
     python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
 
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
-its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
-spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
-`about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other keys are ignored.
+its path from the folder of posts.jsonl on (for runs on captions, `caption` instead, for those on phrases `phrases`, a
+list of text, or a `caption` to be cut into some); for relations `head` and `tail`, spans [start, end) of the text's
+characters or of the words; `id`, text or a whole number, comes back; for runs with --extra `about_post` and `about_photo`,
+for runs with --relevance given `relevance`, as in their notes. Other keys are ignored.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
 `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
@@ -38,7 +39,7 @@ from commands import bounded, check_device, command_line, default_device, lock
 from data import NONE, NerExample, RelationExample, encode
 from evaluate import predict
 from features import UNREADABLE, FeatureCache
-from model import load_run, precision_on
+from model import WORDED, load_run, precision_on
 from notes import EXTRAS, Segments, check_note, is_text, note_text
 from scores import entity_spans
 
@@ -106,14 +107,17 @@ def check_text(value, name):
 def read_post(post, task, source=None, folder=""):
     """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
 
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened PIL image, or
-    its "caption". Its labels mean nothing.
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened PIL image,
+    its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
     """
     text, words, offsets = post.get("text"), post.get("words"), None
     if (text is None) == (words is None):
         raise ValueError("needs either text or words")
     photo = post.get(source)
-    if photo is not None and not (source == "image" and isinstance(photo, Image.Image)):
+    if source == "phrases":
+        phrases = check_note(post, ("phrases",)).get("phrases")
+        photo = post.get("caption") if phrases is None else tuple(phrases)
+    if photo is not None and not isinstance(photo, tuple) and not (source == "image" and isinstance(photo, Image.Image)):
         photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
         photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
@@ -174,9 +178,9 @@ def run_backbone(made, weights=None):
 
 
 class NewPhotos(FeatureCache):
-    """A `FeatureCache` of photos that no feature file holds, or of captions: one view, in memory.
+    """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
 
-    `sources`: {name: the photo's path or an opened PIL image, or its caption}.
+    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}.
     """
 
     def __init__(self, sources, made, backbone, device, pool):
@@ -186,9 +190,9 @@ class NewPhotos(FeatureCache):
         self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
         self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
         self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
-        if made["backbone"] == "caption":
+        if made["backbone"] in WORDED:
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
-            read = Captions(names, sources, backbone, placeholder).read
+            read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
         else:
             paths = {name: photo if isinstance(photo, Image.Image) else Path(photo) for name, photo in sources.items()}
             read = Photos(names, paths, backbone, 1, made["seed"]).read
@@ -219,7 +223,8 @@ class Predictor:
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
-    if they were a local file. ValueError if they are not those the run's features were made with.
+    if they were a local file. ValueError if they are not those the run's features were made with. A run with --generated
+    answers without second pictures, as it answers a post that has none.
     """
 
     def __init__(self, run_dir, device=None, weights=None):
@@ -228,7 +233,7 @@ class Predictor:
         self.made = self.config["features_made"]
         self.source = self.backbone = None  # text only
         if self.made:
-            self.source = "caption" if self.made["backbone"] == "caption" else "image"
+            self.source = self.made["backbone"] if self.made["backbone"] in WORDED else "image"
             self.backbone = run_backbone(self.made, weights)
             self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.segments = None
@@ -236,7 +241,7 @@ class Predictor:
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         # A tokenizer is not for several threads at once.
-        self.pool = ThreadPoolExecutor(1 if self.source == "caption" else min(4, os.cpu_count() or 1))
+        self.pool = ThreadPoolExecutor(1 if self.source in WORDED else min(4, os.cpu_count() or 1))
 
     def __call__(self, posts, folder="."):
         """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order; one post -> its answer.
@@ -292,13 +297,15 @@ class Predictor:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
                 if reason and re.match("https?://", str(post.get("image"))):
                     reason = "a link, and nothing is downloaded here: download it first and name the file"
-                named = "caption" if self.source == "caption" else post["image"]
+                named = self.source if self.source in WORDED else post["image"]
                 if reason:
                     remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
                 if answer["photo"] and "relevance" in self.keys and "relevance" not in row:
                     remark(answer, "no relevance given: it was predicted")
-            elif self.source == "caption" and post.get("image") is not None:
-                remark(answer, "the run looks at captions, not at images; give the post its caption")
+            elif self.source in WORDED and post.get("image") is not None:
+                said = "captions, not at images; give the post its caption"
+                said = said if self.source == "caption" else "phrases, not at images; give the post its phrases"
+                remark(answer, f"the run looks at {said}")
             if config["task"] == "relation":
                 answer |= {"relation": record["predicted"], "probability": record["probability"]}
             else:
@@ -460,7 +467,8 @@ def parse_args(argv):
     what.add_argument("--words", nargs="+", help="one post, as words")
     what.add_argument("--input", help="many posts: JSON lines with text or words, image, head and tail, id")
     add("--image", help="the photo of --text or --words")
-    add("--caption", help="the caption of its photo, for runs on captions")
+    add("--caption", help="the caption of its photo, for runs on captions or on phrases")
+    add("--phrases", nargs="+", help="the phrases said of its photo, one each, for runs on phrases")
     add("--about-post", help="what is said of it, for runs with --extra post or both")
     add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
     add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with --relevance given; left"
@@ -479,7 +487,7 @@ def parse_args(argv):
     many = args.input is not None
     if many != (args.output is not None):
         parser.error("--input and --output go together")
-    for name in ("image", "caption", "about_post", "about_photo", "relevance", "head", "tail", "images"):
+    for name in ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail", "images"):
         if getattr(args, name) is not None and many != (name == "images"):
             parser.error(f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}")
     return args
@@ -501,7 +509,8 @@ def main(argv=None):
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
     read = predictor.keys
     for name, use in (
-        ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at == "caption"),
+        ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at in WORDED),
+        ("phrases", looked_at == "phrases"),
         *((name, name in read) for name in ("about_post", "about_photo", "relevance")),
     ):  # fmt: skip
         if getattr(args, name) is not None and not use:
@@ -511,9 +520,12 @@ def main(argv=None):
         raise ValueError(f"--images and --weights do not go with {args.run}, which looks at text only; leave them out")
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
+    if predictor.config["generated"]:
+        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it answers without",
+              file=sys.stderr)  # fmt: skip
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
-    names = ("text", "words", "image", "caption", "about_post", "about_photo", "relevance", "head", "tail")
+    names = ("text", "words", "image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
     (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")

@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from backbones import upright
+from backbones import phrases_of, upright
 from commands import check_device, command_line, default_device
 from data import NONE, NerExample, RelationExample, collate, encode, find_photos, image_folders, length_batches
-from data import to_device
+from data import load_dataset, to_device
 from evaluate import dataset_now, predictions_file, run_notes, verdict
 from features import FeatureCache
 from model import autocast, load_run, precision_on, read_config
-from notes import EXTRAS, note_text, reads_relevance
+from notes import EXTRAS, note_text, reads_relevance, said_of_photos
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -158,7 +158,7 @@ def place_maps(weights, grid):
 
 
 def open_regions(run, config, records, features):
-    """The feature cache of a run whose words weigh places in the photos it was shown; None for any other.
+    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; None for any other.
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
@@ -168,7 +168,29 @@ def open_regions(run, config, records, features):
     cache.require([record["image_id"] for record in records], config["features_made"]["dataset"])
     if cache.sha256 != config["features_made"]["sha256"]:
         raise ValueError(f"{cache.path}: not the features {run} was trained on; restore them")
-    return cache if cache.grid.any() else None
+    return cache if cache.grid.any() or cache.attrs["backbone"] == "phrases" else None
+
+
+def shown_phrases(config, cache, data_dir, path):
+    """{image id: its phrases, one for each of its regions} of the photos that a run on phrases was shown.
+
+    `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many as its
+    regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data set is not there,
+    or has changed.
+    """
+    made = config["features_made"]
+    path = Path(path or made["made_from"])
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}, which the run's phrases were made of; name it with --captions")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != made["captions_sha256"]:
+        raise ValueError(f"{path}: not what the run's phrases were made of ({made['captions_sha256'][:16]}); restore it")
+    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
+    found = {}
+    for image_id, row in cache.rows.items():
+        texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
+        if cache.has_photo(image_id) and len(texts) == cache.num_regions[row]:
+            found[image_id] = texts
+    return found
 
 
 def run_inputs(config, tokenizer, records, split, path):
@@ -198,7 +220,7 @@ def run_inputs(config, tokenizer, records, split, path):
 def attention(model, config, rows, records, pad_id, cache, device):
     """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
 
-    Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
+    Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
     without a photo are left out. `rows`: of `run_inputs`.
     """
     found, ner = {}, config["task"] == "ner"
@@ -214,7 +236,8 @@ def attention(model, config, rows, records, pad_id, cache, device):
             starts = rows[i]["word_starts"] if ner else [rows[i]["head_index"], rows[i]["tail_index"]]
             starts = torch.tensor(starts)
             weight = weight[starts.clamp(min=0), : cache.num_regions[row]] * (starts >= 0)[:, None]  # 0: not read
-            maps, places, whole = place_maps(weight, cache.grid[row].tolist())
+            grid = cache.grid[row].tolist() if cache.grid[row].any() else [1, weight.shape[1]]
+            maps, places, whole = place_maps(weight, grid)
             found[i] = {
                 "rows": maps.shape[1], "columns": maps.shape[2], "bytes": base64.b64encode(maps.numpy()).decode(),
                 "places": [round(share, 3) for share in places.tolist()],
@@ -296,6 +319,7 @@ def parse_args(argv):
     add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
     add("--features", help="where the run's feature file is now")
     add("--notes", help="where the run's notes are now")
+    add("--captions", help="of a run on phrases: where the captions or notes that they were made of are now")
     add("--device", default=default_device())
     # fmt: on
     return parser.parse_args(argv)
@@ -332,7 +356,16 @@ def main(argv=None):
                         f" own, which the model did not see; so there is no attention to show{unseen}.")  # fmt: skip
     if config["shuffle_notes"]:
         warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown here, too.")
-    cache, maps = open_regions(run, config, records, args.features), {}
+    cache, maps, phrases = open_regions(run, config, records, args.features), {}, {}
+    on_phrases = made is not None and made["backbone"] == "phrases"
+    if args.captions and not on_phrases:
+        raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
+    try:
+        phrases = shown_phrases(config, cache, args.data_dir, args.captions) if cache is not None and on_phrases else {}
+    except FileNotFoundError as error:
+        if args.captions:
+            raise
+        warnings.append(f"Phrases not shown, nor attention: {error}.")
     if cache is not None or config["notes"] is not None:
         model, tokenizer, _ = load_run(run, args.device)
         try:
@@ -349,8 +382,12 @@ def main(argv=None):
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
         if record.get("relevance") is not None and not config.get("shuffle_photos"):  # that would be another photo's
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
-        if i in maps and isinstance(photos[post["photo"]], list):
+        if i in maps and on_phrases and post["photo"] in phrases:
+            post |= {"maps": maps[i], "phrases": phrases[post["photo"]]}
+        elif i in maps and not on_phrases and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
+    if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):
+        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one of them has no sub-token.")
     posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
 
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
@@ -358,16 +395,23 @@ def main(argv=None):
     warnings += [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."] if counts else []
     warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
     warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
+    bottleneck = f", bottleneck {config['bottleneck']:g}" if config["bottleneck"] else ""
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
-        f" {config['text_encoder']}, decoder {config['decoder']}, seed {config['seed']}",
+        f" {config['text_encoder']}{bottleneck}, decoder {config['decoder']}, seed {config['seed']}",
         "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
         "not used",
         "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
+    if config["generated"]:
+        given = sum(record.get("generated") is True for record in records)
+        facts["Generated pictures"] = (
+            f"{Path(config['generated']).name} ({config['generated_made']['sha256'][:16]}):"
+            f" {given} of {len(records)} {'posts' if ner else 'rows'} with one; not shown here"
+        )
     found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
     if "bootstrap" in found:  # not in those of earlier versions
         facts["Image check"] = image_check_line(config, found)

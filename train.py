@@ -35,8 +35,8 @@ from data import length_batches, load_dataset, locate, to_device
 from evaluate import predict, shuffled_photos
 from features import FeatureCache
 from fusion import FUSIONS
-from model import MACHINE, RUN_FORMAT, SYSTEMS, WRITING, TextRegions, autocast, differing, flat, read_config
-from model import save_weights
+from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, TextRegions, autocast, differing, flat
+from model import read_config, save_weights
 from notes import EXTRAS, Notes, reads_relevance
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 from stages import Prefix
@@ -82,13 +82,16 @@ def parse_args(argv):
         " far as its photo belongs to it, by --notes where they say, or always by what the model makes of both")
     add("--relevance-loss", type=bounded(float, 0), help="weight of the loss that teaches the model the relevance in --notes;"
         " default: 0.5")
+    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and photo in place of"
+        " both, before --align and --fusion (stages.py); what it says of them is a loss of this weight; 0 = none")
+    add("--generated", metavar="FEATURES", help="feature file of second pictures, generated from the texts; for --fusion saliency")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
     add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
         " of the post, of the photo, or both")
     add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
     add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells what"
         " --extra post is worth")
-    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal, pyramid and prefix; default: 8")
+    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
     add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
         " 384 for blip and vilt")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
@@ -104,8 +107,8 @@ def parse_args(argv):
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
-        "[-<alignment><weight>...][-relevance-<which>[-notes][-loss<weight>]][-<decoder>][-extra-<what>]"
-        "[-shuffled][-shuffled-notes]-s<seed>")
+        "[-<alignment><weight>...][-bottleneck<weight>][-generated][-relevance-<which>[-notes][-loss<weight>]]"
+        "[-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -118,7 +121,7 @@ def parse_args(argv):
         args.fusion = args.fusion or "film"
     elif args.fusion:
         parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
-    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid", "prefix"):
+    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid", "prefix") and not args.bottleneck:
         parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
     if args.img_size and args.features:
         parser.error("--img-size and --features: either tells which feature file; leave one out")
@@ -138,6 +141,7 @@ def parse_args(argv):
     parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
     parts += [args.fusion] * bool(args.fusion) + [f"train{args.train_share:g}"] * (args.train_share < 1)
     parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
+    parts += [f"bottleneck{args.bottleneck:g}"] * bool(args.bottleneck) + ["generated"] * bool(args.generated)
     if args.relevance != "none":
         parts += [f"relevance-{args.relevance}"] + ["notes"] * (args.relevance == "predicted" and args.notes is not None)
         parts += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
@@ -163,13 +167,21 @@ def parse_args(argv):
         parser.error(f"{' and '.join(needs)}: taken from notes; add --notes FILE (write_notes.py makes one)")
     if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
         parser.error("--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for one")
+    if args.bottleneck and args.fusion in (None, "none", "prefix"):
+        said = f"--fusion {args.fusion}" if args.fusion else args.model
+        parser.error(f"--bottleneck: {said} takes no codes of regions; leave it out")
+    readers = [name for name, layer in FUSIONS.items() if "generated" in layer.reads]
+    if args.generated and args.fusion not in readers:
+        said = f"--fusion {args.fusion}" if args.fusion else args.model
+        parser.error(f"--generated: {said} reads no second picture; choose --fusion {' or '.join(readers)}, or leave it out")
     if args.shuffle_notes and args.extra not in ("post", "both"):
         parser.error("--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post")
     if args.extra != "none" and system.checkpoint:
         why = "has no room for it, 40 sub-tokens in all" if system.checkpoint == "vilt" else "would show each word of it the photo"
         parser.error(f"--extra {args.extra}: {args.model} {why}; choose another --model")
-    if args.images and system.backbone == "caption":
-        parser.error(f"--images: {args.model} reads captions, no photo; leave it out")
+    if args.images and system.backbone in WORDED:
+        said = "captions" if system.backbone == "caption" else "phrases"
+        parser.error(f"--images: {args.model} reads {said}, no photo; leave it out")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite: one goes on with a run, the other deletes it; leave one out")
     return args
@@ -193,7 +205,7 @@ def open_features(args, dataset):
             f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
         )
     print(f"features   {args.features}: {cache.views} views, made from {made.get('made_from', 'an unknown folder')}")
-    if backbone != "caption":
+    if backbone not in WORDED:
         try:
             paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
         except FileNotFoundError:
@@ -207,13 +219,13 @@ def open_features(args, dataset):
                   f" {dataset.name}'s")  # fmt: skip
     if made["parameters"]:
         print(f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that file")
-    what = "caption" if backbone == "caption" else "photo"
+    what = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
-        print(f"           {split}: {with_photo} of {len(examples)} posts have a {what}")
+        print(f"           {split}: {with_photo} of {len(examples)} posts have {what}")
         if not with_photo:
-            print(f"WARNING    no post of {split} has a {what}: its scores are those of text only")
-    if args.augment and cache.views == 1 and what == "photo":
+            print(f"WARNING    no post of {split} has {what}: its scores are those of text only")
+    if args.augment and cache.views == 1 and backbone not in WORDED:
         print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
     return cache
 
@@ -250,6 +262,37 @@ def median_relevance(args, dataset, rows, notes, cache):
         raise ValueError(f"--align supervised: its classes are relevances from train's median on, {median:g}, and those below it;"
                          " none is below it, leave it out")  # fmt: skip
     return median
+
+
+def open_generated(args, dataset, cache):
+    """The feature cache of second pictures and, said on the console, how many posts of each split have one; None without.
+
+    ValueError if it is another data set's, or made in another way than that of the photos: one map reads both.
+    """
+    if not args.generated:
+        return None
+    if not Path(args.generated).exists():
+        raise FileNotFoundError(
+            f"--generated {args.generated}: no such feature file; extract_features.py makes one of the pictures in the folder"
+            " --images names, in another --cache-dir"
+        )
+    generated = FeatureCache(args.generated)
+    generated.require(dataset.image_ids(), dataset.name)
+    made = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
+    for key in ("backbone", "region width", "weights_sha256", "img_size"):
+        here, wanted = (side.get(key, "unknown") for side in made)
+        if here != wanted:
+            raise ValueError(
+                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one map reads both"
+                " pictures, so extract both alike"
+            )
+    print(f"generated  {args.generated}: {generated.views} views, made from {generated.attrs.get('made_from', 'an unknown folder')}")
+    for split, examples in dataset.examples.items():
+        count = sum(generated.has_photo(example.image_id) for example in examples)
+        print(f"           {split}: {count} of {len(examples)} posts have a second picture, {len(examples) - count} have none")
+    if generated.sha256 == cache.sha256:
+        print("WARNING    these are the photos themselves, which stay with their posts where a check hides or changes photos")
+    return generated
 
 
 def open_notes(args, dataset, rows, tokenizer, encoder):
@@ -383,9 +426,11 @@ def run(args, stack):
     for note in dataset.notes:
         print(f"           {note}")
     cache = open_features(args, dataset)
-    if cache and device.startswith("cuda") and cache.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        cache.keep_on(device)
-        print(f"           kept on {device}, {cache.regions.nbytes:,} bytes")
+    generated = open_generated(args, dataset, cache)
+    for features in filter(None, (cache, generated)):
+        if device.startswith("cuda") and features.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            features.keep_on(device)
+            print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
 
     torch.manual_seed(args.seed)
     system = SYSTEMS[args.model]
@@ -416,6 +461,7 @@ def run(args, stack):
         "data": prints,
         "region_dim": cache.region_dim if cache else None,
         "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
+        "generated_made": generated.attrs | {"sha256": generated.sha256} if generated else None,
         "notes_sha256": notes.sha256 if notes else None,
         "relevance_median": median,
         "versions": versions | {"python": platform.python_version()},
@@ -465,7 +511,7 @@ def run(args, stack):
         own = slice(rank, None, processes)
         records = predict(
             model, rows[split][own], dataset.examples[split][own], dataset.labels, tokenizer.pad_token_id,
-            args.eval_batch_size, device, args.precision, cache, wrong.get(split), known, notes,
+            args.eval_batch_size, device, args.precision, cache, wrong.get(split), known, notes, generated,
         )  # fmt: skip
         return gather(records, processes)
 
@@ -485,6 +531,7 @@ def run(args, stack):
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
+            of_second = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.
@@ -495,7 +542,11 @@ def run(args, stack):
             if notes:
                 posts = [notes.shown(row, photo) for row, photo in zip(posts, photos, strict=True)]
             views = views[mine] if views is not None else None
-            batch = to_device(collate(posts, tokenizer.pad_token_id, cache, photos, views), device)
+            batch = collate(posts, tokenizer.pad_token_id, cache, photos, views)
+            if generated:  # made from the text, it stays with its post whatever photo is shown
+                ids = [dataset.examples["train"][chosen[i]].image_id if weight else None for i in mine]
+                batch |= generated.read_generated(ids, of_second[mine] if of_second is not None else None)
+            batch = to_device(batch, device)
             if processes > 1:  # dropout of its own
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
             with autocast(device, args.precision):

@@ -157,7 +157,7 @@ def try_kind(model_type, dataset, encoder, folder):
         if run_dir.exists() or "\n" in str(error):
             return f"**fails**: {type(error).__name__}: {error}"
         return "refused: " + str(error).removeprefix(f"--text-encoder {encoder}: ")
-    model, tokenizer, config, data, rows, _, _ = open_run(run_dir, "test", "cpu")
+    model, tokenizer, config, data, rows, _, _, _ = open_run(run_dir, "test", "cpu")
     again = predict(model, rows, data.examples["test"], config["labels"], tokenizer.pad_token_id, config["eval_batch_size"],
                     "cpu", "float32", known=mentions(data.examples["train"]))  # fmt: skip
     if again != list(read_predictions(run_dir / "predictions-test.jsonl")):

@@ -45,7 +45,7 @@ from evaluate import predict  # noqa: E402
 from extract_features import batch_loader, extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
-from model import TextRegions, autocast  # noqa: E402
+from model import BEFORE, TextRegions, autocast  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
 from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
@@ -148,8 +148,8 @@ class Training:
     """A model of the given text shape, and steps of it as train.py takes them."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
-        config = {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "task": "ner", "labels": labels}
-        config |= {"decoder": decoder, "align": {}}
+        config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "decoder": decoder}
+        config |= {"task": "ner", "labels": labels}
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device
@@ -194,7 +194,7 @@ def fusion(args, place):
     data = in_turn({"data": posts.batch}, rounds)["data"]
     checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
     targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15,
-               "co-attention": 1.15, "pyramid": 1.2, "crf": 1.05}  # fmt: skip
+               "co-attention": 1.15, "pyramid": 1.2, "saliency": 1.15, "crf": 1.05}  # fmt: skip
     text = statistics.median(taken["none"])
     for name in targets:
         target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"

@@ -203,7 +203,7 @@ def all_rows():
         ("cross-attention, relevance", ("--fusion", "cross-attention", *told, "--relevance", "given"), photos,
          "cross-attention"),
     ):  # fmt: skip
-        rows.append(Row("demo-notes", name, "demo-notes", tiny + rates + more, control=control, text_only=without))
+        rows.append(Row("demo-notes", name, "demo-notes", tiny + rates + more, control=control, over=without))
     return rows
 
 

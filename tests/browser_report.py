@@ -8,6 +8,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from test_phrases import train_run as train_phrases
 from test_report import HOSTILE, embedded, predictions, train_run
 
 import report
@@ -183,6 +184,23 @@ def test_a_picked_word_shows_what_it_attended_to(page):
     assert len(article.find_elements(By.TAG_NAME, "canvas")) == 1 and button.get_attribute("aria-pressed") == "false"
     buttons[0].click()
     assert not article.find_elements(By.TAG_NAME, "canvas") and "Pick a word" in caption.text
+
+
+def test_picked_words_show_what_they_weighed_each_phrase(chromium, data_dir, encoder_dir, tmp_path):
+    path = report.main(["--run", str(train_phrases(data_dir, encoder_dir, tmp_path))])
+    chromium.get(f"file://{path}")
+    article, post = chromium.find_element(By.TAG_NAME, "article"), embedded(path)["posts"][0]
+    items, caption = article.find_elements(By.CSS_SELECTOR, ".phrases li"), article.find_element(By.TAG_NAME, "figcaption")
+    button = article.find_elements(By.CSS_SELECTOR, "button.word")[1]
+    assert [item.text for item in items] == post["phrases"] and "Pick a word" in caption.text
+    button.click()
+    shares = [int(item.text.removesuffix(" %").rpartition(" ")[2]) for item in items]
+    assert sum(shares) == pytest.approx(100, abs=len(shares)) and min(shares) > 0
+    assert [item.text.rpartition(" ")[0].rpartition(" ")[0] for item in items] == post["phrases"]
+    assert f"“{button.text}”: its attention on the phrases" in caption.text
+    button.click()
+    assert [item.text for item in items] == post["phrases"] and "Pick a word" in caption.text
+    assert chromium.get_log("browser") == [] and not article.find_elements(By.TAG_NAME, "canvas")
 
 
 def test_words_can_be_picked_with_the_keyboard(page):

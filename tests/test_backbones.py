@@ -125,7 +125,7 @@ def test_a_missing_vision_weight_is_an_error(data_dir, tmp_path, name):
         load_backbone(name, str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ("resnet50", "caption")])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ("resnet50", "caption", "phrases")])
 def test_what_is_no_such_model_is_one_clear_line(data_dir, name, tmp_path):
     folder = data_dir / "demo" / next(part[2] for part in PARTS.values() if part[0] == name)
     shutil.copytree(folder, tmp_path / "bare")
@@ -154,5 +154,5 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(data_dir, tmp_path):
 def test_defaults_are_the_published_models():
     assert {name: default for name, (_, default) in BACKBONES.items()} == {
         "resnet50": "imagenet", "clip": "openai/clip-vit-base-patch32", "blip": "Salesforce/blip-itm-base-coco",
-        "pixels": "dandelin/vilt-b32-mlm", "caption": "bert-base-uncased",
+        "pixels": "dandelin/vilt-b32-mlm", "caption": "bert-base-uncased", "phrases": "bert-base-uncased",
     }  # fmt: skip

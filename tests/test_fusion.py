@@ -16,7 +16,7 @@ from fusion import FUSIONS, pyramid_levels
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
 TRAINED = [name for name in FUSIONS if name != "none"]
-WEIGHTED = ["attention", "cross-attention", "bimodal", "co-attention", "pyramid"]
+WEIGHTED = ["attention", "cross-attention", "bimodal", "co-attention", "pyramid", "saliency"]
 ORDERED = ["pyramid"]  # these read where a region lies, so its order says something
 GARBAGE = [1, 1e4, 1e30, math.inf, math.nan]  # 1e30 is finite in float32, its square is not
 
@@ -377,12 +377,34 @@ def pyramid_reference(layer, tokens, regions):
     return fused, weights
 
 
-REFERENCES = [film_reference, attention_reference, cross_attention_reference, bimodal_reference,
-              co_attention_reference, pyramid_reference]  # fmt: skip
+def saliency_reference(layer, tokens, regions):
+    regions, fused, weights = [layer.regions.linear.weight @ unit(region) for region in regions], [], []
+    of_salience, _, to_salience = layer.salient
+    salience = [torch.sigmoid(to_salience(torch.tanh(of_salience(v))))[0] for v in regions]
+    scores = [[layer.query(h) @ v / math.sqrt(D) for v in regions] for h in tokens]
+    mean = [sum(column) / len(tokens) for column in zip(*scores, strict=True)]
+    for h, row in zip(tokens, scores, strict=True):
+        weights.append(softmax([(1 - q) * s + q * m for q, s, m in zip(salience, row, mean, strict=True)]))
+        c = mix(weights[-1], regions) + h
+        gate = layer.gates[0](torch.cat((c, h)))
+        added = torch.where(gate > 0, gate, 0.01 * gate) * layer.shares[0](c)
+        fused.append(h + added * min(1.0, (layer.bound * h.norm() / added.norm()).item()))
+    return fused, weights
+
+
+REFERENCES = {
+    "film": film_reference, "attention": attention_reference, "cross-attention": cross_attention_reference,
+    "bimodal": bimodal_reference, "co-attention": co_attention_reference, "pyramid": pyramid_reference,
+    "saliency": saliency_reference,
+}  # fmt: skip
+
+
+def test_every_layer_has_a_reference():
+    assert set(REFERENCES) == set(TRAINED)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, reference", list(zip(TRAINED, REFERENCES, strict=True)))
+@pytest.mark.parametrize("name, reference", REFERENCES.items())
 def test_formula(name, reference):
     layer, (text, text_mask, regions, region_mask) = make(name), batch()
     fused, weights = layer(text, text_mask, regions, region_mask, return_weights=True)
@@ -529,6 +551,103 @@ def test_pyramid_sees_where_a_region_lies_and_needs_to_be_told():
         alone(text, text_mask, regions, region_mask)
 
 
+# --------------------------------------------------------------------------------- saliency and its second picture
+
+
+def two_pictures(noise=0.3, **more):
+    """(a saliency layer for two pictures, a batch: both, the photo alone, the second alone, and neither)."""
+    torch.manual_seed(0)
+    fusion = FUSIONS["saliency"](D, DV, pictures=2, **more).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    text, text_mask, regions, region_mask = batch()
+    region_mask[2] = False
+    second = torch.randn(4, 3, DV, generator=torch.Generator().manual_seed(4))
+    second_mask = torch.arange(3) < torch.tensor([2, 0, 3, 0])[:, None]
+    given = {"text": text, "text_mask": text_mask, "regions": regions, "region_mask": region_mask}
+    return fusion, given | {"generated": second, "generated_mask": second_mask}
+
+
+def test_no_layer_reads_more_than_it_says():
+    read = {name: layer.reads for name, layer in FUSIONS.items() if layer.reads}
+    assert read == {"saliency": ("generated", "generated_mask"), "pyramid": ("region_grid",)}
+
+
+@pytest.mark.parametrize("bound", [0, 0.1, 0.5])
+def test_saliency_moves_no_token_by_more_than_its_bound(bound):
+    fusion, given = two_pictures(noise=1.0, bound=bound)
+    moved, own = (fusion(**given) - given["text"]).norm(dim=-1), given["text"].norm(dim=-1)
+    assert (moved <= bound * own + 1e-5).all()
+    assert bound == 0 or (moved > 0.99 * bound * own)[given["text_mask"]].any()  # and it is reached
+    small = two_pictures(noise=0.01, bound=0.5)[0]
+    free = two_pictures(noise=0.01, bound=1e9)[0]
+    assert torch.equal(small(**given), free(**given))  # what is small passes whole
+
+
+def test_saliency_by_hand():
+    """Two tokens, two regions of two channels, all maps plain: the numbers are worked out in the comments."""
+    fusion = FUSIONS["saliency"](2, 2, dropout=0.0, bound=1e9).eval()
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.zero_()
+        fusion.regions.linear.weight.copy_(2**0.5 * torch.eye(2))  # unit_length of (3, 1) is (1, -1) / sqrt 2
+        fusion.query.weight.copy_(torch.eye(2))
+        fusion.gates[0].bias.copy_(torch.tensor([1.0, -1.0]))  # LeakyReLU: 1, -0.01
+        fusion.shares[0].weight.copy_(torch.eye(2))
+        text, regions = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[3.0, 1.0], [0.0, 5.0]]])  # v: (1, -1), (-1, 1)
+        masks = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+        fused, weights = fusion(text, masks[0], regions, masks[1], return_weights=True)
+    # S: (1, -1) / sqrt 2 and (-3, 3) / sqrt 2, mean (-1, 1) / sqrt 2; salience 1/2: (0, 0) and (-2, 2) / sqrt 2
+    share = 1 / (1 + math.exp(2 * 2**0.5))
+    close(weights, torch.tensor([[[0.5, 0.5], [share, 1 - share]]]))
+    seen = 1 - 2 * share  # c: (1, 0) and (-seen, 3 + seen)
+    close(fused, torch.tensor([[[2.0, 0.0], [-seen, 3 - 0.01 * (3 + seen)]]]))
+
+
+def test_a_missing_pictures_share_is_nothing():
+    fusion, given = two_pictures()
+    fused, weights = fusion(**given, return_weights=True)
+    one = FUSIONS["saliency"](D, DV).eval()
+    one.load_state_dict({key: value for key, value in fusion.state_dict().items() if not key.startswith(("gates.1", "shares.1"))})
+    photo = {key: given[key] for key in ("text", "text_mask", "regions", "region_mask")}
+    close(fused[1], one(**photo)[1])  # the post without second picture: as if there were none
+    assert torch.equal(fused[3], given["text"][3]) and not weights[2:].any()
+    close(fusion(**photo), one(**photo))
+    for layer in (one.gates[0], one.shares[0]):  # the second alone, read with maps of its own
+        which = "gates.1" if layer is one.gates[0] else "shares.1"
+        layer.load_state_dict({name: fusion.state_dict()[f"{which}.{name}"] for name in ("weight", "bias")})
+    close(fused[2], one(given["text"], given["text_mask"], given["generated"], given["generated_mask"])[2])
+    # Without either picture everything is as it came; what is hidden may hold anything.
+    none = given | {key: torch.zeros_like(given[key]) for key in ("region_mask", "generated_mask")}
+    spoilt = none | {key: torch.full_like(given[key], math.nan) for key in ("regions", "generated")}
+    assert torch.equal(fusion(**none), given["text"]) and torch.equal(fusion(**spoilt), given["text"])
+
+
+@pytest.mark.parametrize("scale", GARBAGE)
+def test_masked_content_of_a_second_picture_changes_nothing(scale):
+    fusion, given = two_pictures()
+    expected = fusion(**given, return_weights=True)
+    spoilt = {kind: spoil(given[kind], given[mask], scale) for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))}
+    same(fusion(**given | spoilt, return_weights=True), expected)
+    order = torch.tensor([2, 0, 1])
+    turned = {key: given[key][:, order] for key in ("generated", "generated_mask")}
+    close(fusion(**given | turned), expected[0])
+    close(fusion(**given | {"generated": 1e3 * given["generated"]}), expected[0], 1e-4)
+
+
+def test_two_pictures_batched_as_one_by_one_and_learnt_by_all_parameters():
+    fusion, given = two_pictures()
+    whole = fusion(**given)
+    for i in range(4):
+        close(fusion(**{key: value[i : i + 1] for key, value in given.items()})[0], whole[i])
+    whole[given["text_mask"]].square().sum().backward()
+    assert all(parameter.grad.any() for parameter in fusion.parameters())
+    assert torch.equal(two_pictures(noise=0)[0](**given), given["text"])
+    with pytest.raises(ValueError, match="for one picture was given two; make it with pictures=2"):
+        make("saliency")(**given)
+
+
 @pytest.mark.parametrize("name", ["cross-attention", "bimodal", "pyramid"])
 def test_heads_must_divide_text_dim(name):
     with pytest.raises(ValueError, match="5 heads do not divide token states of width 24"):
@@ -557,7 +676,7 @@ import torch
 import fusion
 text, regions = torch.randn(2, 3, 16), torch.randn(2, 4, 5)
 for layer in fusion.FUSIONS.values():
-    more = {{"region_grid": torch.full((2, 2), 2)}} if layer.reads else {{}}
+    more = {{"region_grid": torch.full((2, 2), 2)}} if "region_grid" in layer.reads else {{}}
     fused = layer(16, 5)(text, torch.ones(2, 3).bool(), regions, torch.ones(2, 4).bool(), **more)
     assert fused.shape == text.shape and fused.isfinite().all()
 assert not {foreign!r} & set(sys.modules)

@@ -16,7 +16,7 @@ from transformers import RobertaModel, ViltForTokenClassification
 from data import MARKERS, RELATIONS, collate, encode, load_dataset
 from features import FeatureCache
 from fusion import FUSIONS
-from model import SYSTEMS, Vilt, load_run, save_weights
+from model import BEFORE, SYSTEMS, Vilt, load_run, save_weights
 from text_encoder import load_text_encoder, longest_input
 
 BERT = SYSTEMS["bert-resnet50"]
@@ -26,9 +26,10 @@ def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     """(model with noise on all new parameters, in eval mode; tokenizer)."""
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system], dataset.task, 0.1)
-    config = {"fusion": fusion, "decoder": "softmax", "align": {}, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
+    config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
+    config = BEFORE | config
     model = SYSTEMS[system].model(encoder, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -228,6 +229,8 @@ def test_every_system_names_its_parts():
         "clip-bert": ("bert-base-uncased", "clip", 224),
         "roberta-caption": ("roberta-base", "caption", 64),
         "bert-caption": ("bert-base-uncased", "caption", 64),
+        "roberta-phrases": ("roberta-base", "phrases", 32),
+        "bert-phrases": ("bert-base-uncased", "phrases", 32),
         "blip": ("Salesforce/blip-itm-base-coco", "blip", 384),
         "vilt": ("dandelin/vilt-b32-mlm", "pixels", 384),
     }

@@ -14,7 +14,7 @@ import tables
 import train
 from data import collate, encode, load_dataset
 from evaluate import image_check, open_run, shuffled_photos
-from model import SYSTEMS
+from model import BEFORE, SYSTEMS
 from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from scores import read_predictions
 from text_encoder import load_text_encoder
@@ -173,8 +173,7 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     dataset = load_dataset("demo", data_dir)
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
-    config = {"fusion": "bimodal", "decoder": "softmax", "align": {}, "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.0,
-              "region_dim": 16}  # fmt: skip
+    config = BEFORE | {"fusion": "bimodal", "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.0, "region_dim": 16}
     model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
     with torch.no_grad():
         for parameter in model.fusion.parameters():
@@ -292,7 +291,7 @@ def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("fusion", ["none", "film"])
 def test_a_run_reads_back_as_it_was_scored(runs, fusion):
-    model, tokenizer, config, dataset, rows, cache, notes = open_run(runs[fusion], "test", "cpu")
+    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(runs[fusion], "test", "cpu")
     again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
     recorded = read_predictions(runs[fusion] / "predictions-test.jsonl")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
@@ -308,7 +307,7 @@ def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir
     path = write(tmp_path / "n.jsonl", said)
     more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
-    model, tokenizer, config, dataset, rows, cache, notes = open_run(folder, "valid", "cpu")
+    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(folder, "valid", "cpu")
     examples = dataset.examples["valid"]
     assert [row["note"]["about_post"] for row in rows] == [f"valid {example.words[0]}" for example in examples]
     again = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
@@ -332,7 +331,7 @@ def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(noted, dat
 def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs):
     check = image_check(runs["none"], "test", 2, "cpu")
     assert check["photos"] == 8
-    model, tokenizer, config, dataset, rows, _, notes = open_run(runs["none"], "test", "cpu")
+    model, tokenizer, config, dataset, rows, _, notes, _ = open_run(runs["none"], "test", "cpu")
     ids = [example.image_id for example in dataset.examples["test"]]
     for swap, found in ((shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])):
         changed = [notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {}))) for row in rows]
@@ -353,7 +352,7 @@ def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
     _, path = noted
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(path.read_bytes())
-    assert open_run(runs["film"], "test", "cpu", notes=moved)[-1].path == moved
+    assert open_run(runs["film"], "test", "cpu", notes=moved)[-2].path == moved
     moved.write_text(moved.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
         open_run(runs["film"], "test", "cpu", notes=moved)
@@ -382,7 +381,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     _, path = noted
     more = ("--fusion", "none", "--notes", path, "--extra", "post")
     folder = train_run(tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes")
-    model, tokenizer, config, dataset, rows, cache, notes = open_run(folder, "test", "cpu")
+    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(folder, "test", "cpu")
     moved = [row["note"]["about_post"] != notes.notes[e.id]["about_post"] for row, e in zip(rows, dataset.examples["test"], strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
     again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32", cache, notes=notes)

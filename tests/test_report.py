@@ -261,7 +261,7 @@ def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path
     monkeypatch.setattr(report, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
     page_of(runs[name], tmp_path / "page.html")
     split, records = predictions(runs[name])
-    _, _, _, dataset, rows, _, notes = open_run(runs[name], split, "cpu")
+    _, _, _, dataset, rows, _, notes, _ = open_run(runs[name], split, "cpu")
     answered = [notes.shown(row, e.image_id) for row, e in zip(rows, dataset.examples[split], strict=True)]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")

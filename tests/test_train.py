@@ -210,7 +210,7 @@ def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
     folder = run(flags, tmp_path / "crf", "--fusion", "film", "--decoder", "crf")
     weights = load_file(folder / "model.safetensors")
     assert all(weights[f"head.crf.{name}"].abs().max() > 0 for name in ("start", "transitions", "end"))
-    loaded, tokenizer, config, dataset, rows, cache, _ = evaluate.open_run(folder, "test", "cpu")
+    loaded, tokenizer, config, dataset, rows, cache, _, _ = evaluate.open_run(folder, "test", "cpu")
     recorded = read_predictions(folder / "predictions-test.jsonl")
     batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in dataset.examples["test"]])
     with torch.inference_mode():
