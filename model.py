@@ -67,11 +67,11 @@ class Head(nn.Module):
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
-    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
-    own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
-    a post without photo (None where there is no such thing). For a post without photo the states depend on no image
-    state at all.
+    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads,
+    region_dim, features_made, align, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`,
+    return_weights and a dict to put losses of its own in, or None, and gives states [B, T, D] and, if asked,
+    each token's attention to the regions [B, T, R], zero for a post without photo (None where there is no
+    such thing). For a post without photo the states depend on no image state at all.
     """
 
     loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
@@ -102,18 +102,20 @@ class Model(nn.Module):
 class TextRegions(Model):
     """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
 
-    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. `ALIGNMENTS` come before the
-    fusion; with --relevance a post has the share of the fusion that its photo's relevance, given or `Relevance`'s, says.
+    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. `ALIGNMENTS`
+    come before the fusion; with --relevance a post has the share of the fusion that its photo's relevance,
+    given or `Relevance`'s, says.
     """
 
     def __init__(self, encoder, config):
         super().__init__()
         config, width = BEFORE | config, encoder.config.hidden_size
         region_dim, more = config["region_dim"], (config["heads"], config["dropout"])
-        self.encoder, self.prefix, self.relevance = encoder, None, None
-        if config["fusion"] == "prefix":
-            self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *more)
-        self.fusion = FUSIONS["none" if config["fusion"] == "prefix" else config["fusion"]](width, region_dim, *more)
+        self.encoder, self.prefix, self.relevance, fusion = encoder, None, None, config["fusion"]
+        if fusion == "prefix":
+            words = encoder.get_input_embeddings().weight
+            self.prefix, fusion = Prefix(words.shape[1], region_dim, *more), "none"
+        self.fusion = FUSIONS[fusion](width, region_dim, *more)
         self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
         if config["relevance"] != "none":
@@ -127,10 +129,10 @@ class TextRegions(Model):
         if self.prefix is None:
             made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             return made.last_hidden_state, None
+        words, mask = self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool()
         embeddings, mask, weights = self.prefix(
-            self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool(), batch["own_mask"],
-            batch["regions"], batch["region_mask"], return_weights,
-        )  # fmt: skip
+            words, mask, batch["own_mask"], batch["regions"], batch["region_mask"], return_weights
+        )
         states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
         return states[:, : batch["input_ids"].shape[1]], weights
 
@@ -323,7 +325,8 @@ RUN_FORMAT = 2  # raised when training itself changes, so that runs of before an
 
 # What runs of before an option are: as it is when left out.
 BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None}
+          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5,
+          "relevance_median": None}
 
 
 def flat(config, prefix=""):
@@ -337,8 +340,9 @@ def flat(config, prefix=""):
 def system_settings(config):
     """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
     share it are one system."""
-    of_seed = {"seed", "relevance_median"}  # the median of the posts that --train-share drew
-    kept = {key: value for key, value in config.items() if key not in {"eval_batch_size"} | of_seed | PLACES | WRITING | MACHINE}
+    # The median is of the posts that --train-share drew with the seed.
+    left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
+    kept = {key: value for key, value in config.items() if key not in left_out}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
     if features := config.get("features_made"):

@@ -6,7 +6,8 @@
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
 its path from the folder of posts.jsonl on (for runs on captions, `caption` instead); for relations `head` and `tail`,
 spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
-`about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other keys are ignored.
+`about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other keys are
+ignored.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
 `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
@@ -232,7 +233,8 @@ class Predictor:
             self.backbone = run_backbone(self.made, weights)
             self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.segments = None
-        self.keys = EXTRAS[self.config["extra"]] + ("relevance",) * (self.config["relevance"] == "given")  # of notes
+        self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
+        self.keys += ("relevance",) * (self.config["relevance"] == "given")
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         # A tokenizer is not for several threads at once.
@@ -463,8 +465,8 @@ def parse_args(argv):
     add("--caption", help="the caption of its photo, for runs on captions")
     add("--about-post", help="what is said of it, for runs with --extra post or both")
     add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
-    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with --relevance given; left"
-        " out, it is predicted")
+    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with"
+        " --relevance given; left out, it is predicted")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"))
     add("--json", action="store_true", help="print the answer as JSON")
