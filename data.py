@@ -714,11 +714,11 @@ def length_batches(lengths, batch_size, rng=None):
 def collate(rows, pad_id, cache=None, photos=None, views=None):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
-    input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index, tail_index, labels
-    [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T], True = before that segment; where
-    one has a `relevance`, that of its photo, 0 to 1, also relevance [B], float32, -1 = none is given.
-    With a `FeatureCache` (features.py) also what it reads for `photos`, the image id of each row or None for no photo, and
-    `views`.
+    input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index,
+    tail_index, labels [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T],
+    True = before that segment; where one has a `relevance`, that of its photo, 0 to 1, also relevance [B],
+    float32, -1 = none is given. With a `FeatureCache` (features.py) also what it reads for `photos`, the
+    image id of each row or None for no photo, and `views`.
     """
 
     def pad(key, value):

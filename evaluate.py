@@ -110,7 +110,8 @@ def run_notes(config, tokenizer, rows, examples, split, path=None):
         if path:
             raise ValueError(f"--notes {path}: the run read none; leave it out")
         return None
-    notes = Notes(path or config["notes"], tokenizer, config["extra"], config["extra_len"], reads_relevance(config))
+    more = config["extra"], config["extra_len"], reads_relevance(config)
+    notes = Notes(path or config["notes"], tokenizer, *more)
     if notes.sha256 != config["notes_sha256"]:
         raise ValueError(f"{notes.path}: not the notes the run was trained with ({config['notes_sha256'][:16]}); restore them")
     notes.attach(rows, examples, split)

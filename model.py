@@ -142,6 +142,7 @@ class TextRegions(Model):
         if self.prefix is None:
             made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             return made.last_hidden_state, None
+        words, mask = self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool()
         embeddings, mask, weights = self.prefix(
             self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool(),
             batch["own_mask"], batch["regions"], batch["region_mask"], return_weights,
@@ -380,8 +381,9 @@ def flat(config, prefix=""):
 def system_settings(config):
     """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
     share it are one system."""
-    of_seed = {"seed", "relevance_median"}  # the median of the posts that --train-share drew
-    kept = {key: value for key, value in config.items() if key not in {"eval_batch_size"} | of_seed | PLACES | WRITING | MACHINE}
+    # The median is of the posts that --train-share drew with the seed.
+    left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
+    kept = {key: value for key, value in config.items() if key not in left_out}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
         kept[name] = Path(config[name]).name
     for name in ("features_made", "generated_made"):

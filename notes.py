@@ -1,5 +1,5 @@
-"""Notes: what others, a language model for one, said of each post: read, and given to the text encoder as a second segment,
-and, as `relevance`, to what weighs the photo.
+"""Notes: what others, a language model for one, said of each post: read, and given to the text encoder as a
+second segment, and, as `relevance`, to what weighs the photo.
 
 A notes file has one JSON object a line, such as write_notes.py makes:
 
@@ -82,10 +82,11 @@ def read_notes(path):
 class Notes:
     """The notes of a data set's posts, as second segments for its text encoder: [CLS] post [SEP] note [SEP] and the like.
 
-    The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts are taken;
-    `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of their photo. `attach`
-    gives rows of `encode` their notes, `shown` makes the row that the model is given. Without a tokenizer they can be
-    found and counted, and no row made. FileNotFoundError or ValueError if the file cannot be read.
+    The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts
+    are taken; `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of
+    their photo. `attach` gives rows of `encode` their notes, `shown` makes the row that the model is given.
+    Without a tokenizer they can be found and counted, and no row made. FileNotFoundError or ValueError if the
+    file cannot be read.
     """
 
     def __init__(self, path, tokenizer=None, extra="none", length=0, relevance=False):
@@ -93,7 +94,8 @@ class Notes:
         if not self.path.is_file():
             raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
-        self.segments = Segments(tokenizer, extra, length) if tokenizer is not None and extra != "none" else None
+        read = tokenizer is not None and extra != "none"
+        self.segments = Segments(tokenizer, extra, length) if read else None
         self.of_photo = {}
 
     def find(self, example, split):
@@ -101,9 +103,10 @@ class Notes:
         return next((key for key in (f"{split}/{example.id}", example.id, example.image_id) if key in self.notes), None)
 
     def attach(self, rows, examples, split):
-        """Give each row its post's `note` and `image_id`; of posts that share a photo, the photo's is the first note of it.
+        """Give each row its post's `note` and `image_id`.
 
-        One with a text of it before one with a relevance alone.
+        Of posts that share a photo, the photo's is the first note of it, one with a text before one with a
+        relevance.
         """
         for row, example in zip(rows, examples, strict=True):
             row |= {"note": self.notes.get(self.find(example, split), {}), "image_id": example.image_id}
@@ -125,14 +128,17 @@ class Notes:
         return self.segments(row, note) if self.segments else row
 
     def tells(self, note):
-        """Whether (second segments, the relevance) have anything of a note that was written with the photo in view."""
+        """(whether second segments have a text of a note that was written with the photo in view, whether
+        rows have its relevance)."""
         read = (key for key in EXTRAS[self.extra] if note_text(note, key))
-        return any(key in OF_PHOTO or note.get("with_photo") for key in read), self.relevance and "relevance" in note
+        text = any(key in OF_PHOTO or note.get("with_photo") for key in read)
+        return text, self.relevance and "relevance" in note
 
     def has_photo(self, image_id):
         """Whether the second segments say anything that was written with this photo in view.
 
-        A relevance alone is nothing to be shown: it says how much of a photo's regions, if there are any, is used.
+        A relevance alone is nothing to be shown: it says how much of a photo's regions is used, if there are
+        any.
         """
         return self.tells(self.of_photo.get(image_id, {}))[0]
 

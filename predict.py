@@ -237,7 +237,8 @@ class Predictor:
             self.backbone = run_backbone(self.made, weights)
             self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.segments = None
-        self.keys = EXTRAS[self.config["extra"]] + ("relevance",) * (self.config["relevance"] == "given")  # of notes
+        self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
+        self.keys += ("relevance",) * (self.config["relevance"] == "given")
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         # A tokenizer is not for several threads at once.
@@ -471,8 +472,8 @@ def parse_args(argv):
     add("--phrases", nargs="+", help="the phrases said of its photo, one each, for runs on phrases")
     add("--about-post", help="what is said of it, for runs with --extra post or both")
     add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
-    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with --relevance given; left"
-        " out, it is predicted")
+    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with"
+        " --relevance given; left out, it is predicted")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"))
     add("--json", action="store_true", help="print the answer as JSON")

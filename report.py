@@ -297,7 +297,8 @@ def notes_line(config, records):
     if config["notes"] is None:
         return "not used"
     count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
-    given, rated = sum(r.get("extra") is True for r in records), sum(r.get("relevance") is not None for r in records)
+    given = sum(record.get("extra") is True for record in records)
+    rated = sum(record.get("relevance") is not None for record in records)
     extra = f"--extra {config['extra']}: {given} of {count} {unit} with a note, {count - given} without"
     relevance = f"relevance of the photo: of {rated} of {count} {unit} given"
     said = "; ".join([extra] * (config["extra"] != "none") + [relevance] * reads_relevance(config))
@@ -351,7 +352,8 @@ def main(argv=None):
     photos = load_photos(named, folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
-        unseen = ", and of notes nothing that was written with a photo in view" * (config["notes"] is not None)
+        noted = config["notes"] is not None
+        unseen = ", and of notes nothing that was written with a photo in view" * noted
         warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
                         f" own, which the model did not see; so there is no attention to show{unseen}.")  # fmt: skip
     if config["shuffle_notes"]:
@@ -380,7 +382,8 @@ def main(argv=None):
             for post, row, texts in zip(posts, rows, said, strict=True):
                 post |= {"said": texts, "cut": row.get("note_cut", False)} if texts else {}
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
-        if record.get("relevance") is not None and not config.get("shuffle_photos"):  # that would be another photo's
+        # On shuffled photos it is another photo's.
+        if record.get("relevance") is not None and not config.get("shuffle_photos"):
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
         if i in maps and on_phrases and post["photo"] in phrases:
             post |= {"maps": maps[i], "phrases": phrases[post["photo"]]}

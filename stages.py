@@ -1,7 +1,7 @@
-"""Parts between batch and head that are no fusion layer. Needs torch and fusion.py: copy these two files and use them.
+"""Parts between batch and head that are no fusion layer. Needs torch and fusion.py: copy the two files.
 
-Masks: True = real. What masked tokens and regions hold changes nothing, NaN included; multiplying all regions by a
-positive constant, or another order of them, changes nothing.
+Masks: True = real. What masked tokens and regions hold changes nothing, NaN included; multiplying all regions
+by a positive constant, or another order of them, changes nothing.
 """
 
 import torch
@@ -12,10 +12,11 @@ from fusion import RegionStates, check_heads, clean, start_at_zero, unit_length
 
 
 class Relevance(nn.Module):
-    """How far a photo belongs to its post, r = sigmoid(w2 GELU(W1 [t; v; t * v])), 0 to 1: what share of the fusion is used.
+    """How far a photo belongs to its post, 0 to 1: r = sigmoid(w2 GELU(W1 [t; v; t * v])).
 
-    t: the mean state of the post's own tokens; v: the mean of the regions, each of unit length, as one of `RegionStates`.
-    In the manner of Zeng et al., Neurocomputing 2025, whose formula is not public. All of it in float32, in autocast too.
+    t: the mean state of the post's own tokens; v: the mean of the regions, each of unit length, as one of
+    `RegionStates`. In the manner of Zeng et al., Neurocomputing 2025, whose formula is not public. Computed
+    in float32, inside autocast too.
     """
 
     def __init__(self, text_dim, region_dim, width=128):
@@ -24,10 +25,8 @@ class Relevance(nn.Module):
         self.score = nn.Sequential(nn.Linear(3 * text_dim, width), nn.GELU(), nn.Linear(width, 1))
 
     def forward(self, text, own_mask, regions, region_mask):
-        """text [B, T, D], own_mask [B, T] (True = the post's own), regions [B, R, Dv], region_mask [B, R] -> logits of r [B].
-
-        Those of a post without photo mean nothing.
-        """
+        """text [B, T, D], own_mask [B, T] (True = the post's own), regions [B, R, Dv], region_mask [B, R] ->
+        logits of r [B]; those of a post without photo mean nothing."""
         with torch.autocast(text.device.type, enabled=False):
             t = clean(text.float(), own_mask).sum(1) / own_mask.sum(1, keepdim=True).clamp(min=1)
             # At unit length, which `RegionStates` brings it to, the sum is the mean.
@@ -37,24 +36,25 @@ class Relevance(nn.Module):
 
     @staticmethod
     def loss(logits, given, region_mask):
-        """Binary cross entropy [B] with the relevances `given` [B], -1 = none; 0 where none is given, or without photo."""
+        """Binary cross entropy [B] with the relevances `given` [B]; 0 where none is (-1), or no photo."""
         known = (given >= 0) & region_mask.any(1)
         made = F.binary_cross_entropy_with_logits(logits, given.clamp(min=0), reduction="none")
         return torch.where(known, made, 0)
 
 
 class Prefix(nn.Module):
-    """Soft tokens that tell a text encoder what the photo shows, to be read with the words: in the manner of ICKA (Zeng et
-    al., ESWA 2024), of which no equation is public.
+    """Soft tokens that tell a text encoder what the photo shows, to be read with the words.
 
-    E: the word embeddings of the whole input, N: layer norm without parameters. X = MHA(query N(E), key and value
-    `RegionStates`); soft tokens P = Q + N(MHA(query Q, key and value N(X) of the post's own tokens)), Q learned, each scaled to
-    the mean length of E over the post's own tokens. Without the inner N: an encoder's embeddings are at 0.02 to 0.05, queries
-    so small weigh all regions alike, and took 3 times the steps, or more, to find one that is asked for. Without Q in the
-    sum all soft tokens were one and the same, at first and after training.
+    In the manner of ICKA (Zeng et al., ESWA 2024), of which no equation is public. E: the word embeddings of
+    the whole input, N: layer norm without parameters. X = MHA(query N(E), key and value `RegionStates`); soft
+    tokens P = Q + N(MHA(query Q, key and value N(X) of the post's own tokens)), Q learned, each scaled to the
+    mean length of E over the post's own tokens. An encoder's embeddings are at 0.02 to 0.05: as queries
+    without N they weighed all regions alike, and took 3 times the steps, or more, to find one that is asked
+    for. Without Q in the sum all soft tokens of a post were one and the same, at first and after training.
 
-    The soft tokens stand right behind the last token of each post, before its padding: no token changes its position, and
-    theirs are the same in any batch and for any kind of encoder, without position_ids, which not all of them take.
+    The soft tokens stand right behind the last token of each post, before its padding: no token changes its
+    position, and theirs are the same in any batch and for any kind of encoder, without position_ids, which
+    not all of them take.
     """
 
     count = 4  # of the soft tokens
@@ -68,9 +68,9 @@ class Prefix(nn.Module):
         self.gather = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
 
     def forward(self, embeddings, mask, own_mask, regions, region_mask, return_weights=False):
-        """Word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of the post's own,
-        regions [B, R, Dv], region_mask [B, R] -> (embeddings [B, T + count, E], their mask, weights of X over regions
-        [B, T, R] or None).
+        """Word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of
+        the post's own, regions [B, R, Dv], region_mask [B, R] -> (embeddings [B, T + count, E], their mask
+        [B, T + count], the weights of X over regions [B, T, R], if asked, or None).
 
         Without photo, or without a token of its own, a post's soft tokens are zero and masked.
         """
@@ -78,19 +78,19 @@ class Prefix(nn.Module):
         embeddings = clean(embeddings, mask)
         image, width = self.regions(regions, region_mask), embeddings.shape[-1:]
         # A row with nothing to attend to would be NaN; its result is not used, here and below.
-        seen, weights = self.look(
-            F.layer_norm(embeddings, width), image, image, key_padding_mask=~region_mask & photo, need_weights=return_weights
-        )
+        hidden, asked = ~region_mask & photo, F.layer_norm(embeddings, width)
+        seen, weights = self.look(asked, image, image, key_padding_mask=hidden, need_weights=return_weights)
         seen, queries = F.layer_norm(seen, width), self.queries.expand(len(mask), -1, -1)
         made, _ = self.gather(queries, seen, seen, key_padding_mask=~own_mask & own, need_weights=False)
         made = queries + F.layer_norm(made, width)
-        length = embeddings.norm(dim=-1).masked_fill(~own_mask, 0).sum(1) / own_mask.sum(1).clamp(min=1)  # [B]
+        lengths = embeddings.norm(dim=-1).masked_fill(~own_mask, 0)  # [B, T]
+        length = lengths.sum(1) / own_mask.sum(1).clamp(min=1)  # [B]
         made = (F.normalize(made, dim=-1) * length[:, None, None]).to(embeddings.dtype)
         # Behind the last token of each post.
         place = mask.sum(1, keepdim=True) + torch.arange(self.count, device=mask.device)  # [B, count]
-        whole = F.pad(embeddings, (0, 0, 0, self.count))
-        whole = whole.scatter(1, place[..., None].expand_as(made), clean(made, (photo & own).expand_as(place)))
-        whole_mask = F.pad(mask, (0, self.count)).scatter(1, place, (photo & own).expand_as(place))
+        shown, whole = (photo & own).expand_as(place), F.pad(embeddings, (0, 0, 0, self.count))
+        whole = whole.scatter(1, place[..., None].expand_as(made), clean(made, shown))
+        whole_mask = F.pad(mask, (0, self.count)).scatter(1, place, shown)
         return whole, whole_mask, weights * photo[..., None] if return_weights else None
 
 

@@ -162,14 +162,14 @@ def try_out(encoder, tokenizer):
 
 
 def check_soft_tokens(encoder, tokenizer, source, count):
-    """ValueError unless the encoder reads `count` vectors of no word behind a text as `stages.Prefix` gives them.
+    """ValueError unless the encoder reads `count` vectors of no word behind a text, as of `stages.Prefix`.
 
-    It must take embeddings for ids and make the same states of them, masked vectors of zero behind them or not. One that
-    reads left to right would never know of what stands behind. The encoder is in eval mode.
+    It must take embeddings for ids and make the same states of them, masked vectors of zero behind them or
+    not. One that reads left to right would never know of what stands behind. The encoder is in eval mode.
     """
-    what = f"--fusion prefix: {source}, a {encoder.config.model_type},"
+    what, other = f"--fusion prefix: {source}, a {encoder.config.model_type},", "take another --text-encoder"
     if encoder.left_to_right:
-        raise ValueError(f"{what} reads left to right, so no word would know of the photo; take another --text-encoder")
+        raise ValueError(f"{what} reads left to right, so no word would know of the photo; {other}")
     (prefix, suffix), pieces = special_ends(tokenizer), split_pieces(tokenizer, [PROBE])[0][0]
     ids = torch.tensor([prefix + pieces[:16] + suffix])
     mask = torch.ones_like(ids)
@@ -179,11 +179,11 @@ def check_soft_tokens(encoder, tokenizer, source, count):
             whole = F.pad(encoder.get_input_embeddings()(ids), (0, 0, 0, count))
             states = encoder(inputs_embeds=whole, attention_mask=F.pad(mask, (0, count))).last_hidden_state
         same = torch.allclose(states[:, : ids.shape[1]], plain, 1e-4, 1e-4)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{what} takes no embeddings in place of ids ({first_line(error)}); take another --text-encoder") from None
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = first_line(error)
+        raise ValueError(f"{what} takes no embeddings in place of ids ({said}); {other}") from None
     if not same:
-        raise ValueError(f"{what} makes other states of a text's embeddings, masked ones behind them, than of its ids; take another"
-                         " --text-encoder")  # fmt: skip
+        raise ValueError(f"{what} makes other states of embeddings, masked ones behind, than of ids; {other}")
 
 
 def drop_pooler(encoder):

@@ -59,8 +59,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
     add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo that the text encoder"
-        " reads; default: film. blip and vilt bring their own")
+    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
+        " that the text encoder reads; default: film. blip and vilt bring their own")
     add("--train-share", type=bounded(float, 1e-9, 1), default=1.0, help="train on this share of its posts, drawn with --seed")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
@@ -135,7 +135,7 @@ def parse_args(argv):
     if len(args.align) < asked:
         parser.error("--align: one loss is named twice; leave one out")
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
-        parser.error("--relevance-loss: it teaches the relevance in --notes; add --notes FILE --relevance given or predicted")
+        parser.error("--relevance-loss: it teaches what --notes give; add --notes FILE --relevance given")
     args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
     parts = [dataset, args.model]
     parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
@@ -143,7 +143,8 @@ def parse_args(argv):
     parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
     parts += [f"bottleneck{args.bottleneck:g}"] * bool(args.bottleneck) + ["generated"] * bool(args.generated)
     if args.relevance != "none":
-        parts += [f"relevance-{args.relevance}"] + ["notes"] * (args.relevance == "predicted" and args.notes is not None)
+        parts += [f"relevance-{args.relevance}"]
+        parts += ["notes"] * (args.relevance == "predicted" and args.notes is not None)
         parts += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts += [args.decoder] * (args.decoder != "softmax") + [f"extra-{args.extra}"] * (args.extra != "none")
     parts += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
@@ -160,8 +161,9 @@ def parse_args(argv):
         parser.error(f"--decoder visual-crf: {blind} has no cached regions to look at; take --decoder crf")
     if args.relevance != "none" and (system.checkpoint or args.fusion in ("none", "prefix")):
         what = args.model if system.checkpoint else f"--fusion {args.fusion}"
-        parser.error(f"--relevance {args.relevance}: {what} has no layer behind the encoder to weigh; choose another")
-    needs = [f"--extra {args.extra}"] * (args.extra != "none") + ["--relevance given"] * (args.relevance == "given")
+        parser.error(f"--relevance: {what} has no layer behind the encoder to weigh; leave it out")
+    needs = [f"--extra {args.extra}"] * (args.extra != "none")
+    needs += ["--relevance given"] * (args.relevance == "given")
     needs += ["--align supervised"] * ("supervised" in args.align)
     if needs and args.notes is None:
         parser.error(f"{' and '.join(needs)}: taken from notes; add --notes FILE (write_notes.py makes one)")
@@ -231,7 +233,7 @@ def open_features(args, dataset):
 
 
 def check_length(args, encoder, tokenizer, extra=0):
-    """ValueError if the encoder has too few positions for a post, `extra` sub-tokens of notes and soft tokens, if any."""
+    """ValueError if the encoder has too few positions for a post, `extra` of notes and soft tokens."""
     longest, soft = longest_input(encoder, tokenizer), Prefix.count * (args.fusion == "prefix")
     if args.max_len + extra + soft > longest:
         asked = [f"--max-len {args.max_len}"] + [f"--extra-len {args.extra_len}"] * bool(extra)
@@ -240,28 +242,26 @@ def check_length(args, encoder, tokenizer, extra=0):
 
 
 def median_relevance(args, dataset, rows, notes, cache):
-    """The median of the relevances that are given of train's posts with a photo, for --align supervised; None without it.
+    """The median of the relevances of train's posts with a photo, for --align supervised; None without it.
 
     How many are given is said on the console. ValueError if none of train is, or if the median parts nothing.
     """
-    for split, examples in dataset.examples.items():
-        shown = [row for row in rows[split] if cache.has_photo(row["image_id"])]
-        given = [row["relevance"] for row in (notes.shown(row, row["image_id"]) for row in shown) if "relevance" in row]
+    for split in dataset.examples:
+        known = [notes.known(row, row["image_id"]) for row in rows[split] if cache.has_photo(row["image_id"])]
+        given = [note["relevance"] for note in known if "relevance" in note]
         rest = {"given": "that of the others is predicted", "predicted": "that of all is predicted"}
-        print(f"           {split}: relevance given of {len(given)} of {len(shown)} posts with a photo,"
+        print(f"           {split}: relevance given of {len(given)} of {len(known)} posts with a photo,"
               f" {rest.get(args.relevance, 'the others take no part in supervised alignment')}")  # fmt: skip
         if split == "train":
             of_train = np.float32(given)  # as batches have them
-    if not len(of_train) and (args.relevance == "given" or "supervised" in args.align or args.extra == "none"):
-        raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the notes, or leave out what"
-                         " reads it")  # fmt: skip
-    if "supervised" not in args.align:
-        return None
-    median = float(np.median(of_train))
-    if (of_train >= median).all():
-        raise ValueError(f"--align supervised: its classes are relevances from train's median on, {median:g}, and those below it;"
-                         " none is below it, leave it out")  # fmt: skip
-    return median
+    supervised = "supervised" in args.align
+    if not len(of_train) and (supervised or args.relevance == "given" or args.extra == "none"):
+        raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the"
+                         " notes, or leave out what reads it")  # fmt: skip
+    if supervised and (of_train >= np.median(of_train)).all():
+        raise ValueError("--align supervised: leave it out; its classes are relevances below train's median and"
+                         f" others, and none of {args.notes} is below it, {np.median(of_train):g}")  # fmt: skip
+    return float(np.median(of_train)) if supervised else None
 
 
 def open_generated(args, dataset, cache):

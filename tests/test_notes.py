@@ -408,7 +408,8 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"), (("--notes", "n.jsonl"), "--notes: nothing reads them"),
+        (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"),
+        (("--notes", "n.jsonl"), "--notes: nothing reads them"),
         (("--shuffle-notes",), "--shuffle-notes: it gives posts"), (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
         (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
         (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),

@@ -1,4 +1,4 @@
-"""Relevance and prefix: each against plain loops, and what must change nothing; in the model, against the plain encoder."""
+"""Relevance and prefix against plain loops, in the model against the plain encoder; what changes nothing."""
 
 import contextlib
 import io
@@ -30,7 +30,15 @@ from text_encoder import check_soft_tokens, load_text_encoder, load_tokenizer
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
 LABELS = ("O", "B-PER", "I-PER")
-CONFIG = {"dropout": 0.1, "heads": HEADS, "region_dim": DV, "task": "ner", "labels": LABELS, "decoder": "softmax", "align": {}}
+CONFIG = {
+    "dropout": 0.1,
+    "heads": HEADS,
+    "region_dim": DV,
+    "task": "ner",
+    "labels": LABELS,
+    "decoder": "softmax",
+    "align": {},
+}
 GARBAGE = [1e4, 1e30, math.inf, math.nan]
 
 
@@ -40,8 +48,8 @@ def make(kind, **more):
 
 
 def batch(seed=1):
-    """Five ragged posts: tokens, of which the first and, of the third, the last two are not its own; the fourth has no photo,
-    the last no token of its own. The first has a masked region between real ones."""
+    """Five ragged posts. The first token and, of the third, the last two are not its own; the fourth has no
+    photo, the last no token of its own. The first has a masked region between real ones."""
     generator = torch.Generator().manual_seed(seed)
     text, regions = torch.randn(5, 6, D, generator=generator), torch.randn(5, 5, DV, generator=generator)
     mask = torch.arange(6) < torch.tensor([6, 3, 5, 4, 1])[:, None]
@@ -68,7 +76,7 @@ def same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-# ------------------------------------------------------------------------------------------------------ relevance
+# -------------------------------------------------------------------------------------------------- relevance
 
 
 def test_relevance_is_its_formula():
@@ -95,7 +103,9 @@ def test_relevance_knows_own_tokens_and_real_regions_alone(scale):
     wanted = answer(text, regions)
     assert wanted[1][own].any(1).all() and not wanted[1][~own].any()
     assert wanted[2][region_mask].any(1).all() and not wanted[2][~region_mask].any()
-    for found, expected in zip(answer(spoil(text, own, scale), spoil(regions, region_mask, scale)), wanted, strict=True):
+    for found, expected in zip(
+        answer(spoil(text, own, scale), spoil(regions, region_mask, scale)), wanted, strict=True
+    ):
         same(found, expected)
 
 
@@ -103,8 +113,12 @@ def test_relevance_knows_no_order_and_no_scale_of_regions_and_no_autocast():
     part, (text, _, own, regions, region_mask) = make(Relevance), batch()
     wanted, order = part(text, own, regions, region_mask), torch.tensor([3, 0, 4, 1, 2])
     for factor in (1e-3, 1e3):
-        torch.testing.assert_close(part(text, own, factor * regions, region_mask), wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(part(text, own, regions[:, order], region_mask[:, order]), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            part(text, own, factor * regions, region_mask), wanted, rtol=1e-4, atol=1e-5
+        )
+    torch.testing.assert_close(
+        part(text, own, regions[:, order], region_mask[:, order]), wanted, rtol=1e-4, atol=1e-5
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(part(text, own, regions, region_mask), wanted)
 
@@ -114,7 +128,9 @@ def test_the_loss_is_least_at_the_given_relevance(given):
     guesses = torch.arange(0.001, 1, 0.001)
     photo, given = torch.ones(len(guesses), 1, dtype=torch.bool), torch.full_like(guesses, given)
     losses = Relevance.loss(guesses.logit(), given, photo)
-    torch.testing.assert_close(losses, -(given * guesses.log() + (1 - given) * (1 - guesses).log()), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        losses, -(given * guesses.log() + (1 - given) * (1 - guesses).log()), rtol=1e-3, atol=1e-5
+    )
     assert (guesses[losses.argmin()] - given[0]).abs() <= 0.0011
 
 
@@ -127,14 +143,36 @@ def test_the_loss_is_of_posts_with_a_photo_and_a_given_relevance():
     assert logits.grad.tolist() == [-0.5, 0, 0, 0.5]
 
 
-# --------------------------------------------------------------------------------------------------------- prefix
+def test_relevance_learns_which_photos_belong_to_their_posts():
+    """One word of a post names one of 8 things, its photo shows it or, in half of the posts, any."""
+    torch.manual_seed(0)
+    part, words, shapes, right = Relevance(64, 128), 2 * torch.randn(8, 64), torch.randn(8, 128), []
+    optimizer = torch.optim.AdamW(
+        part.parameters(), lr=1.1e-3, weight_decay=0.01
+    )  # as train.py trains what is new
+    own, region_mask = torch.ones(32, 6, dtype=torch.bool), torch.ones(32, 9, dtype=torch.bool)
+    for _ in range(200):
+        named, text = torch.randint(8, (32,)), torch.randn(32, 6, 64)
+        shown = torch.where(torch.rand(32) < 0.5, named, torch.randint(8, (32,)))
+        text[:, 2] = words[named]
+        logits = part(text, own, shapes[shown][:, None] + torch.randn(32, 9, 128) / 2, region_mask)
+        right.append(((logits > 0) == (named == shown)).float().mean())
+        part.loss(logits, (named == shown).float(), region_mask).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.stack(right)[150:].mean() > 0.95
+
+
+# ----------------------------------------------------------------------------------------------------- prefix
 
 
 def reference(part, text, own, regions):
-    """(soft tokens [count, D], weights [T, R]) of one post of real tokens and real regions, by plain loops."""
+    """(soft tokens [count, D], weights [T, R]) of one post of real tokens and regions, by plain loops."""
 
     def attend(inner, queries, keys):
-        of_query, of_key, of_value = zip(inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True)
+        of_query, of_key, of_value = zip(
+            inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True
+        )
         k, v = ([w @ key + b for key in keys] for w, b in (of_key, of_value))
         made, weights = [], []
         for query in queries:
@@ -150,9 +188,16 @@ def reference(part, text, own, regions):
     def normal(x):
         return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
 
-    seen, weights = attend(part.look, map(normal, text), [part.regions.linear.weight @ unit(region) for region in regions])
-    found, _ = attend(part.gather, part.queries, [normal(x) for x, mine in zip(seen, own, strict=True) if mine])
-    length, made = sum(x.norm() for x in text[own]) / own.sum(), [q + normal(x) for q, x in zip(part.queries, found, strict=True)]
+    seen, weights = attend(
+        part.look, map(normal, text), [part.regions.linear.weight @ unit(region) for region in regions]
+    )
+    found, _ = attend(
+        part.gather, part.queries, [normal(x) for x, mine in zip(seen, own, strict=True) if mine]
+    )
+    length, made = (
+        sum(x.norm() for x in text[own]) / own.sum(),
+        [q + normal(x) for q, x in zip(part.queries, found, strict=True)],
+    )
     return torch.stack([length * p / p.norm() for p in made]), weights
 
 
@@ -185,7 +230,9 @@ def test_soft_tokens_know_nothing_of_what_is_masked(scale):
     assert all(part.isfinite().all() for part in wanted)
     # A token that is not the post's own is copied, and says nothing to the soft tokens.
     torch.testing.assert_close(wanted[1][mask & ~own], 2 * text[mask & ~own], rtol=1e-4, atol=1e-4)
-    for found, expected in zip(answer(spoil(text, mask, scale), spoil(regions, region_mask, scale)), wanted, strict=True):
+    for found, expected in zip(
+        answer(spoil(text, mask, scale), spoil(regions, region_mask, scale)), wanted, strict=True
+    ):
         same(found, expected)
 
 
@@ -196,12 +243,16 @@ def test_another_order_of_queries_is_another_order_of_soft_tokens_and_regions_ha
     order = torch.tensor([3, 0, 4, 1, 2])
     for turned in (1e-3 * regions, 1e3 * regions, regions[:, order]):
         turned_mask = region_mask[:, order] if turned.equal(regions[:, order]) else region_mask
-        torch.testing.assert_close(part(text, mask, own, turned, turned_mask)[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            part(text, mask, own, turned, turned_mask)[0], wanted, rtol=1e-4, atol=1e-5
+        )
     order = torch.tensor([2, 0, 3, 1])
     part.queries.copy_(part.queries[order])
     turned, _, _ = part(text, mask, own, regions, region_mask)
     for i, end in enumerate((6, 3, 5)):
-        torch.testing.assert_close(turned[i, end : end + 4], wanted[i, end : end + 4][order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            turned[i, end : end + 4], wanted[i, end : end + 4][order], rtol=1e-4, atol=1e-5
+        )
         assert not torch.allclose(turned[i], wanted[i], atol=1e-2)
 
 
@@ -239,14 +290,22 @@ def test_heads_have_to_divide_the_embeddings():
         Prefix(D, DV, heads=7)
 
 
-# ------------------------------------------------------------------------------------------------------ the model
+# -------------------------------------------------------------------------------------------------- the model
 
 
 def tiny(kind, folder):
     """A folder with a tiny BERT or RoBERTa and a byte-level tokenizer of its form for two texts."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
-    tokenizer = RobertaTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, merges=[], add_prefix_space=True, model_max_length=64)
-    size = {"vocab_size": len(pieces), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = RobertaTokenizerFast(
+        vocab={p: i for i, p in enumerate(pieces)}, merges=[], add_prefix_space=True, model_max_length=64
+    )
+    size = {
+        "vocab_size": len(pieces),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config, model = {"bert": (BertConfig, BertModel), "roberta": (RobertaConfig, RobertaModel)}[kind]
     torch.manual_seed(0)
     model(config(**size, max_position_embeddings=64, pad_token_id=1)).save_pretrained(folder)
@@ -314,20 +373,26 @@ def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, dat
     assert torch.equal(logits(given, 0.0), text) and torch.equal(logits(given, 1.0), whole)
     if precision == "float32":  # the head is linear, and so is what lies between
         for share in (0.001, 0.3, 0.5, 0.501, 0.999):
-            torch.testing.assert_close(logits(given, share), text + share * (whole - text), rtol=1e-4, atol=1e-4)
-    # Each post by itself: the second has no photo, whatever is said of it, and the fourth no relevance of its own.
+            torch.testing.assert_close(
+                logits(given, share), text + share * (whole - text), rtol=1e-4, atol=1e-4
+            )
+    # Each post by itself: the second has no photo, whatever is said of it, the fourth no given relevance.
     shares = torch.tensor([1.0, 0.7, 0.0, -1.0, 1.0])
     made, wanted = given(inputs | {"relevance": shares}), (bare(inputs), none(inputs))
     if precision == "float32":
         for i, expected in ((0, wanted[0]), (1, wanted[1]), (2, wanted[1]), (4, wanted[0])):
             assert torch.equal(made[i], expected[i])
-    logit = given.relevance(given.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"])[3]
+    logit = given.relevance(
+        given.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"]
+    )[3]
     between = torch.lerp(wanted[1][3], wanted[0][3], logit.sigmoid())
     torch.testing.assert_close(made[3], between, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_relevance_that_is_not_given_is_predicted_and_a_given_one_no_matter_where_all_are(folders, data_dir):
+def test_a_relevance_that_is_not_given_is_predicted_and_a_given_one_no_matter_where_all_are(
+    folders, data_dir
+):
     given, tokenizer = load(folders, fusion="film", relevance="given")
     predicted, _ = load(folders, fusion="film", relevance="predicted")
     inputs, _ = posts(tokenizer, data_dir)
@@ -338,10 +403,15 @@ def test_a_relevance_that_is_not_given_is_predicted_and_a_given_one_no_matter_wh
     assert torch.equal(predicted(inputs | {"relevance": some}), wanted)
     changed = (given(inputs | {"relevance": some}) != wanted).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False, True]
-    # Without a photo there is nothing to be of relevance, predicted or given, and NaN in its place is nothing either.
-    blind = inputs | {"region_mask": torch.zeros_like(inputs["region_mask"]), "regions": torch.full_like(inputs["regions"], math.nan)}
+    # Without a photo nothing is of relevance, predicted or given, and NaN in its place is nothing either.
+    blind = inputs | {
+        "region_mask": torch.zeros_like(inputs["region_mask"]),
+        "regions": torch.full_like(inputs["regions"], math.nan),
+    }
     text = load(folders, fusion="none")[0]
-    text.load_state_dict({key: value for key, value in given.state_dict().items() if key in text.state_dict()})
+    text.load_state_dict(
+        {key: value for key, value in given.state_dict().items() if key in text.state_dict()}
+    )
     for model in (given, predicted):
         assert torch.equal(model(blind | {"relevance": some}), text(blind))
 
@@ -359,26 +429,39 @@ def test_relevance_learns_from_what_is_given_or_as_a_gate(folders, data_dir, whi
         _, losses = model(inputs | {"relevance": relevance, "region_mask": mask}, losses=True)
         assert losses.keys() == model.loss_weights.keys()
         model.total([loss.sum() for loss in losses.values()], 10, 5).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+        )
         known = (relevance >= 0) & mask.any(1)
         of_gate = mask.any() and (which == "predicted" or (relevance < 0).any())
-        assert any(p.grad.any() for p in model.relevance.parameters()) == bool(of_gate or (more and known.any()))
+        assert any(p.grad.any() for p in model.relevance.parameters()) == bool(
+            of_gate or (more and known.any())
+        )
         if more:
-            logits = model.relevance(model.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], mask)
-            wanted = F.binary_cross_entropy(logits.sigmoid(), relevance.clamp(min=0), reduction="none") * known
+            logits = model.relevance(
+                model.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], mask
+            )
+            wanted = (
+                F.binary_cross_entropy(logits.sigmoid(), relevance.clamp(min=0), reduction="none") * known
+            )
             torch.testing.assert_close(losses["relevance"], wanted)
 
 
 def test_supervised_alignment_is_of_posts_with_a_relevance_by_trains_median(folders, data_dir):
-    model, tokenizer = load(folders, fusion="film", notes="n", align={"supervised": 0.1}, relevance_median=0.5)
+    model, tokenizer = load(
+        folders, fusion="film", notes="n", align={"supervised": 0.1}, relevance_median=0.5
+    )
     assert model.loss_weights == {"labels": 1.0, "supervised": 0.1}
     inputs, _ = posts(tokenizer, data_dir)
     relevance = torch.tensor([0.5, 0.9, 0.2, -1, 0.7])  # the second has no photo, the fourth no relevance
     _, losses = model(inputs | {"relevance": relevance}, losses=True)
     kept = torch.tensor([0, 2, 4])
     regions = unit_length(clean(inputs["regions"], inputs["region_mask"]))[kept]
-    alone = model.align["supervised"](model.read(inputs, False)[0][kept], inputs["own_mask"][kept], regions, inputs["region_mask"][kept],
-                                      inputs["photo_row"][kept], torch.tensor([1, 0, 1]))  # fmt: skip
+    text, (own, seen, photos) = (
+        model.read(inputs, False)[0][kept],
+        (inputs[key][kept] for key in ("own_mask", "region_mask", "photo_row")),
+    )
+    alone = model.align["supervised"](text, own, regions, seen, photos, torch.tensor([1, 0, 1]))
     torch.testing.assert_close(losses["supervised"][kept], alone)
     assert not losses["supervised"][[1, 3]].any() and alone[[0, 2]].all() and not alone[1]
     _, none = model(inputs, losses=True)
@@ -394,14 +477,23 @@ def test_supervised_alignment_is_of_posts_with_a_relevance_by_trains_median(fold
 def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folders, data_dir, kind, garbage):
     model, tokenizer = load(folders, kind, fusion="prefix")
     plain, _ = load(folders, kind, fusion="none")
-    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("prefix.")})
+    plain.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if not key.startswith("prefix.")}
+    )
     inputs, _ = posts(tokenizer, data_dir)
     wanted, shown = plain(inputs), model(inputs)
-    blind = inputs | {"region_mask": torch.zeros_like(inputs["region_mask"]), "regions": torch.full_like(inputs["regions"], garbage)}
+    blind = inputs | {
+        "region_mask": torch.zeros_like(inputs["region_mask"]),
+        "regions": torch.full_like(inputs["regions"], garbage),
+    }
     torch.testing.assert_close(real(model(blind), inputs), real(wanted, inputs), rtol=1e-5, atol=1e-5)
     photo, words = inputs["region_mask"].any(1), inputs["word_starts"] >= 0
-    torch.testing.assert_close(shown[~photo][words[~photo]], wanted[~photo][words[~photo]], rtol=1e-5, atol=1e-5)
-    assert ((shown - wanted).abs().amax(-1) > 1e-4)[photo][words[photo]].all()  # every word knows of the photo
+    torch.testing.assert_close(
+        shown[~photo][words[~photo]], wanted[~photo][words[~photo]], rtol=1e-5, atol=1e-5
+    )
+    assert ((shown - wanted).abs().amax(-1) > 1e-4)[photo][
+        words[photo]
+    ].all()  # every word knows of the photo
 
 
 @torch.no_grad()
@@ -417,12 +509,18 @@ def test_with_a_prefix_batched_is_single_at_any_padding(folders, data_dir, kind)
             alone = collate([row], tokenizer.pad_token_id) | photo
             alone |= {key: alone[key][:, :regions] for key in ("regions", "region_mask")}
             alone["input_ids"] = F.pad(alone["input_ids"], (0, more), value=tokenizer.pad_token_id)
-            alone |= {key: F.pad(alone[key], (0, more)) for key in ("attention_mask", "own_mask", "text_mask") if key in alone}
+            alone |= {
+                key: F.pad(alone[key], (0, more))
+                for key in ("attention_mask", "own_mask", "text_mask")
+                if key in alone
+            }
             made, seen = model(alone, return_weights=True)
             words = row["word_starts"]
             torch.testing.assert_close(made[0], wanted[i, : len(words)], rtol=1e-5, atol=2e-6)
             length = len(row["input_ids"])
-            torch.testing.assert_close(seen[0, :length], weights[i, :length, : seen.shape[2]], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                seen[0, :length], weights[i, :length, : seen.shape[2]], rtol=1e-5, atol=1e-6
+            )
     photo = inputs["region_mask"].any(1).float()[:, None].expand(-1, weights.shape[1])
     torch.testing.assert_close(weights.sum(-1), photo)
 
@@ -434,13 +532,18 @@ def test_gradients_reach_queries_regions_and_word_embeddings(folders, data_dir):
         model.zero_grad()
         _, losses = model(inputs | {"region_mask": mask}, losses=True)
         sum(loss.sum() for loss in losses.values()).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+        )
         assert all(bool(p.grad.any()) == bool(mask.any()) for p in model.prefix.parameters())
         assert model.encoder.get_input_embeddings().weight.grad.any()
     assert {"queries", "regions.linear.weight"} <= {name for name, _ in model.prefix.named_parameters()}
     # The soft tokens alone teach the word embeddings too: of the post's own tokens, not of its note.
     words = model.encoder.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
-    masks, length = (inputs["attention_mask"].bool(), inputs["own_mask"]), int(inputs["attention_mask"][2].sum())
+    masks, length = (
+        (inputs["attention_mask"].bool(), inputs["own_mask"]),
+        int(inputs["attention_mask"][2].sum()),
+    )
     whole, _, _ = model.prefix(words, *masks, inputs["regions"], inputs["region_mask"])
     torch.manual_seed(0)
     (whole[2, length : length + 4] * torch.randn(4, 32)).sum().backward()
@@ -452,13 +555,16 @@ WORDS = [*"so excited about Paris today ! RT @fan : BBC again".split(), *PROBE]
 
 
 @pytest.mark.parametrize("kind, reason", [
-    ("convbert", "makes other states of a text's embeddings, masked ones behind them, than of its ids"),  # its convolution sees them
-    ("ibert", "takes no embeddings in place of ids"), ("gpt2", "reads left to right, so no word would know of the photo"),
+    ("convbert", "makes other states of embeddings, masked ones behind, than of ids"),  # its convolution
+    ("ibert", "takes no embeddings in place of ids"),
+    ("gpt2", "reads left to right, so no word would know of the photo"),
 ])  # fmt: skip
 def test_an_encoder_that_cannot_read_soft_tokens_is_one_line(tmp_path, kind, reason):
     build(kind, tmp_path, WORDS)
     encoder, tokenizer = load_text_encoder(str(tmp_path), SYSTEMS["bert-resnet50"], "ner", 0.1)
-    with pytest.raises(ValueError, match=f"^--fusion prefix: here, a {kind}, {reason}.*; take another --text-encoder$") as error:
+    with pytest.raises(
+        ValueError, match=f"^--fusion prefix: here, a {kind}, {reason}.*; take another --text-encoder$"
+    ) as error:
         check_soft_tokens(encoder, tokenizer, "here", 4)
     assert "\n" not in str(error.value)
 
@@ -466,7 +572,7 @@ def test_an_encoder_that_cannot_read_soft_tokens_is_one_line(tmp_path, kind, rea
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mpnet", "deberta-v2", "albert", "xlnet"])
 def test_other_kinds_read_soft_tokens_alike_in_any_batch(tmp_path, data_dir, kind):
-    """Counted positions, relative ones, embeddings of another width than the states, and no position_ids to give."""
+    """Counted positions, relative ones, embeddings of another width than the states, no position_ids."""
     build(kind, tmp_path, WORDS)
     model, _ = load({kind: str(tmp_path)}, kind, fusion="prefix")
     tokenizer = load_tokenizer(tmp_path)
@@ -474,15 +580,19 @@ def test_other_kinds_read_soft_tokens_alike_in_any_batch(tmp_path, data_dir, kin
     inputs, rows = posts(tokenizer, data_dir, notes=False)
     wanted = model(inputs)
     for i, row in enumerate(rows):
-        alone = collate([row], tokenizer.pad_token_id) | {key: inputs[key][i : i + 1] for key in ("regions", "region_mask")}
-        torch.testing.assert_close(model(alone)[0], wanted[i, : len(row["word_starts"])], rtol=1e-4, atol=1e-5)
+        alone = collate([row], tokenizer.pad_token_id) | {
+            key: inputs[key][i : i + 1] for key in ("regions", "region_mask")
+        }
+        torch.testing.assert_close(
+            model(alone)[0], wanted[i, : len(row["word_starts"])], rtol=1e-4, atol=1e-5
+        )
 
 
-# ------------------------------------------------------------------------------------- relevance is a note of the photo
+# --------------------------------------------------------------------------- relevance is a note of the photo
 
 
 def rated(dataset, but=0):
-    """Notes of all posts, texts of their own; all but each fourth with a relevance: rising in train, high elsewhere."""
+    """Notes of all posts; all but each fourth with a relevance: rising in train, high elsewhere."""
     notes = []
     for split, examples in dataset.examples.items():
         for i, example in enumerate(examples):
@@ -515,47 +625,81 @@ def test_relevance_moves_and_hides_with_the_photo(demo_notes, encoder_dir, extra
 
     ids = [example.image_id for example in examples]
     wanted = torch.tensor([-1 if r is None else r for r in said])
-    assert shown(ids) == wanted.tolist() and collate([notes.shown(rows[1], ids[1])], 0)["relevance"].dtype == torch.float32
+    assert (
+        shown(ids) == wanted.tolist()
+        and collate([notes.shown(rows[1], ids[1])], 0)["relevance"].dtype == torch.float32
+    )
     assert shown(ids[3:] + ids[:3]) == wanted.roll(-3).tolist()
     assert shown([None] * 8) is None
     assert shown([None] * 4 + ids[4:]) == [-1] * 4 + wanted[4:].tolist()
     assert "relevance" not in collate([Notes.shown(notes, rows[0], ids[0])], 0)  # of a post without one
     plain = Notes(path, tokenizer, "post", 128)
     plain.attach(rows, examples, "test")
-    assert "relevance" not in collate([plain.shown(row, photo) for row, photo in zip(rows, ids, strict=True)], 0)
+    assert "relevance" not in collate(
+        [plain.shown(row, photo) for row, photo in zip(rows, ids, strict=True)], 0
+    )
     # A relevance is nothing to be shown: of photos without features none is dealt out.
     assert not any(notes.has_photo(image_id) for image_id in ids)
 
 
-def test_of_rows_that_share_a_photo_a_text_goes_before_a_relevance_and_that_before_nothing(data_dir, encoder_dir, tmp_path):
+def test_of_rows_that_share_a_photo_a_text_goes_before_a_relevance_and_that_before_nothing(
+    data_dir, encoder_dir, tmp_path
+):
     dataset, tokenizer = load_dataset("mnre", data_dir), load_tokenizer(encoder_dir)
     first, second = dataset.examples["train"][:2]
     assert first.image_id == second.image_id
     text, number, neither = {"about_photo": "a hoop"}, {"relevance": 0.5}, {"about_post": "x"}
-    for extra, one, other, kept in (("photo", number, text, 1), ("photo", text, number, 0), ("none", neither, number, 1),
-                                    ("none", number, neither, 0), ("none", number, {"relevance": 0.7}, 0)):  # fmt: skip
+    cases = [("photo", number, text, 1), ("photo", text, number, 0), ("none", neither, number, 1)]
+    cases += [("none", number, neither, 0), ("none", number, {"relevance": 0.7}, 0)]
+    for extra, one, other, kept in cases:
         path = tmp_path / "n.jsonl"
         write_json_lines(path, [{"id": first.id} | one, {"id": second.id} | other])
         notes, rows = Notes(path, tokenizer, extra, 128, relevance=True), [{}, {}]
         notes.attach(rows, [first, second], "train")
         assert notes.of_photo[first.image_id] is rows[kept]["note"]
-        assert [notes.known(row, first.image_id).get("relevance") for row in rows] == [one.get("relevance"), other.get("relevance")]
+        assert [notes.known(row, first.image_id).get("relevance") for row in rows] == [
+            one.get("relevance"),
+            other.get("relevance"),
+        ]
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 def train_run(folder, data_dir, encoder_dir, cache_dir, *more):
     """(run folder, what was said) of one epoch on the demo posts."""
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder", encoder_dir,
-             "--epochs", 1, "--lr", 1e-3, "--device", "cpu", "--run-dir", folder, *more]  # fmt: skip
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64]
+    flags += [
+        "--text-encoder",
+        encoder_dir,
+        "--epochs",
+        1,
+        "--lr",
+        1e-3,
+        "--device",
+        "cpu",
+        "--run-dir",
+        folder,
+        *more,
+    ]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         return train.main([str(flag) for flag in flags]), said.getvalue()
 
 
 RUNS = {
-    "given": ("--fusion", "cross-attention", "--relevance", "given", "--align", "supervised=0.1", "--extra", "post", "--decoder", "crf"),
+    "given": (
+        "--fusion",
+        "cross-attention",
+        "--relevance",
+        "given",
+        "--align",
+        "supervised=0.1",
+        "--extra",
+        "post",
+        "--decoder",
+        "crf",
+    ),
     "gate": ("--fusion", "film", "--relevance", "predicted"),
     "taught": ("--fusion", "film", "--relevance", "predicted", "--relevance-loss", 2),
     "prefix": ("--fusion", "prefix", "--extra", "photo", "--align", "contrastive=0.1"),
@@ -568,7 +712,8 @@ def runs(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path_factory):
     root, (_, path) = tmp_path_factory.mktemp("runs"), demo_notes
     places = (data_dir, encoder_dir, cache_dir)
     return {
-        name: train_run(root / name, *places, *flags, *(("--notes", path) if name != "gate" else ())) for name, flags in RUNS.items()
+        name: train_run(root / name, *places, *flags, *(("--notes", path) if name != "gate" else ()))
+        for name, flags in RUNS.items()
     }
 
 
@@ -579,10 +724,13 @@ def test_the_median_is_trains_alone_and_what_is_given_is_counted(runs, demo_note
     config, said = read_config(runs["given"][0]), runs["given"][1]
     assert config["relevance_median"] == np.median(of_train) < 0.9 and len(of_train) == 18
     for split, count, all_of in (("train", 18, 24), ("valid", 6, 8), ("test", 6, 8)):
-        line = f"           {split}: relevance given of {count} of {all_of} posts with a photo, that of the others is predicted\n"
+        line = f"           {split}: relevance given of {count} of {all_of} posts with a photo, "
+        line += "that of the others is predicted\n"
         assert line in said and line.replace("the others", "all") in runs["taught"][1]
     assert "relevance given of" not in runs["gate"][1] + runs["prefix"][1]
-    assert [read_config(folder)["relevance_median"] for name, (folder, _) in runs.items() if name != "given"] == [None] * 3
+    assert [
+        read_config(folder)["relevance_median"] for name, (folder, _) in runs.items() if name != "given"
+    ] == [None] * 3
     # Another median under another seed, of the share of train that it draws, is the same system.
     assert system_settings(config) == system_settings(config | {"relevance_median": 0.1, "seed": 2})
     assert system_settings(config) != system_settings(config | {"relevance_loss": 1.0})
@@ -600,37 +748,62 @@ class Photos:
 
 def median_of(dataset, notes_file, tokenizer, absent, *more):
     args = train.parse_args(["--dataset", "demo", "--notes", str(notes_file), *more])
-    rows = {split: encode(tokenizer, examples, dataset.labels, 128)[0] for split, examples in dataset.examples.items()}
+    rows = {
+        split: encode(tokenizer, examples, dataset.labels, 128)[0]
+        for split, examples in dataset.examples.items()
+    }
     notes = Notes(notes_file, tokenizer, args.extra, 128, relevance=True)
     for split, examples in dataset.examples.items():
         notes.attach(rows[split], examples, split)
     return train.median_relevance(args, dataset, rows, notes, Photos(absent))
 
 
-def test_the_median_is_of_posts_with_a_photo(demo_notes, encoder_dir, tmp_path, capsys, monkeypatch, data_dir):
+def test_the_median_is_of_posts_with_a_photo(
+    demo_notes, encoder_dir, tmp_path, capsys, monkeypatch, data_dir
+):
     (dataset, path), tokenizer = demo_notes, load_tokenizer(encoder_dir)
     monkeypatch.setattr(train, "data_task", lambda *_: "ner")
     absent = [example.image_id for example in dataset.examples["train"][12:]]
     supervised = ("--align", "supervised=1")
     made = median_of(dataset, path, tokenizer, absent, *supervised)
     assert made == np.median([i / 32 for i in range(12) if i % 4])
-    assert "train: relevance given of 9 of 12 posts with a photo, the others take no part in supervised" in capsys.readouterr().out
+    assert (
+        "train: relevance given of 9 of 12 posts with a photo, the others take no part in supervised"
+        in capsys.readouterr().out
+    )
     assert median_of(dataset, path, tokenizer, [], "--relevance", "given") is None
     notes = [{key: value for key, value in note.items() if key != "relevance"} for note in rated(dataset)]
     write_json_lines(tmp_path / "bare.jsonl", notes)
     for more in (supervised, ("--relevance", "given", "--extra", "post"), ("--relevance", "predicted")):
-        with pytest.raises(ValueError, match="bare.jsonl: no relevance of any post of train that has a photo"):
+        with pytest.raises(
+            ValueError, match="bare.jsonl: no relevance of any post of train that has a photo"
+        ):
             median_of(dataset, tmp_path / "bare.jsonl", tokenizer, [], *more)
-    assert median_of(dataset, tmp_path / "bare.jsonl", tokenizer, [], "--relevance", "predicted", "--extra", "post") is None
-    write_json_lines(tmp_path / "low.jsonl", [note | {"relevance": 0.25 * (i == 0)} for i, note in enumerate(notes)])
-    with pytest.raises(ValueError, match="classes are relevances from train's median on, 0, and those below it; none is"):
+    assert (
+        median_of(
+            dataset, tmp_path / "bare.jsonl", tokenizer, [], "--relevance", "predicted", "--extra", "post"
+        )
+        is None
+    )
+    write_json_lines(
+        tmp_path / "low.jsonl", [note | {"relevance": 0.25 * (i == 0)} for i, note in enumerate(notes)]
+    )
+    with pytest.raises(
+        ValueError,
+        match="relevances below train's median and others, and none of .*low.jsonl is below it, 0$",
+    ):
         median_of(dataset, tmp_path / "low.jsonl", tokenizer, [], *supervised)
 
 
 def test_new_losses_are_logged_with_their_weights(runs):
     logs = {name: json.loads((folder / "log.jsonl").read_text()) for name, (folder, _) in runs.items()}
     losses = {name: {key for key in log if key.startswith("loss_")} for name, log in logs.items()}
-    assert losses == {"given": {"loss_supervised", "loss_relevance"}, "gate": set(), "taught": {"loss_relevance"}, "prefix": {"loss_contrastive"}}
+    assert losses == {
+        "given": {"loss_supervised", "loss_relevance"},
+        "gate": set(),
+        "taught": {"loss_relevance"},
+        "prefix": {"loss_contrastive"},
+    }
     assert all(logs[name][key] > 0 for name, keys in losses.items() for key in keys)
     loaded, _, _ = evaluate.load_run(runs["taught"][0])
     assert loaded.loss_weights == {"labels": 1.0, "relevance": 2.0}
@@ -644,7 +817,9 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     ids = [example.image_id for example in examples]
 
     def answers(swap):
-        return evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, swap, notes=notes)
+        return evaluate.predict(
+            model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, swap, notes=notes
+        )
 
     again = answers(None)
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
@@ -656,7 +831,11 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     assert ["extra" in r for r in recorded] == [name in ("given", "prefix")] * 8
     swap = evaluate.shuffled_photos(ids, cache, 1, notes)
     moved = [r.get("relevance") for r in answers(swap)]
-    assert moved == ([own[ids.index(swap[i])] for i in ids] if reads else [None] * 8) and (moved != own) == reads or not reads
+    assert (
+        moved == ([own[ids.index(swap[i])] for i in ids] if reads else [None] * 8)
+        and (moved != own) == reads
+        or not reads
+    )
     blind = answers(dict.fromkeys(ids))
     assert all(r.get("relevance") is None and not r["photo"] for r in blind)
     check = evaluate.image_check(folder, "test", 2, "cpu")
@@ -670,7 +849,10 @@ def test_notes_are_wanted_and_refused_as_with_a_second_segment(runs, demo_notes,
     other.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
         evaluate.open_run(runs["taught"][0], "test", "cpu", notes=other)
-    for script in (evaluate.open_run, lambda folder, *_, notes: report.main(["--run", str(folder), "--notes", str(notes)])):
+    for script in (
+        evaluate.open_run,
+        lambda folder, *_, notes: report.main(["--run", str(folder), "--notes", str(notes)]),
+    ):
         with pytest.raises(ValueError, match="the run read none; leave it out"):
             script(runs["gate"][0], "test", "cpu", notes=path)
 
@@ -679,11 +861,16 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
     dataset, path = demo_notes
     more = ("--fusion", "film", "--relevance", "given", "--notes", path, "--shuffle-photos")
     folder, _ = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
-    own = {example.image_id: note.get("relevance") for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)}
+    own = {
+        example.image_id: note.get("relevance")
+        for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)
+    }
     cache, notes = evaluate.open_run(folder, "test", "cpu")[-2:]
     swap = evaluate.shuffled_photos(list(own), cache, 1337, notes)
     records = read_predictions(folder / "predictions-test.jsonl")
-    assert [record["relevance"] for record in records] == [own[swap[record["image_id"]]] for record in records]
+    assert [record["relevance"] for record in records] == [
+        own[swap[record["image_id"]]] for record in records
+    ]
     page = report.main(["--run", str(folder)]).read_text(encoding="utf-8")
     assert "nothing that was written with a photo in view" in page and '"relevance":"0.' not in page
 
@@ -695,26 +882,45 @@ def test_new_posts_bring_their_relevance(runs, demo_notes, data_dir, capsys):
     given = []
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):
         image = data_dir / "demo" / "images" / f"{example.image_id}.jpg"
-        given.append({"words": list(example.words), "image": str(image)} | {k: v for k, v in note.items() if k != "id"})
-    for answer, post, record in zip(predictor(given), given, read_predictions(folder / "predictions-test.jsonl"), strict=True):
+        given.append(
+            {"words": list(example.words), "image": str(image)} | {k: v for k, v in note.items() if k != "id"}
+        )
+    for answer, post, record in zip(
+        predictor(given), given, read_predictions(folder / "predictions-test.jsonl"), strict=True
+    ):
         wanted = predict.entities(record, None, None)
-        assert [(e["type"], e["words"]) for e in answer["entities"]] == [(e["type"], e["words"]) for e in wanted]
+        assert [(e["type"], e["words"]) for e in answer["entities"]] == [
+            (e["type"], e["words"]) for e in wanted
+        ]
         assert answer.get("note") == (None if "relevance" in post else "no relevance given: it was predicted")
     blind = {key: value for key, value in given[1].items() if key != "image"}
     assert "note" not in predictor(blind)  # without a photo there is nothing to predict
     irrelevant = predictor(given[1] | {"relevance": 0})
     assert irrelevant["photo"] and irrelevant["entities"] == predictor(blind | {"relevance": 0.3})["entities"]
-    assert predictor(given[1] | {"relevance": 17})["error"].startswith("relevance must be a number from 0 to 1, not 17")
+    assert predictor(given[1] | {"relevance": 17})["error"].startswith(
+        "relevance must be a number from 0 to 1, not 17"
+    )
     flags = ["--text", "so good", "--about-post", "x", "--device", "cpu", "--weights", "random"]
     capsys.readouterr()
     predict.main(["--run", str(folder), *flags, "--image", given[1]["image"], "--relevance", "0.8", "--json"])
     out, err = capsys.readouterr()
-    assert json.loads(out) == predictor({"text": "so good", "about_post": "x", "image": given[1]["image"], "relevance": 0.8}) and not err
+    assert (
+        json.loads(out)
+        == predictor({"text": "so good", "about_post": "x", "image": given[1]["image"], "relevance": 0.8})
+        and not err
+    )
     predict.main(["--run", str(folder), *flags, "--image", given[1]["image"]])
     assert capsys.readouterr().err == "no relevance given: it was predicted\n"
-    with pytest.raises(ValueError, match="--relevance does not go with .*taught, which finds entities in text and image; leave it out"):
-        predict.main(["--run", str(runs["taught"][0]), "--text", "so good", "--relevance", "0.8", "--device", "cpu"])
-    assert predict.Predictor(runs["taught"][0], "cpu", "random")({"text": "so good", "relevance": 17}).keys() == {"id", "photo", "entities"}
+    with pytest.raises(
+        ValueError,
+        match="--relevance does not go with .*taught, which finds entities in text and image; leave it out",
+    ):
+        predict.main(
+            ["--run", str(runs["taught"][0]), "--text", "so good", "--relevance", "0.8", "--device", "cpu"]
+        )
+    assert predict.Predictor(runs["taught"][0], "cpu", "random")(
+        {"text": "so good", "relevance": 17}
+    ).keys() == {"id", "photo", "entities"}
     with pytest.raises(SystemExit):
         predict.parse_args(["--run", "r", "--text", "x", "--relevance", "1.5"])
     assert "1.5 is not from 0 to 1" in capsys.readouterr().err
@@ -724,15 +930,21 @@ def test_a_prefix_answers_new_posts_with_and_without_a_photo(runs, demo_notes, d
     (dataset, _), (folder, _) = demo_notes, runs["prefix"]
     predictor, example = predict.Predictor(folder, "cpu", "random"), dataset.examples["test"][0]
     post = {"words": list(example.words), "about_photo": "photo 0"}
-    seen, blind = predictor([post | {"image": str(data_dir / "demo" / "images" / f"{example.image_id}.jpg")}, post])
+    seen, blind = predictor(
+        [post | {"image": str(data_dir / "demo" / "images" / f"{example.image_id}.jpg")}, post]
+    )
     assert (seen["photo"], blind["photo"]) == (True, False) and "note" not in seen and "note" not in blind
     record = read_predictions(folder / "predictions-test.jsonl")[0]
-    assert [(e["type"], e["words"]) for e in seen["entities"]] == [(e["type"], e["words"]) for e in predict.entities(record, None, None)]
+    assert [(e["type"], e["words"]) for e in seen["entities"]] == [
+        (e["type"], e["words"]) for e in predict.entities(record, None, None)
+    ]
 
 
 def page_of(folder, output):
     text = report.main(["--run", str(folder), "--output", str(output)]).read_text(encoding="utf-8")
-    return json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    return json.loads(
+        text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -741,32 +953,49 @@ def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_n
     posts, reads = {post["id"]: post for post in page["posts"]}, name in ("given", "taught")
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):
         said, post = {}, posts[example.id]
-        said |= {"given": {"about_post": "so good"}, "prefix": {"about_photo": note["about_photo"]}}.get(name, {})
+        said |= {"given": {"about_post": "so good"}, "prefix": {"about_photo": note["about_photo"]}}.get(
+            name, {}
+        )
         said |= {"relevance": f"{note['relevance']:.3f}"} if reads and "relevance" in note else {}
         assert post.get("said", {}) == said
         assert ("maps" in post) == (name in ("given", "prefix"))
         if name == "prefix":
-            assert np.allclose(np.array(post["maps"]["places"])[np.array(post["maps"]["places"]) > 0], 1, atol=2e-3)
+            assert np.allclose(
+                np.array(post["maps"]["places"])[np.array(post["maps"]["places"]) > 0], 1, atol=2e-3
+            )
     sha = read_config(runs[name][0])["notes_sha256"]
-    said = {"given": "--extra post: 8 of 8 posts with a note, 0 without; relevance of the photo: of 6 of 8 posts given",
-            "taught": "relevance of the photo: of 6 of 8 posts given", "prefix": "--extra photo: 8 of 8 posts with a note, 0 without"}  # fmt: skip
-    assert page["facts"]["Notes"] == ("not used" if name == "gate" else f"notes.jsonl ({sha[:16]}), {said[name]}")
-    label = {"given": "Relevance of the photo, as given", "taught": "Relevance of the photo, as given; the run used its own"}
+    texts, relevance = (
+        ": 8 of 8 posts with a note, 0 without",
+        "relevance of the photo: of 6 of 8 posts given",
+    )
+    said = {
+        "given": f"--extra post{texts}; {relevance}",
+        "taught": relevance,
+        "prefix": f"--extra photo{texts}",
+    }
+    assert page["facts"]["Notes"] == (
+        "not used" if name == "gate" else f"notes.jsonl ({sha[:16]}), {said[name]}"
+    )
+    label = {
+        "given": "Relevance of the photo, as given",
+        "taught": "Relevance of the photo, as given; the run used its own",
+    }
     assert page["said"].get("relevance") == label.get(name)
 
 
 @pytest.mark.parametrize("flags, said", [
-    (("--fusion", "none", "--relevance", "predicted"), "--relevance predicted: --fusion none has no layer behind the encoder to weigh"),
+    (("--fusion", "none", "--relevance", "predicted"), "--relevance: --fusion none has no layer behind"),
     (("--fusion", "prefix", "--relevance", "predicted"), "--fusion prefix has no layer behind the encoder"),
-    (("--model", "blip", "--relevance", "predicted"), "--relevance predicted: blip has no layer"),
-    (("--model", "vilt", "--relevance", "given", "--notes", "n"), "--relevance given: vilt has no layer"),
+    (("--model", "blip", "--relevance", "predicted"), "--relevance: blip has no layer"),
+    (("--model", "vilt", "--relevance", "given", "--notes", "n"), "--relevance: vilt has no layer"),
     (("--relevance", "given"), "--relevance given: taken from notes; add --notes FILE"),
     (("--align", "supervised=1"), "--align supervised: taken from notes; add --notes FILE"),
     (("--align", "supervised=1", "--extra", "post"), "--extra post and --align supervised: taken from notes"),
-    (("--relevance-loss", "1"), "--relevance-loss: it teaches the relevance in --notes"),
+    (("--relevance-loss", "1"), "--relevance-loss: it teaches what --notes give"),
     (("--relevance", "predicted", "--relevance-loss", "1"), "--relevance-loss: it teaches"),
-    (("--relevance", "predicted", "--relevance-loss", "-1"), "-1 is not from 0"), (("--relevance", "often"), "invalid choice"),
-    (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra post, --relevance given"),
+    (("--relevance", "predicted", "--relevance-loss", "-1"), "-1 is not from 0"),
+    (("--relevance", "often"), "invalid choice"),
+    (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra, --"),
     (("--model", "blip", "--fusion", "prefix"), "--fusion prefix: blip has a fusion of its own"),
     (("--model", "vilt", "--fusion", "prefix"), "--fusion prefix: vilt has a fusion of its own"),
     (("--model", "blip", "--align", "supervised=1", "--notes", "n"), "--align: blip has no cached regions"),
@@ -779,7 +1008,8 @@ def test_what_does_not_go_together_is_one_line(flags, said, capsys):
 
 def test_run_folders_tell_relevance_and_prefix():
     names = {
-        ("--relevance", "predicted"): "film-relevance-predicted", ("--fusion", "prefix", "--heads", "4"): "prefix",
+        ("--relevance", "predicted"): "film-relevance-predicted",
+        ("--fusion", "prefix", "--heads", "4"): "prefix",
         ("--relevance", "predicted", "--notes", "n"): "film-relevance-predicted-notes",
         ("--relevance", "given", "--notes", "n", "--relevance-loss", "1"): "film-relevance-given-loss1",
         ("--align", "supervised=.1", "--notes", "n", "--extra", "post"): "film-supervised0.1-extra-post",
@@ -790,10 +1020,12 @@ def test_run_folders_tell_relevance_and_prefix():
 
 @pytest.mark.parametrize("more, said", [
     (("--max-len", 510), "--max-len 510 and the 4 soft tokens of --fusion prefix: .* takes 512 in all"),
-    (("--extra", "photo", "--extra-len", 380), "--max-len 128 and --extra-len 380 and the 4 soft tokens of --fusion prefix: .* takes 512 in all"),
+    (("--extra", "photo", "--extra-len", 380), "-len 128 and --extra-len 380 and the 4 soft .* takes 512"),
     (("--heads", 7), "7 heads do not divide token states of width 64"),
 ])  # fmt: skip
-def test_what_has_no_room_is_one_line_before_anything_is_written(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path, more, said):
+def test_what_has_no_room_is_one_line_before_anything_is_written(
+    demo_notes, data_dir, encoder_dir, cache_dir, tmp_path, more, said
+):
     more = (*more, "--notes", demo_notes[1]) if "--extra" in more else more
     with pytest.raises(ValueError, match=said):
         train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, "--fusion", "prefix", *more)
@@ -803,10 +1035,15 @@ def test_what_has_no_room_is_one_line_before_anything_is_written(demo_notes, dat
 def test_the_longest_input_of_a_prefix_fits(folders, data_dir):
     """RoBERTa's kind spends two positions on padding: 62 are left, 58 beside the soft tokens."""
     model, tokenizer = load(folders, "roberta", fusion="prefix")
-    example = replace(load_dataset("demo", data_dir).examples["test"][0], words=("good",) * 30, labels=("O",) * 30)
+    example = replace(
+        load_dataset("demo", data_dir).examples["test"][0], words=("good",) * 30, labels=("O",) * 30
+    )
     (row,), _ = encode(tokenizer, [example], LABELS, 58)
     assert len(row["input_ids"]) == 58
-    inputs = collate([row], 1) | {"regions": torch.randn(1, 2, DV), "region_mask": torch.ones(1, 2, dtype=torch.bool)}
+    inputs = collate([row], 1) | {
+        "regions": torch.randn(1, 2, DV),
+        "region_mask": torch.ones(1, 2, dtype=torch.bool),
+    }
     assert model(inputs).isfinite().all()
     with pytest.raises(RuntimeError, match="index 64 is out of bounds"):
         (row,), _ = encode(tokenizer, [example], LABELS, 59)

@@ -26,7 +26,8 @@ def start(processes, script, *args):
 
 # 24 posts: with 23 a step the last step has one, and the second process none.
 @pytest.mark.parametrize("dataset, batch_size, more", [
-    ("demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given", "--notes"]),
+    ("demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given",
+                 "--notes"]),
     ("mnre", 23, ["--align", "matching=0.5"]),
 ])  # fmt: skip
 def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path):
@@ -46,7 +47,8 @@ def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, ca
     assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
     for alone, shared in zip(*logs, strict=True):
         losses = {key for key in alone if key.startswith("loss")}
-        assert len(losses) == (4 if dataset == "demo" else 2) and all(shared[key] == pytest.approx(alone[key], rel=1e-5) for key in losses)
+        assert len(losses) == (4 if dataset == "demo" else 2)
+        assert all(shared[key] == pytest.approx(alone[key], rel=1e-5) for key in losses)
     assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)  # Adam divides by gradients, small ones too
     for alone, shared in zip(*predictions, strict=True):
         assert (shared["id"], shared["words"], shared["predicted"]) == (alone["id"], alone["words"], alone["predicted"])

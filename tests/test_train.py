@@ -177,7 +177,8 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
 @pytest.mark.parametrize(
     "more, said",
     [
-        (("--align", "contrastive"), "invalid"), (("--align", "clip=1"), "NAME is one of contrastive, local, matching, supervised"),
+        (("--align", "contrastive"), "invalid"),
+        (("--align", "clip=1"), "NAME is one of contrastive, local, matching, supervised"),
         (("--align", "local=-1"), "not from 0"), (("--align", "local=1", "local=2"), "named twice"),
         (("--align", "local=1", "--fusion", "none"), "no cached regions"), (("--align", "local=1", "--model", "vilt"), "no cached regions"),
     ],
