@@ -144,9 +144,8 @@ class TextRegions(Model):
             return made.last_hidden_state, None
         words, mask = self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool()
         embeddings, mask, weights = self.prefix(
-            self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool(),
-            batch["own_mask"], batch["regions"], batch["region_mask"], return_weights,
-        )  # fmt: skip
+            words, mask, batch["own_mask"], batch["regions"], batch["region_mask"], return_weights
+        )
         states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
         return states[:, : batch["input_ids"].shape[1]], weights
 
@@ -358,7 +357,7 @@ def load_run(run_dir, device="cpu"):
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
 # features also the last bits, which another machine computes differently.
 PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
-WRITING = {"overwrite", "resume", "save_every"}
+WRITING = {"overwrite", "resume", "save_every", "system"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
 RUN_FORMAT = 2  # raised when training itself changes, so that runs of before and after are not taken for one system

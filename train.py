@@ -9,7 +9,6 @@ metrics-*.json. While it trains also state.pt, from which the same command with 
 the log, predictions and weights of a run that was never stopped, digit for digit on CPU.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -27,166 +26,19 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from align import ALIGNMENTS
-from commands import bounded, command_line, default_device, first_line, gather, join_processes, lock, pick_precision
+from arguments import parse_args
+from commands import command_line, first_line, gather, join_processes, lock, pick_precision
 from commands import wait_for_all
-from data import DATASETS, IGNORE, collate, cut_train, data_task, dataset_name, encode, find_photos, image_folders
-from data import length_batches, load_dataset, locate, to_device
+from data import IGNORE, collate, cut_train, encode, find_photos, image_folders
+from data import length_batches, load_dataset, to_device
 from evaluate import predict, shuffled_photos
 from features import FeatureCache
-from fusion import FUSIONS
-from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, TextRegions, autocast, differing, flat
+from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, autocast, differing, flat
 from model import read_config, save_weights
-from notes import EXTRAS, Notes, reads_relevance
+from notes import Notes, reads_relevance
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 from stages import Prefix
 from text_encoder import check_soft_tokens, load_text_encoder, longest_input
-
-
-def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss."""
-    name, _, weight = text.partition("=")
-    if name not in ALIGNMENTS:
-        raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
-    return name, bounded(float, 0)(weight)
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    # fmt: off
-    add = parser.add_argument
-    add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
-    add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
-        " that the text encoder reads; default: film. blip and vilt bring their own")
-    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0, help="train on this share of its posts, drawn with --seed")
-    add("--text-encoder", help="hub name or local folder; default: the model's own")
-    add("--seed", type=bounded(int, 0, 2**32), default=1337)
-    add("--epochs", type=bounded(int, 1), default=5)
-    add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
-    add("--eval-batch-size", type=bounded(int, 1), default=12)
-    add("--max-len", type=bounded(int, 1), help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
-    add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
-    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3, help="of what starts from scratch: fusion, head")
-    add("--weight-decay", type=bounded(float, 0), default=0.01)
-    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
-    add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
-        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
-    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
-        " and photo of a post together (align.py): contrastive, local, matching, and, by the relevance in --notes, supervised")
-    add("--relevance", choices=("none", "given", "predicted"), default="none", help="how much of the fusion a post is given: as"
-        " far as its photo belongs to it, by --notes where they say, or always by what the model makes of both")
-    add("--relevance-loss", type=bounded(float, 0), help="weight of the loss that teaches the model the relevance in --notes;"
-        " default: 0.5")
-    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and photo in place of"
-        " both, before --align and --fusion (stages.py); what it says of them is a loss of this weight; 0 = none")
-    add("--generated", metavar="FEATURES", help="feature file of second pictures, generated from the texts; for --fusion saliency")
-    add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
-    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
-        " of the post, of the photo, or both")
-    add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
-    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells what"
-        " --extra post is worth")
-    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
-    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
-        " 384 for blip and vilt")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
-    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
-    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always: the control"
-        " that tells what the photos are worth")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs that have"
-        " it, from Ampere on")
-    add("--device", default=default_device())
-    add("--data-dir", default="data")
-    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are compared, by"
-        " name and size, with those the features were made of")
-    add("--cache-dir", default="features", help="where feature files are")
-    add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
-        "[-<alignment><weight>...][-bottleneck<weight>][-generated][-relevance-<which>[-notes][-loss<weight>]]"
-        "[-<decoder>][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
-    add("--overwrite", action="store_true", help="delete what is in the run folder first")
-    add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
-    add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
-    # fmt: on
-    args = parser.parse_args(argv)
-    task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
-    args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
-    system = SYSTEMS[args.model]
-    if issubclass(system.model, TextRegions):
-        args.fusion = args.fusion or "film"
-    elif args.fusion:
-        parser.error(f"--fusion {args.fusion}: {args.model} has a fusion of its own and no other; leave it out")
-    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid", "prefix") and not args.bottleneck:
-        parser.error(f"--heads: {args.fusion or args.model} has none to choose; leave it out")
-    if args.img_size and args.features:
-        parser.error("--img-size and --features: either tells which feature file; leave one out")
-    if args.fusion == "none" and (args.images or args.features):
-        parser.error("--images and --features: --fusion none is shown no photo; leave them out")
-    args.heads = args.heads or 8
-    args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
-    args.text_encoder = args.text_encoder or system.text_encoder
-    args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    args.align, asked = dict(args.align), len(args.align)
-    if len(args.align) < asked:
-        parser.error("--align: one loss is named twice; leave one out")
-    if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
-        parser.error("--relevance-loss: it teaches what --notes give; add --notes FILE --relevance given")
-    args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
-    parts = [dataset, args.model]
-    parts += [Path(args.text_encoder).absolute().name] * (args.text_encoder != system.text_encoder)
-    parts += [args.fusion] * bool(args.fusion) + [f"train{args.train_share:g}"] * (args.train_share < 1)
-    parts += [f"{name}{weight:g}" for name, weight in args.align.items()]
-    parts += [f"bottleneck{args.bottleneck:g}"] * bool(args.bottleneck) + ["generated"] * bool(args.generated)
-    if args.relevance != "none":
-        parts += [f"relevance-{args.relevance}"]
-        parts += ["notes"] * (args.relevance == "predicted" and args.notes is not None)
-        parts += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
-    parts += [args.decoder] * (args.decoder != "softmax") + [f"extra-{args.extra}"] * (args.extra != "none")
-    parts += ["shuffled"] * args.shuffle_photos + ["shuffled-notes"] * args.shuffle_notes
-    args.run_dir = args.run_dir or f"runs/{'-'.join(parts)}-s{args.seed}"
-    if args.shuffle_photos and args.fusion == args.extra == "none":
-        parser.error("--shuffle-photos: --fusion none is shown no photo; leave one of them out")
-    if args.align and (system.checkpoint or args.fusion == "none"):
-        parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
-    if args.decoder != "softmax" and task != "ner":
-        parser.error(f"--decoder {args.decoder}: labels of words are decoded together, a relation is one"
-                     " label; leave it out")  # fmt: skip
-    if args.decoder == "visual-crf" and (system.checkpoint or args.fusion == "none"):
-        blind = args.model if system.checkpoint else "--fusion none"
-        parser.error(f"--decoder visual-crf: {blind} has no cached regions to look at; take --decoder crf")
-    if args.relevance != "none" and (system.checkpoint or args.fusion in ("none", "prefix")):
-        what = args.model if system.checkpoint else f"--fusion {args.fusion}"
-        parser.error(f"--relevance: {what} has no layer behind the encoder to weigh; leave it out")
-    needs = [f"--extra {args.extra}"] * (args.extra != "none")
-    needs += ["--relevance given"] * (args.relevance == "given")
-    needs += ["--align supervised"] * ("supervised" in args.align)
-    if needs and args.notes is None:
-        parser.error(f"{' and '.join(needs)}: taken from notes; add --notes FILE (write_notes.py makes one)")
-    if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
-        parser.error("--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for one")
-    if args.bottleneck and args.fusion in (None, "none", "prefix"):
-        said = f"--fusion {args.fusion}" if args.fusion else args.model
-        parser.error(f"--bottleneck: {said} takes no codes of regions; leave it out")
-    readers = [name for name, layer in FUSIONS.items() if "generated" in layer.reads]
-    if args.generated and args.fusion not in readers:
-        said = f"--fusion {args.fusion}" if args.fusion else args.model
-        parser.error(f"--generated: {said} reads no second picture; choose --fusion {' or '.join(readers)}, or leave it out")
-    if args.shuffle_notes and args.extra not in ("post", "both"):
-        parser.error("--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post")
-    if args.extra != "none" and system.checkpoint:
-        why = "has no room for it, 40 sub-tokens in all" if system.checkpoint == "vilt" else "would show each word of it the photo"
-        parser.error(f"--extra {args.extra}: {args.model} {why}; choose another --model")
-    if args.images and system.backbone in WORDED:
-        said = "captions" if system.backbone == "caption" else "phrases"
-        parser.error(f"--images: {args.model} reads {said}, no photo; leave it out")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite: one goes on with a run, the other deletes it; leave one out")
-    return args
 
 
 def open_features(args, dataset):
@@ -408,7 +260,7 @@ def load_state(path, model, optimizer, scheduler, device):
 
 def main(argv=None):
     with contextlib.ExitStack() as stack:
-        return run(parse_args(argv), stack)
+        return run(parse_args(argv, __doc__.splitlines()[0]), stack)
 
 
 def run(args, stack):
