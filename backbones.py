@@ -292,7 +292,9 @@ class PhraseStates(nn.Module):
         self.states = states
 
     def forward(self, ids):
-        return torch.stack([self.states(row[row >= 0][None])[0].float().mean(0) for row in ids[0]])[None].half()
+        return torch.stack([self.states(row[row >= 0][None])[0].float().mean(0) for row in ids[0]])[
+            None
+        ].half()
 
 
 # Where a caption is cut into phrases: at these words, and at signs that are not inside of a word. What lies between is
@@ -354,7 +356,9 @@ def load_phrases(weights, img_size, seed):
         cut = [f"cut: {len(phrases)} phrases"] * (len(phrases) > most)
         cut += [f"cut: {long} of the phrases to {longest} sub-tokens"] * (long > 0)
         cut += [f"left out: {bare} of the phrases, without a sub-token"] * (bare > 0)
-        return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else [], "; ".join(cut)
+        return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else [], "; ".join(
+            cut
+        )
 
     settings = {"img_size": most, "cut_at": CUT_AT}
     return worded_backbone(PhraseStates(states), states.encoder, prepare, weights, settings)

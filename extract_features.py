@@ -202,7 +202,11 @@ def find_inputs(args, dataset, image_ids):
     place, reasons = args.captions, {}
     if args.captions:
         captions = args.backbone == "caption"
-        said = by_name(image_ids, read_captions(args.captions)) if captions else said_of_photos(args.captions, dataset)
+        said = (
+            by_name(image_ids, read_captions(args.captions))
+            if captions
+            else said_of_photos(args.captions, dataset)
+        )
         inputs = {image_id: said[image_id] for image_id in image_ids}
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
@@ -296,7 +300,11 @@ def main(argv=None):
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
         if args.captions:
-            reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder, args.backbone), 0, 1
+            reader, workers, ahead = (
+                Captions(image_ids, inputs, backbone, args.placeholder, args.backbone),
+                0,
+                1,
+            )
         else:
             reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
             asked = min(args.workers, len(todo))

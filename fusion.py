@@ -283,9 +283,13 @@ class Saliency(nn.Module):
             added = added + part.masked_fill(~mask.any(1)[:, None, None], 0)
             weights.append(looked)
         added = self.dropout(added).float()
-        lengths, own = (torch.linalg.vector_norm(states.float(), dim=-1, keepdim=True) for states in (added, words))
+        lengths, own = (
+            torch.linalg.vector_norm(states.float(), dim=-1, keepdim=True) for states in (added, words)
+        )
         scale = (self.bound * own / lengths.clamp(min=1e-12)).clamp(max=1)  # [B, T, 1]
-        fused = where_photo(words + scale * added, text, text_mask, torch.cat([mask for _, mask in pictures], 1))
+        fused = where_photo(
+            words + scale * added, text, text_mask, torch.cat([mask for _, mask in pictures], 1)
+        )
         return (fused, weights[0]) if return_weights else fused
 
 

@@ -107,7 +107,11 @@ class TextRegions(Model):
 
     def __init__(self, encoder, config):
         super().__init__()
-        width, region_dim, sizes = encoder.config.hidden_size, config["region_dim"], (config["heads"], config["dropout"])
+        width, region_dim, sizes = (
+            encoder.config.hidden_size,
+            config["region_dim"],
+            (config["heads"], config["dropout"]),
+        )
         self.encoder, self.bottleneck = encoder, None
         if config["bottleneck"]:
             self.bottleneck, region_dim = Bottleneck(width, region_dim, *sizes), width
@@ -120,7 +124,9 @@ class TextRegions(Model):
 
     def states(self, batch, return_weights, losses):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # of a second segment no token looks at the photo
+        mask = batch.get(
+            "text_mask", batch["attention_mask"]
+        ).bool()  # of a second segment no token looks at the photo
         regions, seen = batch.get("regions"), batch.get("region_mask")
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         if self.bottleneck is not None:
@@ -328,7 +334,9 @@ def system_settings(config):
         kept[name] = Path(config[name]).name
     for name in ("features_made", "generated_made"):
         if features := config.get(name):
-            kept[name] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
+            kept[name] = {
+                k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")
+            }
     return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
 
 

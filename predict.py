@@ -116,7 +116,11 @@ def read_post(post, task, source=None, folder=""):
     if source == "phrases":
         phrases = check_note(post, ("phrases",)).get("phrases")
         photo = post.get("caption") if phrases is None else tuple(phrases)
-    if photo is not None and not isinstance(photo, tuple) and not (source == "image" and isinstance(photo, Image.Image)):
+    if (
+        photo is not None
+        and not isinstance(photo, tuple)
+        and not (source == "image" and isinstance(photo, Image.Image))
+    ):
         photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
         photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
@@ -298,7 +302,9 @@ class Predictor:
                     remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
             elif self.source in WORDED and post.get("image") is not None:
                 said = "captions, not at images; give the post its caption"
-                said = said if self.source == "caption" else "phrases, not at images; give the post its phrases"
+                said = (
+                    said if self.source == "caption" else "phrases, not at images; give the post its phrases"
+                )
                 remark(answer, f"the run looks at {said}")
             if config["task"] == "relation":
                 answer |= {"relation": record["predicted"], "probability": record["probability"]}

@@ -181,9 +181,13 @@ def shown_phrases(config, cache, data_dir, path):
     made = config["features_made"]
     path = Path(path or made["made_from"])
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, which the run's phrases were made of; name it with --captions")
+        raise FileNotFoundError(
+            f"no file {path}, which the run's phrases were made of; name it with --captions"
+        )
     if hashlib.sha256(path.read_bytes()).hexdigest() != made["captions_sha256"]:
-        raise ValueError(f"{path}: not what the run's phrases were made of ({made['captions_sha256'][:16]}); restore it")
+        raise ValueError(
+            f"{path}: not what the run's phrases were made of ({made['captions_sha256'][:16]}); restore it"
+        )
     said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
     found = {}
     for image_id, row in cache.rows.items():
@@ -361,7 +365,11 @@ def main(argv=None):
     if args.captions and not on_phrases:
         raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
     try:
-        phrases = shown_phrases(config, cache, args.data_dir, args.captions) if cache is not None and on_phrases else {}
+        phrases = (
+            shown_phrases(config, cache, args.data_dir, args.captions)
+            if cache is not None and on_phrases
+            else {}
+        )
     except FileNotFoundError as error:
         if args.captions:
             raise
@@ -385,7 +393,9 @@ def main(argv=None):
         elif i in maps and not on_phrases and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
     if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):
-        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one of them has no sub-token.")
+        warnings.append(
+            f"Of {lacking} posts the phrases are not shown, nor attention: one of them has no sub-token."
+        )
     posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
 
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]

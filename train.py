@@ -139,11 +139,15 @@ def parse_args(argv):
     if args.align and (system.checkpoint or args.fusion == "none"):
         parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
     if args.bottleneck and args.fusion in (None, "none"):
-        parser.error(f"--bottleneck: {'--fusion none' if args.fusion else args.model} takes no codes of regions; leave it out")
+        parser.error(
+            f"--bottleneck: {'--fusion none' if args.fusion else args.model} takes no codes of regions; leave it out"
+        )
     if args.generated and (args.fusion is None or "generated" not in FUSIONS[args.fusion].reads):
         reading = " or ".join(name for name, layer in FUSIONS.items() if "generated" in layer.reads)
         said = f"--fusion {args.fusion}" if args.fusion else args.model
-        parser.error(f"--generated: {said} reads no second picture; choose --fusion {reading}, or leave it out")
+        parser.error(
+            f"--generated: {said} reads no second picture; choose --fusion {reading}, or leave it out"
+        )
     if args.decoder == "crf" and task != "ner":
         parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
     if (args.extra == "none") != (args.notes is None):
@@ -222,12 +226,18 @@ def open_generated(args, dataset, cache):
                 f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one map reads both"
                 " pictures, so extract both alike"
             )
-    print(f"generated  {args.generated}: {generated.views} views, made from {generated.attrs.get('made_from', 'an unknown folder')}")
+    print(
+        f"generated  {args.generated}: {generated.views} views, made from {generated.attrs.get('made_from', 'an unknown folder')}"
+    )
     for split, examples in dataset.examples.items():
         count = sum(generated.has_photo(example.image_id) for example in examples)
-        print(f"           {split}: {count} of {len(examples)} posts have a second picture, {len(examples) - count} have none")
+        print(
+            f"           {split}: {count} of {len(examples)} posts have a second picture, {len(examples) - count} have none"
+        )
     if generated.sha256 == cache.sha256:
-        print("WARNING    these are the photos themselves, which stay with their posts where a check hides or changes photos")
+        print(
+            "WARNING    these are the photos themselves, which stay with their posts where a check hides or changes photos"
+        )
     return generated
 
 
@@ -462,7 +472,9 @@ def run(args, stack):
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
-            of_second = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
+            of_second = (
+                rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
+            )
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.

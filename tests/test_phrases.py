@@ -24,7 +24,10 @@ from scores import entity_spans, read_predictions, write_json_lines
 
 def words_of(caption):
     """Phrases of a demo caption, by hand: none has a sign, and these are all the function words there are."""
-    words = [word if word not in ("a", "an", "the", "in", "of", "on", "under", "with") else "|" for word in caption.replace("in front of", "in").split()]
+    words = [
+        word if word not in ("a", "an", "the", "in", "of", "on", "under", "with") else "|"
+        for word in caption.replace("in front of", "in").split()
+    ]
     return [part.strip() for part in " ".join(words).split("|") if part.strip()]
 
 
@@ -45,7 +48,9 @@ def notes(data_dir, tmp_path_factory):
     lines = []
     for name, caption in read_captions(data_dir / "demo" / "captions.txt").items():
         image_id = name.removesuffix(".jpg")
-        lines.append({"id": image_id, "phrases": [*words_of(caption), "good morning"], "about_post": "so good"})
+        lines.append(
+            {"id": image_id, "phrases": [*words_of(caption), "good morning"], "about_post": "so good"}
+        )
     lines[1]["id"] = "train/train_0001"
     lines[2]["phrases"] = []
     del lines[3]["phrases"]
@@ -121,7 +126,9 @@ def test_notes_and_captions_are_told_apart_and_found(data_dir, notes, tmp_path):
     for image_id, phrases in said.items():
         lacks = image_id in ("train_0002", "train_0003")
         assert phrases == (None if lacks else (*words_of(captions[f"{image_id}.jpg"]), "good morning"))
-    assert said_of_photos(data_dir / "demo" / "captions.txt", dataset) == {i: captions[f"{i}.jpg"] for i in said}
+    assert said_of_photos(data_dir / "demo" / "captions.txt", dataset) == {
+        i: captions[f"{i}.jpg"] for i in said
+    }
     # Rows that share a photo: the first that has phrases.
     rows = load_dataset("mnre", data_dir)
     first, second = rows.examples["train"][:2]
@@ -135,21 +142,42 @@ def test_extraction_from_notes_and_from_captions(data_dir, notes, encoder_dir, t
     cache = FeatureCache(extract(data_dir, tmp_path, notes))
     out = capsys.readouterr().out
     assert cache.path.name == "demo-phrases-32.h5" and "demo: 40 photos, 38 with phrases, x 1 views" in out
-    assert "38 ok, 2 missing" in out and "missing: train_0002 (no phrases)" in out and "missing: train_0003 (no phrases)" in out
+    assert (
+        "38 ok, 2 missing" in out
+        and "missing: train_0002 (no phrases)" in out
+        and "missing: train_0003 (no phrases)" in out
+    )
     assert cache.shape == (40, 1, 32, 64) and not cache.grid.any()
-    states, captions = load_backbone("caption", str(encoder_dir)), read_captions(data_dir / "demo" / "captions.txt")
-    cut = FeatureCache(extract(data_dir, tmp_path / "cut", data_dir / "demo" / "captions.txt", "--placeholder", captions["test_0000.jpg"]))
+    states, captions = (
+        load_backbone("caption", str(encoder_dir)),
+        read_captions(data_dir / "demo" / "captions.txt"),
+    )
+    cut = FeatureCache(
+        extract(
+            data_dir,
+            tmp_path / "cut",
+            data_dir / "demo" / "captions.txt",
+            "--placeholder",
+            captions["test_0000.jpg"],
+        )
+    )
     assert "caption of a placeholder picture" in capsys.readouterr().out
     for image_id, row in cache.rows.items():
         phrases = [*words_of(captions[f"{image_id}.jpg"]), "good morning"]
         with torch.inference_mode():
-            wanted = [states.regions(states.prepare(phrase)[0][None])[0].float().mean(0) for phrase in phrases]
+            wanted = [
+                states.regions(states.prepare(phrase)[0][None])[0].float().mean(0) for phrase in phrases
+            ]
         wanted = torch.stack(wanted).half().numpy()
         if cache.has_photo(image_id):
-            assert cache.num_regions[row] == len(phrases) and np.array_equal(cache.regions[row, 0, : len(phrases)], wanted)
+            assert cache.num_regions[row] == len(phrases) and np.array_equal(
+                cache.regions[row, 0, : len(phrases)], wanted
+            )
         if cut.has_photo(image_id):
             assert np.array_equal(cut.regions[row, 0, : cut.num_regions[row]], wanted[:-1])
-    assert {i for i in cut.rows if not cut.has_photo(i)} == {i for i in cut.rows if captions[f"{i}.jpg"] == captions["test_0000.jpg"]}
+    assert {i for i in cut.rows if not cut.has_photo(i)} == {
+        i for i in cut.rows if captions[f"{i}.jpg"] == captions["test_0000.jpg"]
+    }
     few = FeatureCache(extract(data_dir, tmp_path, notes, "--img-size", 2))
     assert few.num_regions.max() == 2 and "cut: 3 phrases" in few.reasons
     with pytest.raises(ValueError, match="made with other settings: captions_sha256"):
@@ -182,21 +210,32 @@ def test_files_that_cannot_be_used(data_dir, notes, tmp_path, capsys):
 
 def test_defaults_of_a_run_on_phrases():
     args = train.parse_args(["--model", "roberta-phrases", "--seed", "1"])
-    assert args.features == "features/twitter2017-phrases-32.h5" and args.run_dir == "runs/twitter2017-roberta-phrases-film-s1"
+    assert (
+        args.features == "features/twitter2017-phrases-32.h5"
+        and args.run_dir == "runs/twitter2017-roberta-phrases-film-s1"
+    )
 
 
 def test_a_run_on_phrases_is_checked_and_answers_new_posts(run, data_dir, tmp_path, capsys):
     evaluate.main(["--run", str(run), "--image-check", "--shuffles", "1"])
     assert json.loads((run / "image-check-test.json").read_text())["photos"] == 8
-    records, captions = read_predictions(run / "predictions-test.jsonl"), read_captions(data_dir / "demo" / "captions.txt")
+    records, captions = (
+        read_predictions(run / "predictions-test.jsonl"),
+        read_captions(data_dir / "demo" / "captions.txt"),
+    )
     predictor = Predictor(run, weights=str(data_dir / "demo" / "encoder"))
     posts = [{"words": record["words"], "caption": captions[f"{record['id']}.jpg"]} for record in records]
     listed = [{"words": post["words"], "phrases": words_of(post["caption"])} for post in posts]
     for answer, same, record in zip(predictor(posts), predictor(listed), records, strict=True):
         assert answer == same and answer["photo"] is True and "note" not in answer
         probability = record["probability"]
-        wanted = [(kind, min(probability[a:b])) for kind, a, b in sorted(entity_spans(record["predicted"]), key=lambda span: span[1])]
-        assert [(e["type"], e["probability"]) for e in answer["entities"]] == [(k, pytest.approx(p, abs=1e-4)) for k, p in wanted]
+        wanted = [
+            (kind, min(probability[a:b]))
+            for kind, a, b in sorted(entity_spans(record["predicted"]), key=lambda span: span[1])
+        ]
+        assert [(e["type"], e["probability"]) for e in answer["entities"]] == [
+            (k, pytest.approx(p, abs=1e-4)) for k, p in wanted
+        ]
     words = {"words": ["Jordan", "today"]}
     plain, none, blank, image, wrong, many = predictor([
         words, words | {"phrases": []}, words | {"caption": "of the"}, words | {"image": "x.jpg"}, words | {"phrases": "sun"},
@@ -230,10 +269,15 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
     posts = {post["id"]: post for post in page["posts"]}
     for example, row in zip(examples, rows, strict=True):
         post, phrases = posts[example.id], words_of(captions[f"{example.image_id}.jpg"])
-        assert post["phrases"] == phrases and (post["maps"]["rows"], post["maps"]["columns"]) == (1, len(phrases))
+        assert post["phrases"] == phrases and (post["maps"]["rows"], post["maps"]["columns"]) == (
+            1,
+            len(phrases),
+        )
         with torch.inference_mode():
             _, weights = model(collate([row], 0, cache, [example.image_id]), return_weights=True)
-        values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8).reshape(-1, len(phrases)) / 255
+        values = (
+            np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8).reshape(-1, len(phrases)) / 255
+        )
         for k, start in enumerate(row["word_starts"]):
             real = weights[0, start, : len(phrases)].numpy()
             assert np.allclose(values[k] / values[k].sum() * post["maps"]["places"][k], real, atol=5e-3)
