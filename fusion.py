@@ -19,9 +19,9 @@ regions changes nothing; a post without photo, like a padding token, leaves as i
 a positive constant changes nothing, as long as float16 can hold them (backbones differ a thousandfold in scale); a
 fresh layer leaves all text as it came in, so that training starts from the text encoder's own states.
 
-A layer's `reads` names what else it reads of a batch, given as keyword arguments of these names: `saliency` a second
-picture, `generated` [B, R', Dv] and `generated_mask` [B, R'], for which all of the above holds too. "Without photo" then
-means without either picture.
+A layer's `reads` names what else it reads of a batch, given as keyword arguments of these names: `saliency` a
+second picture, `generated` [B, R', Dv] and `generated_mask` [B, R'], for which all of the above holds too.
+"Without photo" then means without either picture.
 """
 
 import torch
@@ -231,19 +231,21 @@ class Bimodal(nn.Module):
 
 
 class Saliency(nn.Module):
-    """Text-guided recombination in the manner of MINIGE (Kong, Liu et al. 2025), of a photo and, with pictures=2, a second
-    picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL 2020).
+    """Text-guided recombination in the manner of MINIGE (Kong, Liu et al. 2025), of a photo and, with
+    pictures=2, a second picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL
+    2020).
 
     Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W v_r)); weights: softmax over r of
-    (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest by each token
-    for itself. c_t = sum_r weight_tr v_r + h_t; its share LeakyReLU(U [c_t; h_t]) * M c_t, U and M of each picture its own,
-    M zero at the start; a missing picture's share is 0. Output h_t + min(bound |h_t| / |H_t|, 1) H_t with H the sum of the
-    shares: no token moves by more than `bound` of its own length. v: the `RegionStates`, the same for both pictures.
-    Weights returned are those over the photo. One head, `heads` is not used.
+    (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest
+    by each token for itself. c_t = sum_r weight_tr v_r + h_t; its share LeakyReLU(U [c_t; h_t]) * M c_t, U
+    and M of each picture its own, M zero at the start; a missing picture's share is 0. Output h_t + min(bound
+    |h_t| / |H_t|, 1) H_t with H the sum of the shares: no token moves by more than `bound` of its own length.
+    v: the `RegionStates`, the same for both pictures. Weights returned are those over the photo. One head,
+    `heads` is not used.
 
-    Published: no Q, and bound .1. Both were tried in the toy task of tests/test_fusion.py, where a token has to find the one
-    region that it asks for: in steps 100 to 150 of training 0.29 of the answers are right without Q and without a bound
-    (chance: 0.25), with Q 0.82 at bound .1, 0.89 at .2, 1.00 at .5.
+    Published: no Q, and bound .1. Both were tried in the toy task of tests/test_fusion.py, where a token has
+    to find the one region that it asks for: in steps 100 to 150 of training 0.29 of the answers are right
+    without Q and without a bound (chance: 0.25), with Q 0.82 at bound .1, 0.89 at .2, 1.00 at .5.
     """
 
     reads = ("generated", "generated_mask")

@@ -68,10 +68,10 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, align, generated, bottleneck). Its `states` takes a batch of `data.collate`, return_weights and a dict to put losses of its
-    own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
-    a post without photo (None where there is no such thing). For a post without photo the states depend on no image
-    state at all.
+    features_made, align, generated, bottleneck). Its `states` takes a batch of `data.collate`, return_weights
+    and a dict to put losses of its own in, or None, and gives states [B, T, D] and, if asked, each token's
+    attention to the regions [B, T, R], zero for a post without photo (None where there is no such thing). For
+    a post without photo the states depend on no image state at all.
     """
 
     loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
@@ -100,18 +100,15 @@ class Model(nn.Module):
 
 
 class TextRegions(Model):
-    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` before the fusion.
+    """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head; `ALIGNMENTS` between.
 
     With a `Bottleneck` they all get its codes in place of text states and regions.
     """
 
     def __init__(self, encoder, config):
         super().__init__()
-        width, region_dim, sizes = (
-            encoder.config.hidden_size,
-            config["region_dim"],
-            (config["heads"], config["dropout"]),
-        )
+        width, region_dim = encoder.config.hidden_size, config["region_dim"]
+        sizes = config["heads"], config["dropout"]
         self.encoder, self.bottleneck = encoder, None
         if config["bottleneck"]:
             self.bottleneck, region_dim = Bottleneck(width, region_dim, *sizes), width
@@ -124,9 +121,8 @@ class TextRegions(Model):
 
     def states(self, batch, return_weights, losses):
         text = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch.get(
-            "text_mask", batch["attention_mask"]
-        ).bool()  # of a second segment no token looks at the photo
+        # Of a second segment no token looks at the photo.
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()
         regions, seen = batch.get("regions"), batch.get("region_mask")
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         if self.bottleneck is not None:

@@ -4,8 +4,9 @@
     python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
 
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
-its path from the folder of posts.jsonl on (for runs on captions, `caption` instead, for those on phrases `phrases`, a list of
-text, or a `caption` to be cut into some); for relations `head` and `tail`, spans [start, end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
+its path from the folder of posts.jsonl on (for runs on captions, `caption` instead, for those on phrases
+`phrases`, a list of text, or a `caption` to be cut into some); for relations `head` and `tail`, spans [start,
+end) of the text's characters or of the words; `id`, text or a whole number, comes back; for runs with --extra
 `about_post` and `about_photo`, as in their notes. Other keys are ignored.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
@@ -106,8 +107,8 @@ def check_text(value, name):
 def read_post(post, task, source=None, folder=""):
     """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
 
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened PIL image,
-    its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
+    PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
     """
     text, words, offsets = post.get("text"), post.get("words"), None
     if (text is None) == (words is None):
@@ -116,11 +117,8 @@ def read_post(post, task, source=None, folder=""):
     if source == "phrases":
         phrases = check_note(post, ("phrases",)).get("phrases")
         photo = post.get("caption") if phrases is None else tuple(phrases)
-    if (
-        photo is not None
-        and not isinstance(photo, tuple)
-        and not (source == "image" and isinstance(photo, Image.Image))
-    ):
+    opened = source == "image" and isinstance(photo, Image.Image)
+    if not (photo is None or opened or isinstance(photo, tuple)):
         photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
         photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
@@ -226,8 +224,8 @@ class Predictor:
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
-    if they were a local file. ValueError if they are not those the run's features were made with. A run with --generated
-    answers without second pictures, as it answers a post that has none.
+    if they were a local file. ValueError if they are not those the run's features were made with. A run with
+    --generated answers without second pictures, as it answers a post that has none.
     """
 
     def __init__(self, run_dir, device=None, weights=None):
@@ -301,11 +299,8 @@ class Predictor:
                 if reason:
                     remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
             elif self.source in WORDED and post.get("image") is not None:
-                said = "captions, not at images; give the post its caption"
-                said = (
-                    said if self.source == "caption" else "phrases, not at images; give the post its phrases"
-                )
-                remark(answer, f"the run looks at {said}")
+                what = "captions" if self.source == "caption" else "phrases"
+                remark(answer, f"the run looks at {what}, not at images; give the post its {self.source}")
             if config["task"] == "relation":
                 answer |= {"relation": record["predicted"], "probability": record["probability"]}
             else:
@@ -507,8 +502,8 @@ def main(argv=None):
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
     read = predictor.segments.keys if predictor.segments else ()
     for name, use in (
-        ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at in WORDED),
-        ("phrases", looked_at == "phrases"),
+        ("head", relations), ("tail", relations), ("image", looked_at == "image"),
+        ("caption", looked_at in WORDED), ("phrases", looked_at == "phrases"),
         ("about_post", "about_post" in read), ("about_photo", "about_photo" in read),
     ):  # fmt: skip
         if getattr(args, name) is not None and not use:
@@ -519,8 +514,8 @@ def main(argv=None):
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if predictor.config["generated"]:
-        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it answers without",
-              file=sys.stderr)  # fmt: skip
+        said = "trained with a second picture of each post, generated from its text; here it answers without"
+        print(f"{args.run}: {said}", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
     names = ("text", "words", "image", "caption", "phrases", "about_post", "about_photo", "head", "tail")

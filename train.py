@@ -75,9 +75,11 @@ def parse_args(argv):
         " itself, or all together (crf.py)")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that pull text"
         " and photo of a post together (align.py): contrastive, local, matching")
-    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and photo in place of"
-        " both, before --align and --fusion (stages.py); what it says of them is a loss of this weight; 0 = none")
-    add("--generated", metavar="FEATURES", help="feature file of second pictures, generated from the texts; for --fusion saliency")
+    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and"
+        " photo in place of both, before --align and --fusion (stages.py); what it says of them is a loss of"
+        " this weight; 0 = none")
+    add("--generated", metavar="FEATURES", help="feature file of second pictures, generated from the texts;"
+        " for --fusion saliency")
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
     add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was said"
         " of the post, of the photo, or both")
@@ -99,8 +101,9 @@ def parse_args(argv):
         " name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>][-<alignment><weight>...]"
-        "[-bottleneck<weight>][-generated][-crf][-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<model>[-<encoder>]-<fusion>[-train<share>]"
+        "[-<alignment><weight>...][-bottleneck<weight>][-generated][-crf]"
+        "[-extra-<what>][-shuffled][-shuffled-notes]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
     add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
@@ -139,15 +142,12 @@ def parse_args(argv):
     if args.align and (system.checkpoint or args.fusion == "none"):
         parser.error(f"--align: {args.model if system.checkpoint else '--fusion none'} has no cached regions to align; leave it out")
     if args.bottleneck and args.fusion in (None, "none"):
-        parser.error(
-            f"--bottleneck: {'--fusion none' if args.fusion else args.model} takes no codes of regions; leave it out"
-        )
+        said = "--fusion none" if args.fusion else args.model
+        parser.error(f"--bottleneck: {said} takes no codes of regions; leave it out")
     if args.generated and (args.fusion is None or "generated" not in FUSIONS[args.fusion].reads):
         reading = " or ".join(name for name, layer in FUSIONS.items() if "generated" in layer.reads)
         said = f"--fusion {args.fusion}" if args.fusion else args.model
-        parser.error(
-            f"--generated: {said} reads no second picture; choose --fusion {reading}, or leave it out"
-        )
+        parser.error(f"--generated: {said} reads no second picture; choose --fusion {reading} or leave it out")
     if args.decoder == "crf" and task != "ner":
         parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
     if (args.extra == "none") != (args.notes is None):
@@ -205,16 +205,18 @@ def open_features(args, dataset):
 
 
 def open_generated(args, dataset, cache):
-    """The feature cache of second pictures and, said on the console, how many posts of each split have one; None without.
+    """The feature cache of second pictures, None without, and on the console how many posts have one.
 
-    ValueError if it is another data set's, or made in another way than that of the photos: one map reads both.
+    ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
     """
     if not args.generated:
+        if args.fusion and "generated" in FUSIONS[args.fusion].reads:
+            print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():
         raise FileNotFoundError(
-            f"--generated {args.generated}: no such feature file; extract_features.py makes one of the pictures in the folder"
-            " --images names, in another --cache-dir"
+            f"--generated {args.generated}: no such feature file; extract_features.py makes one of pictures"
+            " in the folder --images names, in another --cache-dir"
         )
     generated = FeatureCache(args.generated)
     generated.require(dataset.image_ids(), dataset.name)
@@ -223,21 +225,16 @@ def open_generated(args, dataset, cache):
         here, wanted = (side.get(key, "unknown") for side in made)
         if here != wanted:
             raise ValueError(
-                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one map reads both"
-                " pictures, so extract both alike"
+                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one"
+                " map reads both pictures, so extract both alike"
             )
-    print(
-        f"generated  {args.generated}: {generated.views} views, made from {generated.attrs.get('made_from', 'an unknown folder')}"
-    )
+    made_from = generated.attrs.get("made_from", "an unknown folder")
+    print(f"generated  {args.generated}: {generated.views} views, made from {made_from}")
     for split, examples in dataset.examples.items():
         count = sum(generated.has_photo(example.image_id) for example in examples)
-        print(
-            f"           {split}: {count} of {len(examples)} posts have a second picture, {len(examples) - count} have none"
-        )
+        print(f"           {split}: {count} of {len(examples)} posts have one, {len(examples) - count} none")
     if generated.sha256 == cache.sha256:
-        print(
-            "WARNING    these are the photos themselves, which stay with their posts where a check hides or changes photos"
-        )
+        print("WARNING    these are the photos themselves: what hides or changes photos leaves them here")
     return generated
 
 
@@ -472,9 +469,7 @@ def run(args, stack):
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
-            of_second = (
-                rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
-            )
+            seconds = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.
@@ -488,7 +483,7 @@ def run(args, stack):
             batch = collate(posts, tokenizer.pad_token_id, cache, photos, views)
             if generated:  # made from the text, it stays with its post whatever photo is shown
                 ids = [dataset.examples["train"][chosen[i]].image_id if weight else None for i in mine]
-                batch |= generated.read_generated(ids, of_second[mine] if of_second is not None else None)
+                batch |= generated.read_generated(ids, seconds[mine] if seconds is not None else None)
             batch = to_device(batch, device)
             if processes > 1:  # dropout of its own
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))

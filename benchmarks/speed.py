@@ -148,14 +148,8 @@ class Training:
     """A model of the given text shape, and steps of it as train.py takes them."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
-        config = BEFORE | {
-            "fusion": fusion,
-            "region_dim": region_dim,
-            "heads": 8,
-            "dropout": 0.1,
-            "decoder": decoder,
-        }
-        config |= {"task": "ner", "labels": labels}
+        config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
+        config |= {"decoder": decoder, "task": "ner", "labels": labels}
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device
@@ -199,14 +193,8 @@ def fusion(args, place):
     taken = in_turn(cases, rounds, args.device)
     data = in_turn({"data": posts.batch}, rounds)["data"]
     checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
-    targets = {
-        "film": 1.03,
-        "attention": 1.08,
-        "cross-attention": 1.12,
-        "bimodal": 1.15,
-        "saliency": 1.15,
-        "crf": 1.05,
-    }
+    targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15, "crf": 1.05}
+    targets |= {"saliency": 1.15}
     text = statistics.median(taken["none"])
     for name in targets:
         target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"

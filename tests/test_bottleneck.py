@@ -1,4 +1,4 @@
-"""The bottleneck of stages.py against torch.distributions, what must change nothing, and its place in the model."""
+"""The bottleneck against torch.distributions, what must change nothing, and its place in the model."""
 
 import math
 import shutil
@@ -194,7 +194,8 @@ def test_heads_must_divide():
 def test_works_with_fusion_alone(tmp_path):
     for name in ("stages.py", "fusion.py"):
         shutil.copy(Path(__file__).parents[1] / name, tmp_path)
-    script = "import sys; sys.path.insert(0, '.'); import torch; from stages import Bottleneck; b = Bottleneck(16, 5, 4)\n"
+    script = "import sys; sys.path.insert(0, '.'); import torch; from stages import Bottleneck\n"
+    script += "b = Bottleneck(16, 5, 4)\n"
     script += (
         "print(b(torch.randn(2, 3, 16), torch.ones(2, 3).bool())[0].shape, 'transformers' in sys.modules)"
     )
@@ -202,12 +203,12 @@ def test_works_with_fusion_alone(tmp_path):
     assert done.stdout == "torch.Size([2, 3, 16]) False\n", done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- in the model
+# ------------------------------------------------------------------------------------------- in the model
 
 
 @pytest.fixture(scope="module")
 def parts(data_dir, cache_dir, encoder_dir):
-    """(function that makes a model, a batch of valid with two pictures a post, the second of another view)."""
+    """(function that makes a model, a batch of valid with two pictures a post: two views of its photo)."""
     dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
 
     def build(fusion="saliency", generated="x.h5", **more):
@@ -263,13 +264,9 @@ def test_alignment_reads_codes_of_both_pictures(parts):
     build, given = parts
     model, _ = build(align={"matching": 0.9})
     _, losses = model(given, losses=True)
-    mask, both = (
-        given["attention_mask"].bool(),
-        [(given[k], given[m]) for k, m in (("regions", "region_mask"), ("generated", "generated_mask"))],
-    )
-    text = model.encoder(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"]
-    ).last_hidden_state
+    mask = given["attention_mask"].bool()
+    both = [(given["regions"], given["region_mask"]), (given["generated"], given["generated_mask"])]
+    text = model.encoder(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
     text, codes, _ = model.bottleneck(text, mask, *both)
     matching, expected = model.align["matching"], 0
     for states, (_, seen), rows in zip(

@@ -1,4 +1,4 @@
-"""Runs with --generated and --bottleneck: what is trained, scored, checked, answered and shown, and what is refused."""
+"""Runs with --generated and --bottleneck: trained, scored, checked, asked and shown, and what is refused."""
 
 import json
 import shutil
@@ -54,8 +54,9 @@ def generated(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(data_dir, cache_dir, encoder_dir, generated):
     """Arguments of a quick run with second pictures."""
-    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64, "--dataset", "demo",
-            "--model", "bert-resnet50", "--fusion", "saliency", "--epochs", 1, "--lr", 1e-3, "--generated", generated]  # fmt: skip
+    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
+            "--dataset", "demo", "--model", "bert-resnet50", "--fusion", "saliency", "--epochs", 1,
+            "--lr", 1e-3, "--generated", generated]  # fmt: skip
 
 
 def start(flags, run_dir, *more):
@@ -77,7 +78,8 @@ def test_the_run_is_told_scored_and_loaded(run, generated, capsys):
     assert all(
         np.isfinite([line[key] for key in ("loss", "loss_bottleneck", "loss_matching")]).all() for line in log
     )
-    # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the pictures there are.
+    # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the
+    # pictures there are.
     assert 4.5 < log[0]["loss_bottleneck"] < 6.2
     model, tokenizer, config, dataset, rows, photos, _, second = open_run(run, "test", "cpu")
     assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1, "matching": 0.9}
@@ -101,7 +103,7 @@ def test_training_says_what_it_found(flags, tmp_path, generated, cache_dir, caps
     out = capsys.readouterr().out
     assert f"generated  {generated}: 3 views, made from {generated.parent / 'images'}" in out
     assert (
-        "train: 23 of 24 posts have a second picture, 1 have none" in out
+        "train: 23 of 24 posts have one, 1 none" in out
         and "the photos themselves" not in out
     )
     weights = load_run(folder)[0].fusion.shares
@@ -177,8 +179,8 @@ def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cach
 def test_new_posts_are_answered_without_and_that_is_said_once(run, tmp_path, data_dir, capsys):
     posts = [{"words": ["Jordan", "today"], "image": f"test_{i:04d}.jpg"} for i in range(3)]
     (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, posts)))
-    predict.main(["--run", str(run), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "answers.jsonl"),
-                  "--images", str(data_dir / "demo" / "images")])  # fmt: skip
+    files = ["--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    predict.main(["--run", str(run), *files, "--images", str(data_dir / "demo" / "images")])
     assert (
         capsys.readouterr().err.count(
             "trained with a second picture of each post, generated from its text; here it answers without"
@@ -248,8 +250,9 @@ def test_run_folders_tell():
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--bottleneck", ".1", "--fusion", "none"], "--bottleneck: --fusion none takes no codes of regions; leave it out"),
-    (["--bottleneck", ".1", "--model", "vilt"], "--bottleneck: vilt takes no codes"), (["--bottleneck", "-1"], "not from 0"),
+    (["--bottleneck", ".1", "--fusion", "none"], "--bottleneck: --fusion none takes no codes of regions"),
+    (["--bottleneck", ".1", "--model", "vilt"], "--bottleneck: vilt takes no codes"),
+    (["--bottleneck", "-1"], "not from 0"),
     (["--generated", "x.h5"], "--generated: --fusion film reads no second picture; choose --fusion saliency"),
     (["--generated", "x.h5", "--model", "blip"], "--generated: blip reads no second picture"),
     (["--generated", "x.h5", "--fusion", "none"], "--generated: --fusion none reads no second"),
@@ -267,8 +270,9 @@ def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, c
     for path, message in (
         ("absent.h5", "--generated absent.h5: no such feature file; extract_features.py makes one"),
         (cache_dir / "mnre-resnet50-64.h5", "no row for .*; it was made for mnre"),
-        (cache_dir / "demo-clip-96.h5", "made with backbone clip, .*demo-resnet50-64.h5 with resnet50; one map reads both"),
-        (other, "made with img size 32, .* with 64; one map"), (seed, "made with weights sha256 .* with .*; one map"),
+        (cache_dir / "demo-clip-96.h5", "made with backbone clip, .*demo-resnet50-64.h5 with resnet50; one"),
+        (other, "made with img size 32, .* with 64; one map"),
+        (seed, "made with weights sha256 .* with .*; one map"),
         (__file__, "not a readable HDF5 file"),
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
@@ -276,3 +280,9 @@ def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, c
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="5 heads do not divide token states of width 64"):
         start(flags, tmp_path / "run", "--bottleneck", 0.1, "--heads", 5)
+
+
+def test_a_run_without_second_pictures_says_so(flags, tmp_path, capsys):
+    start(flags[:-2], tmp_path / "run")
+    said = "generated  no second pictures (--generated): saliency reads the photo alone"
+    assert said in capsys.readouterr().out
