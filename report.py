@@ -181,7 +181,7 @@ def shown_phrases(config, cache, data_dir, path):
     made = config["features_made"]
     path = Path(path or made["made_from"])
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, what the run's phrases were made of; name it with --captions")
+        raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
     if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
         raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
     said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))

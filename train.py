@@ -147,7 +147,7 @@ def parse_args(argv):
     if args.generated and (args.fusion is None or "generated" not in FUSIONS[args.fusion].reads):
         reading = " or ".join(name for name, layer in FUSIONS.items() if "generated" in layer.reads)
         said = f"--fusion {args.fusion}" if args.fusion else args.model
-        parser.error(f"--generated: {said} reads no second picture; choose --fusion {reading} or leave it out")
+        parser.error(f"--generated: {said} reads no second picture; choose --fusion {reading}, or none")
     if args.decoder == "crf" and task != "ner":
         parser.error("--decoder crf: labels of words are decoded together, a relation is one label; leave it out")
     if (args.extra == "none") != (args.notes is None):
