@@ -8,8 +8,8 @@ A backbone is one loader and one row of `BACKBONES`. How a transformers model wa
 normalised is read from its own image processor's configuration.
 
 The caption backbone sees no pixel: the regions of a photo are the states of the tokens of its caption, as much as
-alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The phrases backbone has one region a phrase: objects,
-the triples of a scene graph, or a caption cut into phrases.
+alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The phrases backbone has one region a
+phrase: objects, the triples of a scene graph, or a caption cut into phrases.
 """
 
 import hashlib
@@ -45,12 +45,13 @@ class Backbone:
     """A frozen model and how it wants its photos: all that decides what becomes of a photo.
 
     `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole (a class
-    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D]; of phrases ids
-    [1, P, n] to [1, P, D].
+    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D]; of
+    phrases ids [1, P, n] to [1, P, D].
     """
 
     regions: nn.Module
-    prepare: object  # PIL photo -> its plain view, uint8 [3, H, W]; caption -> ids [n] or phrases -> ids [P, n], and what was cut
+    # PIL photo -> its plain view, uint8 [3, H, W]; caption -> ids [n], phrases -> ids [P, n], and what is cut
+    prepare: object
     resample: int  # the interpolation of `prepare`, as PIL numbers them
     stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places; 0 = there are no places
     shape: tuple  # (most regions of a photo, D)
@@ -282,7 +283,7 @@ class CaptionStates(nn.Module):
 
 
 class PhraseStates(nn.Module):
-    """Ids [1, P, n] of phrases, -1 behind the end of each -> [1, P, D] float16, the mean of the `CaptionStates` of each.
+    """Ids [1, P, n] of phrases, -1 behind the end of each -> [1, P, D] float16: means of `CaptionStates`.
 
     One by one, so that a phrase's region depends on no other phrase, to the last bit.
     """
@@ -292,14 +293,16 @@ class PhraseStates(nn.Module):
         self.states = states
 
     def forward(self, ids):
-        return torch.stack([self.states(row[row >= 0][None])[0].float().mean(0) for row in ids[0]])[None].half()
+        alone = [self.states(phrase[phrase >= 0][None])[0].float().mean(0) for phrase in ids[0]]
+        return torch.stack(alone)[None].half()
 
 
-# Where a caption is cut into phrases: at these words, and at signs that are not inside of a word. What lies between is
-# mostly a noun phrase, sometimes with a verb. Of another language than English only the signs are known.
+# Where a caption is cut into phrases: at these words, and at signs that are not inside a word. Between them
+# is mostly a noun phrase, sometimes with a verb. Of other languages than English only the signs are known.
 CUT_AT = (
-    "in front of|on top of|next to|a|an|the|his|her|its|their|and|or|as|while|that|which|who|is|are|was|were|being|of|in|on|at"
-    "|by|with|for|from|to|into|over|under|behind|beside|between|near|around|through|against|across|along"
+    "in front of|on top of|next to|a|an|the|his|her|its|their|and|or|as|while|that|which|who|is|are|was|were"
+    "|being|of|in|on|at|by|with|for|from|to|into|over|under|behind|beside|between|near|around|through|against"
+    "|across|along"
 )
 CUTS = re.compile(
     rf"(?<![\w.'’-])(?:{CUT_AT})(?![\w'’-]|\.\w)|(?<!\w)[^\w\s]+|[^\w\s]+(?!\w)", re.IGNORECASE
@@ -307,14 +310,14 @@ CUTS = re.compile(
 
 
 def phrases_of(said):
-    """The phrases of what is said of a photo: of a list all that are not blank; a caption is cut, and repeats left out."""
+    """The phrases said of a photo: of a list all that are not blank; a caption is cut, repeats left out."""
     if isinstance(said, str):
         return list(dict.fromkeys(" ".join(part.split()) for part in CUTS.split(said) if part.strip()))
     return [phrase.strip() for phrase in said if phrase.strip()]
 
 
 def caption_states(weights):
-    """(frozen `CaptionStates` of a text encoder, its tokenizer, how many sub-tokens of a caption it takes)."""
+    """(frozen `CaptionStates` of a text encoder, its tokenizer, how many sub-tokens of a text it takes)."""
     encoder, tokenizer = load_text_encoder(weights, SYSTEMS["bert-caption"], "ner", 0.0)
     prefix, suffix = special_ends(tokenizer)
     longest = longest_input(encoder, tokenizer) - len(prefix) - len(suffix)
@@ -343,7 +346,7 @@ def load_caption(weights, img_size, seed):
 
 
 def load_phrases(weights, img_size, seed):
-    """A frozen text encoder over the phrases said of a photo, at most `img_size` (32) of them, each by itself."""
+    """A frozen text encoder over the phrases said of a photo, each alone, at most `img_size` (32) of them."""
     (states, tokenizer, longest), most = caption_states(weights), img_size or 32
 
     def prepare(said):
@@ -354,7 +357,8 @@ def load_phrases(weights, img_size, seed):
         cut = [f"cut: {len(phrases)} phrases"] * (len(phrases) > most)
         cut += [f"cut: {long} of the phrases to {longest} sub-tokens"] * (long > 0)
         cut += [f"left out: {bare} of the phrases, without a sub-token"] * (bare > 0)
-        return nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else [], "; ".join(cut)
+        padded = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else []
+        return padded, "; ".join(cut)
 
     settings = {"img_size": most, "cut_at": CUT_AT}
     return worded_backbone(PhraseStates(states), states.encoder, prepare, weights, settings)
@@ -465,7 +469,8 @@ class Captions:
     """What `Photos` is, for captions: item (list of rows) -> list of (ids [1, n] or None, status, reason).
 
     `captions`: {image id: caption or None}. One equal to `placeholder` says nothing of the photo, which counts as missing.
-    For phrases, `kind`, ids are [1, P, n], of a list of phrases or a caption that is cut into some; no phrases are missing.
+    For phrases, `kind`, ids are [1, P, n], of a list of phrases or a caption that is cut into some; no
+    phrases are missing.
     """
 
     def __init__(self, image_ids, captions, backbone, placeholder=None, kind="caption"):

@@ -29,15 +29,15 @@ from scores import format_scores, mentions, read_predictions, score, seen_spans,
 
 
 def predict(
-    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(), notes=None,
-    generated=None,
+    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(),
+    notes=None, generated=None,
 ):  # fmt: skip
     """Predictions for encoded `rows` of `examples`, one record a post, in their order.
 
     `swap`: {image id: image id or None}, the photo to show in place of a post's own. `known`: the `mentions` of train.
-    `notes`: the `Notes` that were attached to the rows, if any. `generated`: the `FeatureCache` of second pictures, if any;
-    each post is shown its own, whatever `swap` says. A word the model has no state for (cut off, or no
-    sub-token) is answered `O` with probability null.
+    `notes`: the `Notes` that were attached to the rows, if any. `generated`: the `FeatureCache` of second
+    pictures, if any; each post is shown its own, whatever `swap` says. A word the model has no state for (cut
+    off, or no sub-token) is answered `O` with probability null.
     """
     model.eval()
     photos = [swap[example.image_id] if swap is not None else example.image_id for example in examples]
@@ -121,9 +121,9 @@ def run_notes(config, tokenizer, rows, examples, split, path=None):
 
 
 def run_cache(run_dir, config, name, path, examples, dataset):
-    """The `FeatureCache` that a run was trained on, by its option, "features" or "generated"; `path`: where it is now.
+    """The `FeatureCache` that a run was trained on, of its option `name`, "features" or "generated".
 
-    ValueError if it has changed.
+    `path`: where it is now, if not where it was. ValueError if it has changed.
     """
     cache = FeatureCache(path or config[name])
     cache.require([example.image_id for example in examples], dataset)
@@ -133,11 +133,11 @@ def run_cache(run_dir, config, name, path, examples, dataset):
 
 
 def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, generated=None):
-    """A run and what it was scored on: (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`, second
-    cache, of generated pictures).
+    """A run and what it was scored on.
 
-    The last three are None where the run has none. `data_dir`, `features`, `notes`, `generated`: where they are now, if no
-    longer where the run was trained. ValueError if they have changed.
+    (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`, cache of generated pictures):
+    the last three are None where the run has none. `data_dir`, `features`, `notes`, `generated`: where they
+    are now, if no longer where the run was trained. ValueError if they have changed.
     """
     model, tokenizer, config = load_run(run_dir, device)
     dataset = load_dataset(*dataset_now(config, data_dir))
@@ -162,8 +162,9 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, g
 def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None, generated=None):
     """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
 
-    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns a plain dict; its "bootstrap" is the `paired_bootstrap` of true
-    against shuffled photos, None where there is no photo to show. See `open_run` for what it takes.
+    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
+    a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there
+    is no photo to show. See `open_run` for what it takes.
     """
     model, tokenizer, config, dataset, rows, cache, notes, second = open_run(
         run_dir, split, device, data_dir, features, notes, generated
@@ -389,7 +390,8 @@ def parse_args(argv):
         ("train", args.predictions, "--predictions: a run's own know what train holds"),
         ("split", not args.predictions, "runs and data sets: --predictions is one file"),
         ("score", args.compare, "--compare"), ("shuffles", args.image_check, "--image-check"),
-        ("features", args.image_check, "--image-check"), ("generated", args.image_check, "--image-check"), ("images", args.leak_check, "--leak-check"),
+        ("features", args.image_check, "--image-check"), ("generated", args.image_check, "--image-check"),
+        ("images", args.leak_check, "--leak-check"),
         ("notes", args.image_check or args.leak_check, "--image-check or --leak-check"),
         ("data_dir", args.image_check or args.leak_check, "--image-check or --leak-check"),
     ):  # fmt: skip

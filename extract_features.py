@@ -138,9 +138,10 @@ def parse_args(argv):
     add("--cache-dir", default="features", help="where feature files go")
     add("--backbone", choices=BACKBONES, default="resnet50", help="clip for clip-bert, blip for blip, pixels for vilt")
     add("--weights", "--text-encoder", help="resnet50: imagenet (default), imagenet-v2, random or a .pth / .safetensors"
-        " file; clip, blip, pixels, caption and phrases (a text encoder): a hub's model or a local folder (default: the published base)")
-    add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which phrases cuts at function"
-        " words (backbones.py); or for phrases a notes file whose notes have phrases, a list of text (notes.py)")
+        " file; clip, blip, pixels, caption and phrases (a text encoder): a hub's model or a local folder"
+        " (default: the published base)")
+    add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which"
+        " phrases cuts at function words (backbones.py); or for phrases a notes file with phrases (notes.py)")
     add("--placeholder", help="a caption that describes a placeholder picture: photos with it count as missing")
     add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption, sub-tokens"
         " (default: 64); of phrases, most of a photo (default: 32); the others know their own")
@@ -193,7 +194,7 @@ def begin(args, path, image_ids, sizes, shape, kind, attrs, found):
 
 
 def find_inputs(args, dataset, image_ids):
-    """({image id: the photo's path, or its caption or phrases, or None if it has none}, the `reasons` of `find_photos`).
+    """({image id: its photo's path, its caption or phrases, None for none}, the `reasons` of `find_photos`).
 
     ValueError if no post names a photo, FileNotFoundError if none is there.
     """
@@ -201,9 +202,10 @@ def find_inputs(args, dataset, image_ids):
         raise ValueError(f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none")
     place, reasons = args.captions, {}
     if args.captions:
-        captions = args.backbone == "caption"
-        said = by_name(image_ids, read_captions(args.captions)) if captions else said_of_photos(args.captions, dataset)
-        inputs = {image_id: said[image_id] for image_id in image_ids}
+        inputs = by_name(image_ids, read_captions(args.captions)) if args.backbone == "caption" else {}
+        if args.backbone == "phrases":
+            said = said_of_photos(args.captions, dataset)
+            inputs = {image_id: said[image_id] for image_id in image_ids}
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
         place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
@@ -296,7 +298,8 @@ def main(argv=None):
         if worked < len(image_ids):
             print(f"resuming: {len(image_ids) - worked} photos are done")
         if args.captions:
-            reader, workers, ahead = Captions(image_ids, inputs, backbone, args.placeholder, args.backbone), 0, 1
+            reader = Captions(image_ids, inputs, backbone, args.placeholder, args.backbone)
+            workers, ahead = 0, 1
         else:
             reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
             asked = min(args.workers, len(todo))

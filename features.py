@@ -341,7 +341,7 @@ class FeatureCache:
         return {"regions": values.masked_fill(~places["real"][:, None, None], 0)} | about
 
     def read_generated(self, photos, views=None):
-        """What a batch holds of second pictures: `read`, as generated [B, R, D], generated_mask [B, R], generated_row [B]."""
+        """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
         made = self.read(photos, views)
         names = {"regions": "generated", "region_mask": "generated_mask", "photo_row": "generated_row"}
         return {name: made[key] for key, name in names.items()}

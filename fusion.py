@@ -373,15 +373,16 @@ class Saliency(Fusion):
     picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL 2020).
 
     Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W v_r)); weights: softmax over r of
-    (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest by each token
-    for itself. c_t = sum_r weight_tr v_r + h_t; its share LeakyReLU(U [c_t; h_t]) * M c_t, U and M of each picture its own,
-    M zero at the start; a missing picture's share is 0. Output h_t + min(bound |h_t| / |H_t|, 1) H_t with H the sum of the
-    shares: no token moves by more than `bound` of its own length. v: the `RegionStates`, the same for both pictures.
-    Weights returned are those over the photo. One head, `heads` is not used.
+    (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest
+    by each token for itself. c_t = sum_r weight_tr v_r + h_t; its share LeakyReLU(U [c_t; h_t]) * M c_t, U
+    and M of each picture its own, M zero at the start; a missing picture's share is 0. Output h_t + min(bound
+    |h_t| / |H_t|, 1) H_t with H the sum of the shares: no token moves by more than `bound` of its own length.
+    v: the `RegionStates`, the same for both pictures. Weights returned are those over the photo. One head,
+    `heads` is not used.
 
-    Published: no Q, and bound .1. Both were tried in the toy task of tests/test_fusion.py, where a token has to find the one
-    region that it asks for: in steps 100 to 150 of training 0.29 of the answers are right without Q and without a bound
-    (chance: 0.25), with Q 0.82 at bound .1, 0.89 at .2, 1.00 at .5.
+    Published: no Q, and bound .1. Both were tried in the toy task of tests/test_fusion.py, where a token has
+    to find the one region that it asks for: in steps 100 to 150 of training 0.29 of the answers are right
+    without Q and without a bound (chance: 0.25), with Q 0.82 at bound .1, 0.89 at .2, 1.00 at .5.
     """
 
     reads = ("generated", "generated_mask")
@@ -421,9 +422,13 @@ class Saliency(Fusion):
             added = added + part.masked_fill(~mask.any(1)[:, None, None], 0)
             weights.append(looked)
         added = self.dropout(added).float()
-        lengths, own = (torch.linalg.vector_norm(states.float(), dim=-1, keepdim=True) for states in (added, words))
+        lengths, own = (
+            torch.linalg.vector_norm(states.float(), dim=-1, keepdim=True) for states in (added, words)
+        )
         scale = (self.bound * own / lengths.clamp(min=1e-12)).clamp(max=1)  # [B, T, 1]
-        fused = where_photo(words + scale * added, text, text_mask, torch.cat([mask for _, mask in pictures], 1))
+        fused = where_photo(
+            words + scale * added, text, text_mask, torch.cat([mask for _, mask in pictures], 1)
+        )
         return (fused, weights[0]) if return_weights else fused
 
 

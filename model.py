@@ -387,7 +387,9 @@ def system_settings(config):
         kept[name] = Path(config[name]).name
     for name in ("features_made", "generated_made"):
         if features := config.get(name):
-            kept[name] = {k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")}
+            kept[name] = {
+                k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")
+            }
     return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
 
 

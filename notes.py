@@ -172,7 +172,7 @@ class Notes:
 
 
 def said_of_photos(path, dataset):
-    """{image id: phrases, a tuple, or None} of a file of notes; of one of `<photo> :<caption>` lines {image id: caption or None}.
+    """{image id: phrases, a tuple, or None} of a notes file; {image id: caption or None} of one of captions.
 
     Of posts that share a photo the first note with `phrases` counts; none, or an empty list, is None.
     """

@@ -107,8 +107,8 @@ def check_text(value, name):
 def read_post(post, task, source=None, folder=""):
     """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
 
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened PIL image,
-    its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
+    PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
     """
     text, words, offsets = post.get("text"), post.get("words"), None
     if (text is None) == (words is None):
@@ -117,7 +117,8 @@ def read_post(post, task, source=None, folder=""):
     if source == "phrases":
         phrases = check_note(post, ("phrases",)).get("phrases")
         photo = post.get("caption") if phrases is None else tuple(phrases)
-    if photo is not None and not isinstance(photo, tuple) and not (source == "image" and isinstance(photo, Image.Image)):
+    opened = source == "image" and isinstance(photo, Image.Image)
+    if not (photo is None or opened or isinstance(photo, tuple)):
         photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
         photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
@@ -223,8 +224,8 @@ class Predictor:
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
-    if they were a local file. ValueError if they are not those the run's features were made with. A run with --generated
-    answers without second pictures, as it answers a post that has none.
+    if they were a local file. ValueError if they are not those the run's features were made with. A run with
+    --generated answers without second pictures, as it answers a post that has none.
     """
 
     def __init__(self, run_dir, device=None, weights=None):
@@ -304,9 +305,8 @@ class Predictor:
                 if answer["photo"] and "relevance" in self.keys and "relevance" not in row:
                     remark(answer, "no relevance given: it was predicted")
             elif self.source in WORDED and post.get("image") is not None:
-                said = "captions, not at images; give the post its caption"
-                said = said if self.source == "caption" else "phrases, not at images; give the post its phrases"
-                remark(answer, f"the run looks at {said}")
+                what = "captions" if self.source == "caption" else "phrases"
+                remark(answer, f"the run looks at {what}, not at images; give the post its {self.source}")
             if config["task"] == "relation":
                 answer |= {"relation": record["predicted"], "probability": record["probability"]}
             else:
@@ -522,8 +522,8 @@ def main(argv=None):
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if predictor.config["generated"]:
-        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it answers without",
-              file=sys.stderr)  # fmt: skip
+        said = "trained with a second picture of each post, generated from its text; here it answers without"
+        print(f"{args.run}: {said}", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
     names = ("text", "words", "image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")

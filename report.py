@@ -158,7 +158,7 @@ def place_maps(weights, grid):
 
 
 def open_regions(run, config, records, features):
-    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; None for any other.
+    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; else None.
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
@@ -174,16 +174,16 @@ def open_regions(run, config, records, features):
 def shown_phrases(config, cache, data_dir, path):
     """{image id: its phrases, one for each of its regions} of the photos that a run on phrases was shown.
 
-    `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many as its
-    regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data set is not there,
-    or has changed.
+    `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many
+    as its regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data
+    set is not there, or has changed.
     """
     made = config["features_made"]
     path = Path(path or made["made_from"])
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, which the run's phrases were made of; name it with --captions")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != made["captions_sha256"]:
-        raise ValueError(f"{path}: not what the run's phrases were made of ({made['captions_sha256'][:16]}); restore it")
+        raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
+        raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
     said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
     found = {}
     for image_id, row in cache.rows.items():
@@ -220,8 +220,8 @@ def run_inputs(config, tokenizer, records, split, path):
 def attention(model, config, rows, records, pad_id, cache, device):
     """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
 
-    Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start markers': what the model's head reads. Posts
-    without a photo are left out. `rows`: of `run_inputs`.
+    Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start
+    markers': what the model's head reads. Posts without a photo are left out. `rows`: of `run_inputs`.
     """
     found, ner = {}, config["task"] == "ner"
     for chosen in length_batches([len(row["input_ids"]) for row in rows], config["eval_batch_size"]):
@@ -363,7 +363,8 @@ def main(argv=None):
     if args.captions and not on_phrases:
         raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
     try:
-        phrases = shown_phrases(config, cache, args.data_dir, args.captions) if cache is not None and on_phrases else {}
+        if cache is not None and on_phrases:
+            phrases = shown_phrases(config, cache, args.data_dir, args.captions)
     except FileNotFoundError as error:
         if args.captions:
             raise
@@ -390,7 +391,7 @@ def main(argv=None):
         elif i in maps and not on_phrases and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
     if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):
-        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one of them has no sub-token.")
+        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
     posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
 
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]

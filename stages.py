@@ -129,16 +129,19 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x, mask):
-        hidden = ~mask & mask.any(1, keepdim=True)  # a row with nothing to attend to would be NaN; its result is not used
+        hidden = ~mask & mask.any(
+            1, keepdim=True
+        )  # a row with nothing to attend to would be NaN; its result is not used
         y = self.norms[0](x + self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0])
         return self.norms[1](y + self.linear(y))
 
 
 class Code(nn.Module):
-    """States [B, N, D] -> a draw from a Gaussian over states of the same shape, and its divergence from N(0, 1).
+    """States [B, N, D] -> a draw from a Gaussian over such states, and its divergence from N(0, 1).
 
-    mu = Block(x), log-variance s = Block'(x) - 4. The draw is mu + eps exp(s / 2) in training, mu in evaluation. Without
-    the - 4 training would start with noise as large as the states: a LayerNorm's output has variance 1.
+    mu = Block(x), log-variance s = Block'(x) - 4. The draw is mu + eps exp(s / 2) in training, mu in
+    evaluation. Without the - 4 training would start with noise as large as the states: a LayerNorm's output
+    has variance 1.
     """
 
     def __init__(self, width, heads, dropout):
@@ -146,7 +149,7 @@ class Code(nn.Module):
         self.mean, self.log_variance = (Block(width, heads, dropout) for _ in range(2))
 
     def forward(self, x, mask):
-        """(z [B, N, D], zero where masked, divergence [B]: the mean over real positions and channels, 0 where none is)."""
+        """(z [B, N, D], zero where masked; divergence [B], a mean over real positions and channels, or 0)."""
         mu, s = self.mean(x, mask).float(), self.log_variance(x, mask).float() - 4
         kl = ((mu.square() + s.exp() - 1 - s) / 2).mean(-1).masked_fill(~mask, 0)
         z = mu + torch.randn_like(mu) * (s / 2).exp() if self.training else mu
@@ -154,11 +157,12 @@ class Code(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Variational bottleneck over text and pictures, in the manner of MINIGE (Kong, Liu et al. 2025), its "knock-out".
+    """Variational bottleneck over text and pictures, in the manner of MINIGE (Kong, Liu et al. 2025).
 
-    Each is replaced by a noisy code of itself, and what the code says costs: the divergence that comes back is a loss.
-    Text has blocks of its own, all pictures share theirs, and the map of regions to text width (`RegionStates`). Text
-    states change without any picture, too; padding tokens stay as they came. Published: 12 heads.
+    Each is replaced by a noisy code of itself, and what the code says costs: the divergence that comes back
+    is a loss. Text has blocks of its own, all pictures share theirs, and the map of regions to text width
+    (`RegionStates`). Text states change without any picture, too; padding tokens stay as they came.
+    Published: 12 heads.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -170,7 +174,7 @@ class Bottleneck(nn.Module):
     def forward(self, text, text_mask, *pictures):
         """(text [B, T, D], [states [B, R, D] of each picture], sum of the divergences [B]).
 
-        pictures: (regions [B, R, Dv], mask [B, R]) each; a post without one has zeros, and no divergence of it.
+        pictures: (regions [B, R, Dv], mask [B, R]) each; a post without has zeros and no divergence of it.
         """
         codes, kl = self.text(clean(text, text_mask), text_mask)
         made = []

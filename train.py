@@ -117,16 +117,18 @@ def median_relevance(args, dataset, rows, notes, cache):
 
 
 def open_generated(args, dataset, cache):
-    """The feature cache of second pictures and, said on the console, how many posts of each split have one; None without.
+    """The feature cache of second pictures, None without, and on the console how many posts have one.
 
-    ValueError if it is another data set's, or made in another way than that of the photos: one map reads both.
+    ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
     """
     if not args.generated:
+        if args.fusion and "generated" in FUSIONS[args.fusion].reads:
+            print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():
         raise FileNotFoundError(
-            f"--generated {args.generated}: no such feature file; extract_features.py makes one of the pictures in the folder"
-            " --images names, in another --cache-dir"
+            f"--generated {args.generated}: no such feature file; extract_features.py makes one of pictures"
+            " in the folder --images names, in another --cache-dir"
         )
     generated = FeatureCache(args.generated)
     generated.require(dataset.image_ids(), dataset.name)
@@ -135,15 +137,16 @@ def open_generated(args, dataset, cache):
         here, wanted = (side.get(key, "unknown") for side in made)
         if here != wanted:
             raise ValueError(
-                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one map reads both"
-                " pictures, so extract both alike"
+                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one"
+                " map reads both pictures, so extract both alike"
             )
-    print(f"generated  {args.generated}: {generated.views} views, made from {generated.attrs.get('made_from', 'an unknown folder')}")
+    made_from = generated.attrs.get("made_from", "an unknown folder")
+    print(f"generated  {args.generated}: {generated.views} views, made from {made_from}")
     for split, examples in dataset.examples.items():
         count = sum(generated.has_photo(example.image_id) for example in examples)
-        print(f"           {split}: {count} of {len(examples)} posts have a second picture, {len(examples) - count} have none")
+        print(f"           {split}: {count} of {len(examples)} posts have one, {len(examples) - count} none")
     if generated.sha256 == cache.sha256:
-        print("WARNING    these are the photos themselves, which stay with their posts where a check hides or changes photos")
+        print("WARNING    these are the photos themselves: what hides or changes photos leaves them here")
     return generated
 
 
@@ -383,7 +386,7 @@ def run(args, stack):
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
-            of_second = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
+            seconds = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.
@@ -397,7 +400,7 @@ def run(args, stack):
             batch = collate(posts, tokenizer.pad_token_id, cache, photos, views)
             if generated:  # made from the text, it stays with its post whatever photo is shown
                 ids = [dataset.examples["train"][chosen[i]].image_id if weight else None for i in mine]
-                batch |= generated.read_generated(ids, of_second[mine] if of_second is not None else None)
+                batch |= generated.read_generated(ids, seconds[mine] if seconds is not None else None)
             batch = to_device(batch, device)
             if processes > 1:  # dropout of its own
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))

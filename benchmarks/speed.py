@@ -148,8 +148,8 @@ class Training:
     """A model of the given text shape, and steps of it as train.py takes them."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
-        config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1, "decoder": decoder}
-        config |= {"task": "ner", "labels": labels}
+        config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
+        config |= {"decoder": decoder, "task": "ner", "labels": labels}
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device

@@ -190,7 +190,8 @@ def test_picked_words_show_what_they_weighed_each_phrase(chromium, data_dir, enc
     path = report.main(["--run", str(train_phrases(data_dir, encoder_dir, tmp_path))])
     chromium.get(f"file://{path}")
     article, post = chromium.find_element(By.TAG_NAME, "article"), embedded(path)["posts"][0]
-    items, caption = article.find_elements(By.CSS_SELECTOR, ".phrases li"), article.find_element(By.TAG_NAME, "figcaption")
+    items = article.find_elements(By.CSS_SELECTOR, ".phrases li")
+    caption = article.find_element(By.TAG_NAME, "figcaption")
     button = article.find_elements(By.CSS_SELECTOR, "button.word")[1]
     assert [item.text for item in items] == post["phrases"] and "Pick a word" in caption.text
     button.click()

@@ -125,7 +125,9 @@ def test_a_missing_vision_weight_is_an_error(data_dir, tmp_path, name):
         load_backbone(name, str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ("resnet50", "caption", "phrases")])
+@pytest.mark.parametrize(
+    "name", [name for name in BACKBONES if name not in ("resnet50", "caption", "phrases")]
+)
 def test_what_is_no_such_model_is_one_clear_line(data_dir, name, tmp_path):
     folder = data_dir / "demo" / next(part[2] for part in PARTS.values() if part[0] == name)
     shutil.copytree(folder, tmp_path / "bare")

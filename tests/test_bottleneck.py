@@ -1,4 +1,4 @@
-"""The bottleneck of stages.py against torch.distributions, what must change nothing, and its place in the model."""
+"""The bottleneck against torch.distributions, what must change nothing, and its place in the model."""
 
 import math
 import shutil
@@ -110,13 +110,18 @@ def test_what_is_masked_changes_nothing(garbage, training):
     def run(text, *pictures):
         torch.manual_seed(5)
         made = flat(bottleneck(text, text_mask, *pictures))
-        loss = sum(part[mask].square().sum() for part, mask in zip(made, (text_mask, *(m for _, m in pictures)), strict=False))
+        loss = sum(
+            part[mask].square().sum()
+            for part, mask in zip(made, (text_mask, *(m for _, m in pictures)), strict=False)
+        )
         return made, torch.autograd.grad(loss + made[-1].sum(), list(bottleneck.parameters()))
 
     spoilt = [(states.masked_fill(~mask[..., None], garbage), mask) for states, mask in pictures]
     expected, wanted = run(text, *pictures)
     found, gradients = run(text.masked_fill(~text_mask[..., None], garbage), *spoilt)
-    torch.testing.assert_close(found[0][~text_mask], torch.full_like(found[0][~text_mask], garbage), equal_nan=True)
+    torch.testing.assert_close(
+        found[0][~text_mask], torch.full_like(found[0][~text_mask], garbage), equal_nan=True
+    )
     assert torch.equal(found[0][text_mask], expected[0][text_mask])
     assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(gradients, wanted, strict=True))
@@ -129,7 +134,9 @@ def test_batched_equals_one_by_one():
     text, text_mask, *pictures = given
     for i in range(4):
         kept = [mask[i] if mask[i].any() else slice(0, 1) for _, mask in pictures]
-        own = [(states[i, k][None], mask[i, k][None]) for (states, mask), k in zip(pictures, kept, strict=True)]
+        own = [
+            (states[i, k][None], mask[i, k][None]) for (states, mask), k in zip(pictures, kept, strict=True)
+        ]
         alone = flat(bottleneck(text[i, text_mask[i]][None], text_mask[i, text_mask[i]][None], *own))
         for found, whole, k in zip(alone, together, (text_mask[i], *kept), strict=False):
             close(found[0], whole[i, k])
@@ -140,7 +147,9 @@ def test_text_depends_on_no_picture_and_changes_without():
     bottleneck, (text, text_mask, photo, second) = make(), batch()
     coded, _, of_text = bottleneck(text, text_mask)
     with_both, _, of_all = bottleneck(text, text_mask, photo, second)
-    assert torch.equal(coded, with_both) and torch.equal(of_text[3], of_all[3]) and (of_text < of_all)[:3].all()
+    assert (
+        torch.equal(coded, with_both) and torch.equal(of_text[3], of_all[3]) and (of_text < of_all)[:3].all()
+    )
     assert (coded - text)[text_mask].abs().amax(-1).min() > 1e-2
 
 
@@ -172,7 +181,9 @@ def test_autocast():
         found = flat(bottleneck(given[0].bfloat16(), *given[1:]))
     assert found[0].dtype == torch.bfloat16 and found[-1].dtype == torch.float32
     mask = given[1]
-    assert (found[0][mask] - expected[0][mask]).abs().max() < 0.1 and (found[-1] / expected[-1] - 1).abs().max() < 0.05
+    assert (found[0][mask] - expected[0][mask]).abs().max() < 0.1 and (
+        found[-1] / expected[-1] - 1
+    ).abs().max() < 0.05
 
 
 def test_heads_must_divide():
@@ -183,25 +194,37 @@ def test_heads_must_divide():
 def test_works_with_fusion_alone(tmp_path):
     for name in ("stages.py", "fusion.py"):
         shutil.copy(Path(__file__).parents[1] / name, tmp_path)
-    script = "import sys; sys.path.insert(0, '.'); import torch; from stages import Bottleneck; b = Bottleneck(16, 5, 4)\n"
-    script += "print(b(torch.randn(2, 3, 16), torch.ones(2, 3).bool())[0].shape, 'transformers' in sys.modules)"
+    script = "import sys; sys.path.insert(0, '.'); import torch; from stages import Bottleneck\n"
+    script += "b = Bottleneck(16, 5, 4)\n"
+    script += (
+        "print(b(torch.randn(2, 3, 16), torch.ones(2, 3).bool())[0].shape, 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "torch.Size([2, 3, 16]) False\n", done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- in the model
+# ------------------------------------------------------------------------------------------- in the model
 
 
 @pytest.fixture(scope="module")
 def parts(data_dir, cache_dir, encoder_dir):
-    """(function that makes a model, a batch of valid with two pictures a post, the second of another view)."""
+    """(function that makes a model, a batch of valid with two pictures a post: two views of its photo)."""
     dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
 
     def build(fusion="saliency", generated="x.h5", **more):
         torch.manual_seed(0)
         encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
-        config = {"fusion": fusion, "task": "ner", "labels": dataset.labels, "heads": 4, "dropout": 0.0, "region_dim": 2048}
-        model = SYSTEMS["bert-resnet50"].model(encoder, BEFORE | config | {"bottleneck": 0.1, "generated": generated} | more)
+        config = {
+            "fusion": fusion,
+            "task": "ner",
+            "labels": dataset.labels,
+            "heads": 4,
+            "dropout": 0.0,
+            "region_dim": 2048,
+        }
+        model = SYSTEMS["bert-resnet50"].model(
+            encoder, BEFORE | config | {"bottleneck": 0.1, "generated": generated} | more
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter += 0.2 * torch.randn_like(parameter) * (not name.startswith("encoder."))
@@ -211,7 +234,9 @@ def parts(data_dir, cache_dir, encoder_dir):
     tokenizer = build()[1]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [example.image_id for example in examples]
-    given = collate(rows, tokenizer.pad_token_id, cache, photos) | cache.read_generated(photos, [1] * len(photos))
+    given = collate(rows, tokenizer.pad_token_id, cache, photos) | cache.read_generated(
+        photos, [1] * len(photos)
+    )
     return build, given
 
 
@@ -224,7 +249,9 @@ def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(parts, fusion):
     if "regions" in dict(model.fusion.named_children()):
         assert model.fusion.regions.linear.in_features == 64  # of the codes, not of the photo
     logits, losses = model(given, losses=True)
-    text = model.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
+    text = model.encoder(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+    ).last_hidden_state
     photo = given["regions"], given["region_mask"]
     mask = given["attention_mask"].bool()
     text, (codes,), kl = model.bottleneck(text, mask, photo)
@@ -237,11 +264,14 @@ def test_alignment_reads_codes_of_both_pictures(parts):
     build, given = parts
     model, _ = build(align={"matching": 0.9})
     _, losses = model(given, losses=True)
-    mask, both = given["attention_mask"].bool(), [(given[k], given[m]) for k, m in (("regions", "region_mask"), ("generated", "generated_mask"))]
-    text = model.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
+    mask = given["attention_mask"].bool()
+    both = [(given["regions"], given["region_mask"]), (given["generated"], given["generated_mask"])]
+    text = model.encoder(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
     text, codes, _ = model.bottleneck(text, mask, *both)
     matching, expected = model.align["matching"], 0
-    for states, (_, seen), rows in zip(codes, both, (given["photo_row"], given["generated_row"]), strict=True):
+    for states, (_, seen), rows in zip(
+        codes, both, (given["photo_row"], given["generated_row"]), strict=True
+    ):
         expected = expected + matching(text, given["own_mask"], unit_length(states), seen, rows)
     close(losses["matching"], expected)
     alone = matching(text, given["own_mask"], unit_length(codes[0]), both[0][1], given["photo_row"])
@@ -258,10 +288,14 @@ def test_without_any_picture_the_answer_depends_on_none(parts):
         hidden[key] = torch.full_like(given[key], math.nan)
     assert torch.equal(model(hidden)[real], expected[real]) and expected[real].isfinite().all()
     for shown in ("region_mask", "generated_mask"):  # either of them tells
-        assert (model(given | {shown: torch.zeros_like(given[shown])}) - expected)[real].abs().amax(-1).min() > 1e-4
+        assert (model(given | {shown: torch.zeros_like(given[shown])}) - expected)[real].abs().amax(
+            -1
+        ).min() > 1e-4
 
 
-@pytest.mark.parametrize("hidden", [(), ("region_mask",), ("generated_mask",), ("region_mask", "generated_mask")])
+@pytest.mark.parametrize(
+    "hidden", [(), ("region_mask",), ("generated_mask",), ("region_mask", "generated_mask")]
+)
 def test_every_parameter_gets_a_gradient_whatever_is_shown(parts, hidden):
     """Zeros will do where a picture is nowhere; with both shown, none has only zeros."""
     build, given = parts
@@ -271,5 +305,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_shown(parts, hidden):
     model.total([losses[name].sum() for name in model.loss_weights], 30, 8).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
-    idle = [name for name, gradient in gradients.items() if not gradient.any() and not name.startswith("encoder.")]
+    idle = [
+        name for name, gradient in gradients.items() if not gradient.any() and not name.startswith("encoder.")
+    ]
     assert hidden or not idle

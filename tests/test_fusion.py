@@ -595,10 +595,12 @@ def test_saliency_by_hand():
         fusion.query.weight.copy_(torch.eye(2))
         fusion.gates[0].bias.copy_(torch.tensor([1.0, -1.0]))  # LeakyReLU: 1, -0.01
         fusion.shares[0].weight.copy_(torch.eye(2))
-        text, regions = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[3.0, 1.0], [0.0, 5.0]]])  # v: (1, -1), (-1, 1)
+        text = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])
+        regions = torch.tensor([[[3.0, 1.0], [0.0, 5.0]]])  # v: (1, -1), (-1, 1)
         masks = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
         fused, weights = fusion(text, masks[0], regions, masks[1], return_weights=True)
-    # S: (1, -1) / sqrt 2 and (-3, 3) / sqrt 2, mean (-1, 1) / sqrt 2; salience 1/2: (0, 0) and (-2, 2) / sqrt 2
+    # S: (1, -1) / sqrt 2 and (-3, 3) / sqrt 2, mean (-1, 1) / sqrt 2; salience 1/2 gives (0, 0) and
+    # (-2, 2) / sqrt 2.
     share = 1 / (1 + math.exp(2 * 2**0.5))
     close(weights, torch.tensor([[[0.5, 0.5], [share, 1 - share]]]))
     seen = 1 - 2 * share  # c: (1, 0) and (-seen, 3 + seen)
@@ -609,7 +611,8 @@ def test_a_missing_pictures_share_is_nothing():
     fusion, given = two_pictures()
     fused, weights = fusion(**given, return_weights=True)
     one = FUSIONS["saliency"](D, DV).eval()
-    one.load_state_dict({key: value for key, value in fusion.state_dict().items() if not key.startswith(("gates.1", "shares.1"))})
+    of_second = ("gates.1", "shares.1")
+    one.load_state_dict({k: v for k, v in fusion.state_dict().items() if not k.startswith(of_second)})
     photo = {key: given[key] for key in ("text", "text_mask", "regions", "region_mask")}
     close(fused[1], one(**photo)[1])  # the post without second picture: as if there were none
     assert torch.equal(fused[3], given["text"][3]) and not weights[2:].any()
@@ -628,7 +631,10 @@ def test_a_missing_pictures_share_is_nothing():
 def test_masked_content_of_a_second_picture_changes_nothing(scale):
     fusion, given = two_pictures()
     expected = fusion(**given, return_weights=True)
-    spoilt = {kind: spoil(given[kind], given[mask], scale) for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))}
+    spoilt = {
+        kind: spoil(given[kind], given[mask], scale)
+        for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))
+    }
     same(fusion(**given | spoilt, return_weights=True), expected)
     order = torch.tensor([2, 0, 1])
     turned = {key: given[key][:, order] for key in ("generated", "generated_mask")}

@@ -173,7 +173,8 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     dataset = load_dataset("demo", data_dir)
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
-    config = BEFORE | {"fusion": "bimodal", "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.0, "region_dim": 16}
+    config = BEFORE | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
+    config |= {"task": "ner", "labels": dataset.labels}
     model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
     with torch.no_grad():
         for parameter in model.fusion.parameters():

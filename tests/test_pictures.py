@@ -1,4 +1,4 @@
-"""Runs with --generated and --bottleneck: what is trained, scored, checked, answered and shown, and what is refused."""
+"""Runs with --generated and --bottleneck: trained, scored, checked, asked and shown, and what is refused."""
 
 import json
 import shutil
@@ -23,7 +23,18 @@ ABSENT = ("train_0003", "test_0002")  # have no second picture
 
 
 def extract(data_dir, folder, *more):
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", folder, "--weights", "random", "--workers", 0]
+    flags = [
+        "--dataset",
+        "demo",
+        "--data-dir",
+        data_dir,
+        "--cache-dir",
+        folder,
+        "--weights",
+        "random",
+        "--workers",
+        0,
+    ]
     return extract_features.main([str(flag) for flag in [*flags, *more]])
 
 
@@ -43,8 +54,9 @@ def generated(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(data_dir, cache_dir, encoder_dir, generated):
     """Arguments of a quick run with second pictures."""
-    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64, "--dataset", "demo",
-            "--model", "bert-resnet50", "--fusion", "saliency", "--epochs", 1, "--lr", 1e-3, "--generated", generated]  # fmt: skip
+    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
+            "--dataset", "demo", "--model", "bert-resnet50", "--fusion", "saliency", "--epochs", 1,
+            "--lr", 1e-3, "--generated", generated]  # fmt: skip
 
 
 def start(flags, run_dir, *more):
@@ -63,33 +75,50 @@ def test_the_run_is_told_scored_and_loaded(run, generated, capsys):
     cache = FeatureCache(generated)
     assert config["generated_made"] == cache.attrs | {"sha256": cache.sha256} and config["bottleneck"] == 0.1
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all(np.isfinite([line[key] for key in ("loss", "loss_bottleneck", "loss_matching")]).all() for line in log)
-    # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the pictures there are.
+    assert all(
+        np.isfinite([line[key] for key in ("loss", "loss_bottleneck", "loss_matching")]).all() for line in log
+    )
+    # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the
+    # pictures there are.
     assert 4.5 < log[0]["loss_bottleneck"] < 6.2
     model, tokenizer, config, dataset, rows, photos, _, second = open_run(run, "test", "cpu")
     assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1, "matching": 0.9}
     records, examples = read_predictions(run / "predictions-test.jsonl"), dataset.examples["test"]
-    assert [record["generated"] for record in records] == [example.image_id not in ABSENT for example in examples]
-    again = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", photos, generated=second)
+    assert [record["generated"] for record in records] == [
+        example.image_id not in ABSENT for example in examples
+    ]
+    again = evaluate.predict(
+        model, rows, examples, config["labels"], 0, 3, "cpu", "float32", photos, generated=second
+    )
     blind = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", photos)
     for record, same, other in zip(records, again, blind, strict=True):
         assert record["probability"] == pytest.approx(same["probability"], abs=1e-4)
-        assert (record["probability"] == pytest.approx(other["probability"], abs=1e-6)) == (record["id"] in ABSENT)
+        assert (record["probability"] == pytest.approx(other["probability"], abs=1e-6)) == (
+            record["id"] in ABSENT
+        )
 
 
 def test_training_says_what_it_found(flags, tmp_path, generated, cache_dir, capsys):
     folder = start(flags, tmp_path / "plain")
     out = capsys.readouterr().out
     assert f"generated  {generated}: 3 views, made from {generated.parent / 'images'}" in out
-    assert "train: 23 of 24 posts have a second picture, 1 have none" in out and "the photos themselves" not in out
+    assert (
+        "train: 23 of 24 posts have one, 1 none" in out
+        and "the photos themselves" not in out
+    )
     weights = load_run(folder)[0].fusion.shares
     assert len(weights) == 2 and all(share.weight.abs().max() > 0 for share in weights)
     start(flags, tmp_path / "same", "--generated", cache_dir / "demo-resnet50-64.h5")
     assert "WARNING    these are the photos themselves" in capsys.readouterr().out
     start(flags[:-2], tmp_path / "one")
     assert len(load_run(tmp_path / "one")[0].fusion.shares) == 1
-    settings = [system_settings(json.loads((tmp_path / name / "config.json").read_text())) for name in ("plain", "one")]
-    assert {"generated_made", "generated_made.backbone"} <= {key for key in settings[0].keys() ^ settings[1].keys()}
+    settings = [
+        system_settings(json.loads((tmp_path / name / "config.json").read_text()))
+        for name in ("plain", "one")
+    ]
+    assert {"generated_made", "generated_made.backbone"} <= {
+        key for key in settings[0].keys() ^ settings[1].keys()
+    }
 
 
 def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
@@ -107,17 +136,23 @@ def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
     assert {view for _, view in shown} == {0, 1, 2}
     seen.clear()
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "2"])
-    assert sorted(photo for photos, _ in seen for photo in photos) == sorted(4 * [f"test_{i:04d}" for i in range(8)])
+    assert sorted(photo for photos, _ in seen for photo in photos) == sorted(
+        4 * [f"test_{i:04d}" for i in range(8)]
+    )
     # What it stays for: with every photo hidden, the post's own second picture still tells posts apart.
     model, tokenizer, _, dataset, rows, photos, _, second = open_run(folder, "test", "cpu")
     ids = [example.image_id for example in dataset.examples["test"]]
     batch = collate(rows, 0, photos, [None] * 8)
     with torch.inference_mode():
-        plain, own, other = (model(batch | part) for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1])))
+        plain, own, other = (
+            model(batch | part) for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1]))
+        )
     here = torch.tensor([i not in ABSENT for i in ids])
     first = batch["word_starts"][:, :1] >= 0
     assert first.all() and torch.equal(plain[~here], own[~here])
-    assert (plain - own)[here, 0].abs().amax(-1).min() > 1e-6 and (own - other)[:, 0].abs().amax(-1).max() > 1e-6
+    assert (plain - own)[here, 0].abs().amax(-1).min() > 1e-6 and (own - other)[:, 0].abs().amax(
+        -1
+    ).max() > 1e-6
 
 
 def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cache_dir, capsys):
@@ -130,7 +165,10 @@ def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cach
         evaluate.main(check)
     evaluate.main([*check, "--generated", str(generated)])
     made = json.loads((moved / "image-check-test.json").read_text())
-    assert main_score(made["true"]) == main_score(json.loads((run / "metrics-test.json").read_text())) and made["photos"] == 8
+    assert (
+        main_score(made["true"]) == main_score(json.loads((run / "metrics-test.json").read_text()))
+        and made["photos"] == 8
+    )
     with pytest.raises(ValueError, match="not the features .* was trained on; restore them"):
         evaluate.main([*check, "--generated", str(cache_dir / "demo-resnet50-64.h5")])
     with pytest.raises(SystemExit):
@@ -141,20 +179,31 @@ def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cach
 def test_new_posts_are_answered_without_and_that_is_said_once(run, tmp_path, data_dir, capsys):
     posts = [{"words": ["Jordan", "today"], "image": f"test_{i:04d}.jpg"} for i in range(3)]
     (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, posts)))
-    predict.main(["--run", str(run), "--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "answers.jsonl"),
-                  "--images", str(data_dir / "demo" / "images")])  # fmt: skip
-    assert capsys.readouterr().err.count("trained with a second picture of each post, generated from its text; here it answers without") == 1
+    files = ["--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    predict.main(["--run", str(run), *files, "--images", str(data_dir / "demo" / "images")])
+    assert (
+        capsys.readouterr().err.count(
+            "trained with a second picture of each post, generated from its text; here it answers without"
+        )
+        == 1
+    )
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 3 and all(answer["photo"] and "entities" in answer and "note" not in answer for answer in answers)
+    assert len(answers) == 3 and all(
+        answer["photo"] and "entities" in answer and "note" not in answer for answer in answers
+    )
 
 
 def test_the_page_names_what_was_read_and_shows_attention(run, tmp_path, generated):
-    text = report.main(["--run", str(run), "--output", str(tmp_path / "page.html")]).read_text(encoding="utf-8")
+    text = report.main(["--run", str(run), "--output", str(tmp_path / "page.html")]).read_text(
+        encoding="utf-8"
+    )
     page = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert page["facts"]["Generated pictures"] == (
         f"{generated.name} ({FeatureCache(generated).sha256[:16]}): 7 of 8 posts with one; not shown here"
     )
-    assert "bottleneck 0.1, decoder crf" in page["facts"]["System"] and all("maps" in post for post in page["posts"])
+    assert "bottleneck 0.1, decoder crf" in page["facts"]["System"] and all(
+        "maps" in post for post in page["posts"]
+    )
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, monkeypatch):
@@ -182,7 +231,18 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, monkeypatch):
 
 
 def test_run_folders_tell():
-    args = ["--fusion", "saliency", "--model", "bert-resnet50", "--align", "matching=.9", "--decoder", "crf", "--seed", "1"]
+    args = [
+        "--fusion",
+        "saliency",
+        "--model",
+        "bert-resnet50",
+        "--align",
+        "matching=.9",
+        "--decoder",
+        "crf",
+        "--seed",
+        "1",
+    ]
     name = "runs/twitter2017-bert-resnet50-saliency-matching0.9"
     assert train.parse_args(args).run_dir == f"{name}-crf-s1"
     args += ["--bottleneck", ".1", "--generated", "g.h5"]
@@ -190,8 +250,9 @@ def test_run_folders_tell():
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--bottleneck", ".1", "--fusion", "none"], "--bottleneck: --fusion none takes no codes of regions; leave it out"),
-    (["--bottleneck", ".1", "--model", "vilt"], "--bottleneck: vilt takes no codes"), (["--bottleneck", "-1"], "not from 0"),
+    (["--bottleneck", ".1", "--fusion", "none"], "--bottleneck: --fusion none takes no codes of regions"),
+    (["--bottleneck", ".1", "--model", "vilt"], "--bottleneck: vilt takes no codes"),
+    (["--bottleneck", "-1"], "not from 0"),
     (["--generated", "x.h5"], "--generated: --fusion film reads no second picture; choose --fusion saliency"),
     (["--generated", "x.h5", "--model", "blip"], "--generated: blip reads no second picture"),
     (["--generated", "x.h5", "--fusion", "none"], "--generated: --fusion none reads no second"),
@@ -209,8 +270,9 @@ def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, c
     for path, message in (
         ("absent.h5", "--generated absent.h5: no such feature file; extract_features.py makes one"),
         (cache_dir / "mnre-resnet50-64.h5", "no row for .*; it was made for mnre"),
-        (cache_dir / "demo-clip-96.h5", "made with backbone clip, .*demo-resnet50-64.h5 with resnet50; one map reads both"),
-        (other, "made with img size 32, .* with 64; one map"), (seed, "made with weights sha256 .* with .*; one map"),
+        (cache_dir / "demo-clip-96.h5", "made with backbone clip, .*demo-resnet50-64.h5 with resnet50; one"),
+        (other, "made with img size 32, .* with 64; one map"),
+        (seed, "made with weights sha256 .* with .*; one map"),
         (__file__, "not a readable HDF5 file"),
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
@@ -218,3 +280,9 @@ def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, c
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="5 heads do not divide token states of width 64"):
         start(flags, tmp_path / "run", "--bottleneck", 0.1, "--heads", 5)
+
+
+def test_a_run_without_second_pictures_says_so(flags, tmp_path, capsys):
+    start(flags[:-2], tmp_path / "run")
+    said = "generated  no second pictures (--generated): saliency reads the photo alone"
+    assert said in capsys.readouterr().out
