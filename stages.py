@@ -129,9 +129,8 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x, mask):
-        hidden = ~mask & mask.any(
-            1, keepdim=True
-        )  # a row with nothing to attend to would be NaN; its result is not used
+        # A row with nothing to attend to would be NaN; its result is not used.
+        hidden = ~mask & mask.any(1, keepdim=True)
         y = self.norms[0](x + self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0])
         return self.norms[1](y + self.linear(y))
 

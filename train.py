@@ -33,6 +33,7 @@ from data import IGNORE, collate, cut_train, encode, find_photos, image_folders
 from data import length_batches, load_dataset, to_device
 from evaluate import predict, shuffled_photos
 from features import FeatureCache
+from fusion import FUSIONS
 from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, autocast, differing, flat
 from model import read_config, save_weights
 from notes import Notes, reads_relevance
@@ -122,7 +123,7 @@ def open_generated(args, dataset, cache):
     ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
     """
     if not args.generated:
-        if args.fusion and "generated" in FUSIONS[args.fusion].reads:
+        if "generated" in getattr(FUSIONS.get(args.fusion), "reads", ()):
             print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():
