@@ -256,7 +256,8 @@ def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(parts, fusion):
     mask = given["attention_mask"].bool()
     text, (codes,), kl = model.bottleneck(text, mask, photo)
     close(losses["bottleneck"], kl)
-    fused = model.fusion(text, mask, codes, photo[1])
+    more = {key: given[key] for key in model.fusion.reads if key in given}
+    fused = model.fusion(text, mask, codes, photo[1], **more)
     close(logits, model.head(fused, given))
 
 
@@ -273,7 +274,7 @@ def test_alignment_reads_codes_of_both_pictures(parts):
         codes, both, (given["photo_row"], given["generated_row"]), strict=True
     ):
         expected = expected + matching(text, given["own_mask"], unit_length(states), seen, rows)
-    close(losses["matching"], expected)
+    close(losses["matching"], expected / 2)  # the mean over both
     alone = matching(text, given["own_mask"], unit_length(codes[0]), both[0][1], given["photo_row"])
     assert (losses["matching"] - alone > 0.1).all()
     assert masked_mean(codes[0], both[0][1]).std(0).min() > 0  # posts differ
