@@ -38,6 +38,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
+from arguments import PRESETS  # noqa: E402
 from backbones import Compiled, Photos, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
 from data import IGNORE, collate, encode, length_batches, load_dataset, to_device  # noqa: E402
@@ -46,6 +47,7 @@ from extract_features import batch_loader, extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
 from model import BEFORE, TextRegions, autocast  # noqa: E402
+from notes import Notes  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
 from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
@@ -130,11 +132,15 @@ class Posts:
         self.cache = write_features(place / "twitter2017.h5", "twitter2017", self.dataset.image_ids())
         self.batches = length_batches(self.lengths, BATCH, np.random.default_rng(0))
 
-    def batch(self, number):
-        """CPU batch `number` of an epoch, as train.py makes it."""
+    def batch(self, number, notes=None, generated=False):
+        """CPU batch `number` of an epoch, as train.py makes it: with `Notes`, and with the photos as second pictures too."""
         chosen = self.batches[number]
         photos = [self.dataset.examples["train"][i].image_id for i in chosen]
-        return collate([self.rows["train"][i] for i in chosen], self.tokenizer.pad_token_id, self.cache, photos)
+        rows = [self.rows["train"][i] for i in chosen]
+        if notes:
+            rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
+        batch = collate(rows, self.tokenizer.pad_token_id, self.cache, photos)
+        return batch | (self.cache.read_generated(photos) if generated else {})
 
 
 def pad_to(batch, length, pad_id):
@@ -145,20 +151,21 @@ def pad_to(batch, length, pad_id):
 
 
 class Training:
-    """A model of the given text shape, and steps of it as train.py takes them."""
+    """A model of the given text shape, and steps of it as train.py takes them; `more`: of its configuration."""
 
-    def __init__(self, encoder, fusion, labels, device, region_dim=DIM, decoder="softmax"):
+    def __init__(self, encoder, fusion, labels, device, region_dim=DIM, **more):
         config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
-        config |= {"decoder": decoder, "task": "ner", "labels": labels}
+        config |= {"task": "ner", "labels": labels} | more
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device
 
     def step(self, batch):
+        words, posts = int((batch["labels"] != IGNORE).sum()), len(batch["labels"])
         batch = to_device(batch, self.device)
         with autocast(self.device, "float32" if self.device == "cpu" else "bfloat16"):
             _, losses = self.model(batch, losses=True)
-        (losses["labels"].sum() / (batch["labels"] != IGNORE).sum()).backward()
+        self.model.total([losses[name].sum() for name in self.model.loss_weights], words, posts).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -207,6 +214,37 @@ def fusion(args, place):
         for chosen in length_batches(posts.lengths, BATCH, np.random.default_rng([1337, epoch])):
             real, padded = real + sum(posts.lengths[i] for i in chosen), padded + len(chosen) * max(posts.lengths[i] for i in chosen)
     yield row("real / padded tokens", real / padded, ">= 0.90", f"batch {BATCH}, 5 epochs, mean length {np.mean(posts.lengths):.1f}")
+
+
+def systems(args, place):
+    """A step of each published system over the same posts' step text only; tia and icka read eleven words more a post."""
+    posts, encoder, path = Posts(args, place), text_encoder(RobertaConfig()), place / "notes.jsonl"
+    examples, rounds = posts.dataset.examples["train"], 24 if args.device == "cpu" else 200
+    with open(path, "w", encoding="utf-8") as file:
+        for example, other in zip(examples, examples[1:] + examples[:1], strict=True):
+            said = " ".join(other.words[:11])
+            note = {"id": example.image_id, "about_post": said, "about_photo": said, "relevance": 0.5}
+            file.write(json.dumps(note) + "\n")
+    cases = {"none": (Training(encoder, "none", posts.dataset.labels, args.device), None, False)}
+    for name, preset in PRESETS.items():
+        more = {key: value for key, value in preset.items() if key not in ("model", "fusion", "batch_size")}
+        notes = None
+        if name in ("tia", "icka"):
+            notes = Notes(path, posts.tokenizer, preset["extra"], 128, relevance=name == "tia")
+            notes.attach(posts.rows["train"], examples, "train")
+        more |= {"notes": notes and str(path), "relevance_median": 0.5, "generated": name == "minige" or None}
+        training = Training(encoder, preset["fusion"], posts.dataset.labels, args.device, **more)
+        cases[name] = training, notes, name == "minige"
+
+    def step(name):
+        training, notes, generated = cases[name]
+        return lambda turn: training.step(posts.batch(turn, notes, generated))
+
+    taken = in_turn({name: step(name) for name in cases}, rounds, args.device)
+    for name in PRESETS:
+        target = "shown" if name == "icka" else "<= 1.35"
+        yield row(f"training step, --system {name} / text only", ratio(taken[name], taken["none"]), target,
+                  f"roberta-base's shape, batch {BATCH}, {rounds} batches, data included")  # fmt: skip
 
 
 def loop(args, place):
@@ -476,7 +514,7 @@ def floor(args, place):
               " to measure on")  # fmt: skip
 
 
-PARTS = {part.__name__: part for part in (fusion, loop, reading, extraction, memory, startup, growth, scores, floor)}
+PARTS = {part.__name__: part for part in (fusion, systems, loop, reading, extraction, memory, startup, growth, scores, floor)}
 
 
 def shown(row):
