@@ -414,7 +414,7 @@ def load_dataset(name, data_dir="data"):
         if files[split] is None:
             plain = Path(data_dir) / name / f"{split}.txt"
             raise FileNotFoundError(
-                f"no {split} file of {name} under {data_dir}/: put it at {plain} (README, 'Data', lists the other"
+                f"no {split} file of {name} under {data_dir}/: put it at {plain} (docs/DATA.md lists the other"
                 " layouts read) or point --data-dir at its parent folder"
             )
     files = {split: path for split, path in files.items() if path is not None}

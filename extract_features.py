@@ -11,7 +11,7 @@ done; the same command resumes it. Photos are worked on in batches fixed by thei
 missing is computed whole, so that an interrupted run gives the same bytes as an uninterrupted one, and so do several
 processes of as many threads that share the batches.
 
-Why contiguous and not a chunk an image: README, "The feature file".
+Why contiguous and not a chunk an image: docs/DATA.md, "The feature file".
 """
 
 import argparse

@@ -178,7 +178,7 @@ def test_what_counts_as_another_seed_of_the_same_system():
         "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager", "version_torch": "2.15"},
     }  # fmt: skip
     free = {"seed", "data_dir", "images", "cache_dir", "features", "notes", "run_dir", "device", "overwrite",
-            "resume", "save_every", "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
+            "resume", "save_every", "system", "generated", "relevance_median", "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
     known = system_settings(config)
     for key in config.keys() - {"data", "features_made", "text_encoder"}:
         assert (system_settings(config | {key: "other"}) == known) == (key in free), key

@@ -14,6 +14,7 @@ from encoders import build
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, RobertaTokenizerFast
 
+import arguments
 import evaluate
 import predict
 import report
@@ -762,7 +763,7 @@ def test_the_median_is_of_posts_with_a_photo(
     demo_notes, encoder_dir, tmp_path, capsys, monkeypatch, data_dir
 ):
     (dataset, path), tokenizer = demo_notes, load_tokenizer(encoder_dir)
-    monkeypatch.setattr(train, "data_task", lambda *_: "ner")
+    monkeypatch.setattr(arguments, "data_task", lambda *_: "ner")
     absent = [example.image_id for example in dataset.examples["train"][12:]]
     supervised = ("--align", "supervised=1")
     made = median_of(dataset, path, tokenizer, absent, *supervised)
@@ -812,7 +813,7 @@ def test_new_losses_are_logged_with_their_weights(runs):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     folder, _ = runs[name]
-    model, tokenizer, config, dataset, rows, cache, notes = evaluate.open_run(folder, "test", "cpu")
+    model, tokenizer, config, dataset, rows, cache, notes, _ = evaluate.open_run(folder, "test", "cpu")
     examples, recorded = dataset.examples["test"], read_predictions(folder / "predictions-test.jsonl")
     ids = [example.image_id for example in examples]
 
@@ -865,7 +866,7 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
         example.image_id: note.get("relevance")
         for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)
     }
-    cache, notes = evaluate.open_run(folder, "test", "cpu")[-2:]
+    cache, notes, _ = evaluate.open_run(folder, "test", "cpu")[-3:]
     swap = evaluate.shuffled_photos(list(own), cache, 1337, notes)
     records = read_predictions(folder / "predictions-test.jsonl")
     assert [record["relevance"] for record in records] == [
@@ -877,7 +878,7 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
 
 def test_new_posts_bring_their_relevance(runs, demo_notes, data_dir, capsys):
     (dataset, _), (folder, _) = demo_notes, runs["given"]
-    model, tokenizer, config, _, rows, cache, notes = evaluate.open_run(folder, "test", "cpu")
+    model, tokenizer, config, _, rows, cache, notes, _ = evaluate.open_run(folder, "test", "cpu")
     predictor = predict.Predictor(folder, "cpu", "random")
     given = []
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):
@@ -995,7 +996,7 @@ def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_n
     (("--relevance", "predicted", "--relevance-loss", "1"), "--relevance-loss: it teaches"),
     (("--relevance", "predicted", "--relevance-loss", "-1"), "-1 is not from 0"),
     (("--relevance", "often"), "invalid choice"),
-    (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra, --"),
+    (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra post, --"),
     (("--model", "blip", "--fusion", "prefix"), "--fusion prefix: blip has a fusion of its own"),
     (("--model", "vilt", "--fusion", "prefix"), "--fusion prefix: vilt has a fusion of its own"),
     (("--model", "blip", "--align", "supervised=1", "--notes", "n"), "--align: blip has no cached regions"),

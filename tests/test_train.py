@@ -230,7 +230,7 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     folder = run(flags, tmp_path / "run", *more)
     weights = load_file(folder / "model.safetensors")
     assert all(tensor.any() for name, tensor in weights.items() if not name.startswith("encoder."))
-    model, tokenizer, config, dataset, rows, cache, _ = evaluate.open_run(folder, "test", "cpu")
+    model, tokenizer, config, dataset, rows, cache, *_ = evaluate.open_run(folder, "test", "cpu")
     examples, recorded = dataset.examples["test"], read_predictions(folder / "predictions-test.jsonl")
     batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in examples])
     with torch.inference_mode():
