@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones import phrases_of, upright
-from commands import check_device, command_line, default_device
+from commands import bounded, check_device, command_line, default_device
 from data import NONE, NerExample, RelationExample, collate, encode, find_photos, image_folders, length_batches
 from data import load_dataset, to_device
 from evaluate import dataset_now, predictions_file, run_notes, verdict
@@ -309,6 +309,11 @@ def notes_line(config, records):
 # ----------------------------------------------------------------------------------------------------------- main
 
 
+def number_of_posts(text):
+    """argparse type: a whole number from 1 on, or None for "all"."""
+    return None if text == "all" else bounded(int, 1)(text)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
@@ -316,6 +321,8 @@ def parse_args(argv):
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
     add("--output", type=Path, help="default: RUN/report-<split>.html")
+    add("--posts", type=number_of_posts, default=1000, metavar="NUMBER|all", help="how many to show, those with most errors"
+        " first; default: 1000")
     add("--data-dir", help="where the photos' data set is now; default: where the run was trained")
     add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
     add("--features", help="where the run's feature file is now")
@@ -348,7 +355,11 @@ def main(argv=None):
         folders = []
         warnings.append(f"Photos not shown: {error}.")
     posts = [post_of(record) for record in records]
-    named = dict.fromkeys(post["photo"] for post in posts if post["photo"] is not None)
+    order = [*metrics["entity"]["types"], NOTHING] if ner else [NONE, *metrics["relation"]["types"]]
+    confused = confusion(posts, order)
+    errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
+    kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
+    named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
     photos = load_photos(named, folders, (made or {}).get("resizing", ""))
     absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
     if config.get("shuffle_photos"):
@@ -379,7 +390,9 @@ def main(argv=None):
             warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
         else:
             if cache is not None:
-                maps = attention(model, config, rows, records, tokenizer.pad_token_id, cache, args.device)
+                parts = [[side[i] for i in kept] for side in (rows, records)]
+                maps = attention(model, config, *parts, tokenizer.pad_token_id, cache, args.device)
+                maps = {kept[i]: found for i, found in maps.items()}
             for post, row, texts in zip(posts, rows, said, strict=True):
                 post |= {"said": texts, "cut": row.get("note_cut", False)} if texts else {}
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
@@ -392,7 +405,7 @@ def main(argv=None):
             post["maps"] = maps[i]
     if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):
         warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
-    posts.sort(key=lambda post: -sum(span[4] != "correct" for span in post["spans"]))
+    posts = [posts[i] for i in kept]
 
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
     cut, blind = metrics.get("words_answered_without_model"), metrics["posts_without_photo"]
@@ -401,7 +414,7 @@ def main(argv=None):
     warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
     bottleneck = f", bottleneck {config['bottleneck']:g}" if config["bottleneck"] else ""
     facts = {
-        "Data": f"{Path(config['dataset']).name} {split}, {len(posts)} {'posts' if ner else 'rows'} ({data['variant']},"
+        "Data": f"{Path(config['dataset']).name} {split}, {len(records)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
         f" {config['text_encoder']}{bottleneck}, decoder {config['decoder']}, seed {config['seed']}",
@@ -410,6 +423,8 @@ def main(argv=None):
         "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
+    if left_out := len(records) - len(posts):
+        facts["Shown"] = f"{len(posts)}, those with most errors first; {left_out} are left out (--posts all shows them)"
     if config["generated"]:
         given = sum(record.get("generated") is True for record in records)
         facts["Generated pictures"] = (
@@ -422,9 +437,7 @@ def main(argv=None):
     page = {
         "title": f"{run.resolve().name}, {split}", "ner": ner, "facts": facts, "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
-        "confusion": confusion(posts, [*metrics["entity"]["types"], NOTHING] if ner else
-                               [NONE, *metrics["relation"]["types"]]),
-        "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
+        "confusion": confused, "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
         # Where attention went that is on no region.
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
         "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
@@ -440,7 +453,7 @@ def main(argv=None):
     output = args.output or run / f"report-{split}.html"
     write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
     print(
-        f"{output}: {len(posts)} {'posts' if ner else 'rows'},"
+        f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
         f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)} with notes;"
         f" {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
     )

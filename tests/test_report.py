@@ -541,3 +541,19 @@ def test_what_cannot_be_shown_is_one_clear_line(runs, tmp_path, cache_dir):
             page_of(folder, output, *more)
         assert "\n" not in str(error.value)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["clip-bert", "notes"])
+def test_a_part_of_the_posts_is_those_with_most_errors(runs, tmp_path, name):
+    """They are shown as the whole page shows them; scores and confusions stay those of all."""
+    whole, part = (page_of(runs[name], tmp_path / "page.html", "--posts", n) for n in ("all", 3))
+    _, records = predictions(runs[name])
+    assert part["posts"] == whole["posts"][:3] and len(whole["posts"]) == len(records) == 8
+    errors = [sum(span[4] != "correct" for span in post["spans"]) for post in whole["posts"]]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0
+    assert part["confusion"] == whole["confusion"] and part["tables"] == whole["tables"]
+    assert "5 are left out (--posts all shows them)" in part["facts"]["Shown"] and "Shown" not in whole["facts"]
+    assert part["photos"] == {post["photo"]: whole["photos"][post["photo"]] for post in part["posts"]}
+    assert page_of(runs[name], tmp_path / "page.html") == whole  # 1,000 by default
+    with pytest.raises(SystemExit):
+        page_of(runs[name], tmp_path / "page.html", "--posts", 0)
