@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -32,6 +33,13 @@ def bounded(kind, low, high=math.inf):
 def first_line(error):
     """What an exception says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def progress_bar(total, unit, short=False, **more):
+    """tqdm's bar: twice a second on a terminal, a line a minute elsewhere; a `short` one only if it takes that long, and
+    gone when it is done."""
+    every = 0.5 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(total=total, unit=unit, mininterval=every, delay=every * short, leave=not short, **more)
 
 
 def default_device():

@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -35,7 +34,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
-from commands import alone_in, bounded, command_line, default_device, join_processes, lock, wait_for_all
+from commands import alone_in, bounded, command_line, default_device, join_processes, lock, progress_bar
+from commands import wait_for_all
 from data import DATASETS, by_name, dataset_name, find_photos, image_folders, load_dataset, read_captions
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import refuse_other_photos, refuse_other_settings
@@ -314,8 +314,7 @@ def main(argv=None):
             compiled = Compiled(backbone.regions, (per_batch * args.views, 3, side, side), device)
             backbone = replace(backbone, regions=compiled)
         started = time.perf_counter()
-        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
-        with tqdm(total=sum(map(len, todo)), unit="photo", mininterval=every, disable=rank > 0) as progress:
+        with progress_bar(sum(map(len, todo)), "photo", disable=rank > 0) as progress:
             extract(backbone, writer, loader, todo, device, progress)
         os.fsync(writer.fd)
         wait_for_all(processes)

@@ -32,10 +32,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from backbones import Captions, Photos, load_backbone
-from commands import bounded, check_device, command_line, default_device, lock
+from commands import bounded, check_device, command_line, default_device, lock, progress_bar
 from data import NONE, NerExample, RelationExample, encode
 from evaluate import predict
 from features import UNREADABLE, FeatureCache
@@ -421,8 +420,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
         if done == total:
             print(f"{output}: it is finished, {total} posts are answered", file=sys.stderr)
             return
-        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
-        with tqdm(total=total, initial=done, unit="post", mininterval=every) as progress:
+        with progress_bar(total, "post", initial=done) as progress:
             for window in windows(numbered_lines(source, shard)):
                 passed += len(window)
                 if passed <= done:

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import command_line, first_line, gather, join_processes, lock, pick_precision
+from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar
 from commands import wait_for_all
 from data import IGNORE, collate, cut_train, encode, find_photos, image_folders
 from data import length_batches, load_dataset, to_device
@@ -384,10 +384,13 @@ def run(args, stack):
         loss_sum, labelled = torch.tensor(progress["loss"], device=device), progress["labelled"]
         first_bad = torch.tensor(math.inf, device=device)  # step whose loss or gradient is not finite
         batches, before = length_batches(lengths, args.batch_size, rng), progress["step"]
+        done = sum(map(len, batches[:before]))
+        bar = progress_bar(len(lengths), "post", True, initial=done, desc=f"epoch {epoch}", disable=rank > 0)
+        stack.callback(bar.close)  # an error is not to stand behind it
         for step, chosen in enumerate(batches, 1):
             hidden = rng.random(len(chosen)) < args.photo_dropout
             views = rng.integers(cache.views, size=len(chosen)) if cache and args.augment else None
-            seconds = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
+            second_views = rng.integers(generated.views, size=len(chosen)) if generated and args.augment else None
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             # This process's share of the posts. One without any still takes part, with the first and no weight.
@@ -401,7 +404,7 @@ def run(args, stack):
             batch = collate(posts, tokenizer.pad_token_id, cache, photos, views)
             if generated:  # made from the text, it stays with its post whatever photo is shown
                 ids = [dataset.examples["train"][chosen[i]].image_id if weight else None for i in mine]
-                batch |= generated.read_generated(ids, seconds[mine] if seconds is not None else None)
+                batch |= generated.read_generated(ids, second_views[mine] if second_views is not None else None)
             batch = to_device(batch, device)
             if processes > 1:  # dropout of its own
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
@@ -421,6 +424,7 @@ def run(args, stack):
             optimizer.zero_grad()
             loss_sum = loss_sum + summed
             labelled += count
+            bar.update(len(chosen))
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
             save = rank == 0 and time.monotonic() - saved >= args.save_every
             if save or step % 50 == 0 or step == len(batches):  # not each step: reading a value makes the device wait
@@ -430,10 +434,12 @@ def run(args, stack):
                         f"epoch {epoch}, step {int(bad)}: the loss or its gradient is not finite (posts {ids}); lower --lr"
                         f" ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
                     )
+                bar.set_postfix(loss=f"{loss_sum[0].item() / max(1, labelled):.4f}", refresh=False)
             if save:
                 progress |= {"epoch": epoch, "step": step, "loss": loss_sum.tolist(), "labelled": labelled}
                 save_state(state, progress, model, optimizer, scheduler, device)
                 saved = time.monotonic()
+        bar.close()
         (loss, *others), trained = loss_sum.tolist(), time.perf_counter()
         loss /= max(1, labelled)
         metrics = score(answers("valid"))

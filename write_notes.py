@@ -41,10 +41,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 
 from chat import Endpoint, Local
-from commands import bounded, command_line, default_device, first_line, lock
+from commands import bounded, command_line, default_device, first_line, lock, progress_bar
 from data import DATASETS, RelationExample, dataset_name, find_photos, image_folders, load_dataset, locate
 from notes import KEYS, OF_PHOTO
 from predict import bounded_lines
@@ -248,8 +247,7 @@ def main(argv=None):
         else:
             ask = Local(args.model, args.photos, args.max_new_tokens, args.device)
             made = (make_notes(ask, batch) for batch in batches)
-        every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file wants few lines
-        bar = tqdm(total=len(posts), initial=done, unit="post", mininterval=every)
+        bar = progress_bar(len(posts), "post", initial=done)
         with contextlib.closing(made), bar as progress:
             try:
                 for batch in made:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import commands
-from commands import alone_in, command_line, join_processes, lock, out_of_memory, pick_precision
+from commands import alone_in, command_line, join_processes, lock, out_of_memory, pick_precision, progress_bar
 
 PROJECT = Path(__file__).parents[1]
 
@@ -113,3 +113,17 @@ def test_a_system_without_fcntl_is_told_in_one_line(script):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1] == "these scripts run on Linux and macOS; on Windows use them under WSL"
+
+
+@pytest.mark.parametrize("terminal, every", [(True, 0.5), (False, 60)])
+def test_a_bar_is_for_what_takes_long(monkeypatch, capsys, terminal, every):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    for short in (True, False):
+        with progress_bar(9, "post", short, initial=2, desc="epoch 3") as bar:
+            assert (bar.mininterval, bar.delay) == (every, every * short)
+            bar.update(7)
+    err = capsys.readouterr().err
+    assert err.count("epoch 3") >= 1 and err.rstrip().endswith("post/s]") and "9/9" in err  # of the long one alone
+    with progress_bar(9, "post", True) as bar:
+        bar.update(9)
+    assert capsys.readouterr().err == ""
