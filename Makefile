@@ -35,4 +35,4 @@ $(VENV)/dev: requirements-dev.txt requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ data/demo data/demo-notes features/demo-* runs/demo-*
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ data/demo data/demo-notes features/demo-* features/generated/demo-* runs/demo-*

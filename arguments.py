@@ -35,8 +35,10 @@ PRESETS = {
 
 
 def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss."""
+    """argparse type: NAME=WEIGHT of an alignment loss, or none, to take those of a --system away."""
     name, _, weight = text.partition("=")
+    if text == "none":
+        return text, 0.0
     if name not in ALIGNMENTS:
         raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
     return name, bounded(float, 0)(weight)
@@ -75,7 +77,7 @@ def make_parser(description):
         " that tells what the photos are worth")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that"
         " pull text and photo of a post together (align.py): contrastive, local, matching, and, by the relevance in"
-        " --notes, supervised")
+        " --notes, supervised; or none")
     add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion as far as its"
         " photo belongs to it: by --notes, where they say, or always as the model sees it")
     add("--relevance-loss", type=bounded(float, 0), help="weight of the loss that teaches the model the relevance in"
@@ -141,6 +143,7 @@ def parse_args(argv, description=None):
     args.align, asked = dict(args.align), len(args.align)
     if len(args.align) < asked:
         parser.error("--align: one loss is named twice; leave one out")
+    args.align = {name: weight for name, weight in args.align.items() if weight}
     if wrong := mistake(args, task, system, regions):
         parser.error(wrong)
     args.heads = args.heads or 8
@@ -176,12 +179,14 @@ def mistake(args, task, system, regions):
     if args.decoder == "visual-crf" and (not regions or args.fusion == "none"):
         return f"--decoder visual-crf: {named} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
-        return f"--align: {named} has no cached regions to align; leave it out"
+        return f"--align: {named} has no cached regions to align; leave it out, or --align none"
     if args.bottleneck and args.fusion in (None, "none", "prefix"):
         return f"--bottleneck: {named} takes no codes of regions; leave it out"
     readers = [name for name, layer in FUSIONS.items() if "generated" in layer.reads]
     if args.generated and args.fusion not in readers:
         return f"--generated: {named} reads no second picture; choose --fusion {' or '.join(readers)}, or leave it out"
+    if args.relevance != "none" and args.generated:
+        return "--relevance and --generated: it says how much of the photo is used, not of a second picture; leave one out"
     if args.relevance != "none" and args.fusion in (None, "none", "prefix"):
         return f"--relevance: {named} has no layer behind the encoder to weigh; leave it out"
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
@@ -206,10 +211,9 @@ def mistake(args, task, system, regions):
 
 
 def run_name(args, dataset, system):
-    """The run folder's name: what is not as by default, or the system's where all that it sets is as it sets it."""
-    relevance = [f"relevance-{args.relevance}"] * (args.relevance != "none")
-    relevance += ["notes"] * (args.relevance == "predicted" and args.notes is not None)
-    relevance += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
+    """The run folder's name: what makes another model of it, or the system's where all that it sets is as it sets it."""
+    taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
+    taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts = {
         "model": args.model,
         "text_encoder": Path(args.text_encoder).absolute().name if args.text_encoder != system.text_encoder else "",
@@ -218,7 +222,8 @@ def run_name(args, dataset, system):
         "align": "-".join(f"{name}{weight:g}" for name, weight in args.align.items()),
         "bottleneck": f"bottleneck{args.bottleneck:g}" if args.bottleneck else "",
         "generated": "generated" if args.generated else "",
-        "relevance": "-".join(relevance),
+        "relevance": f"relevance-{args.relevance}" if args.relevance != "none" else "",
+        "relevance_loss": "-".join(taught),
         "decoder": args.decoder if args.decoder != "softmax" else "",
         "extra": f"extra-{args.extra}" if args.extra != "none" else "",
         "shuffle_photos": "shuffled" if args.shuffle_photos else "",

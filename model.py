@@ -77,8 +77,8 @@ class Model(nn.Module):
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
     features_made, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to
     put losses of its own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
-    a post without photo (None where there is no such thing). For a post without photo the states depend on no image
-    state at all.
+    a post without photo (None where there is no such thing). For a post without photo, and without a second
+    picture, the states depend on no image state at all.
     """
 
     loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
@@ -158,8 +158,8 @@ class TextRegions(Model):
             if name == "local" and "region_grid" in self.fusion.reads:
                 levels = pyramid_levels(batch["regions"], batch["region_mask"], batch["region_grid"])
                 pictures = [(*level, batch["photo_row"]) for level in levels[1:]]
-            elif name == "supervised":  # of the posts whose relevance is given
-                pictures = [(values, real & (given >= 0)[:, None], rows) for values, real, rows in shown]
+            elif name == "supervised":  # of the photos whose relevance is given
+                pictures = [(values, real & (given >= 0)[:, None], rows) for values, real, rows in shown[:1]]
                 classes = (given >= self.median).long()
             losses = [
                 alignment(text, batch["own_mask"], unit_length(clean(values.float(), real)), real, rows, classes)
@@ -170,7 +170,7 @@ class TextRegions(Model):
 
     def states(self, batch, return_weights, losses):
         text, weights = self.read(batch, return_weights)
-        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment looks at the photo
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment reaches the fusion
         if self.bottleneck is not None:
             pictures = [name for name in PICTURES if name in batch]
             text, codes, divergence = self.bottleneck(text, mask, *((batch[p], batch[PICTURES[p][0]]) for p in pictures))

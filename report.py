@@ -150,7 +150,7 @@ def place_maps(weights, grid):
     """
     rows, columns = grid
     whole, places = weights.split([weights.shape[1] - rows * columns, rows * columns], 1)
-    step = math.ceil(math.sqrt(rows * columns / PLACES))
+    step = 1 if rows == 1 else math.ceil(math.sqrt(rows * columns / PLACES))  # phrases are no places to be averaged
     maps = places.unflatten(1, (rows, columns))
     maps = F.adaptive_avg_pool2d(maps, (math.ceil(rows / step), math.ceil(columns / step)))
     maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
@@ -229,6 +229,8 @@ def attention(model, config, rows, records, pad_id, cache, device):
         batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, photos), device)
         with torch.inference_mode(), autocast(device, precision_on(device, config)):
             _, weights = model(batch, return_weights=True)
+        if weights is None:  # a fusion of one's own may weigh nothing
+            return {}
         for i, photo, weight in zip(chosen, photos, weights.float().cpu(), strict=True):  # [T, R]
             if not cache.has_photo(photo):
                 continue
@@ -412,12 +414,14 @@ def main(argv=None):
     warnings += [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."] if counts else []
     warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
     warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
-    bottleneck = f", bottleneck {config['bottleneck']:g}" if config["bottleneck"] else ""
+    parts = [f"align {name} {weight:g}" for name, weight in config["align"].items()]
+    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
+    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {len(records)} {'posts' if ner else 'rows'} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
-        f" {config['text_encoder']}{bottleneck}, decoder {config['decoder']}, seed {config['seed']}",
+        f" {config['text_encoder']}, {', '.join([*parts, ''])}decoder {config['decoder']}, seed {config['seed']}",
         "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
         "not used",
         "Notes": notes_line(config, records),

@@ -298,8 +298,9 @@ def lacks(row, argv):
     asked = train.parse_args(argv)
     try:
         found = splits(row.dataset, asked.data_dir)
-        if asked.fusion != "none":
-            FeatureCache(asked.features)
+        for features in (asked.features if asked.fusion != "none" else None, asked.generated):
+            if features:
+                FeatureCache(features)
     except (FileNotFoundError, ValueError) as error:
         return str(error).split(";")[0].split(":")[0]
     if asked.notes and not Path(asked.notes).is_file():
@@ -434,7 +435,14 @@ def cells(row, args, rows):
     made["notes"] = "; ".join(notes)
     made["made with"] = (f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s) of"
                          f" {config['device']}, {config['precision']}")  # fmt: skip
+    made["flags"] = flags(row, args)
     return {key: text for key, text in made.items() if text}
+
+
+def flags(row, args):
+    """What makes a row's runs, as text: what results.csv has of other flags is not of this row."""
+    own = args.text_encoder, args.lr
+    return shlex.join(map(str, [*row.flags, *(value for value in own if value is not None and row.table[:4] != "demo")]))
 
 
 def seeds(made):
@@ -470,6 +478,7 @@ def write_results(rows, reasons, args):
     """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs; returns {(table, row): cells}."""
     earlier, by_key = read_results(args.output / "results.csv"), {row.key: row for row in rows}
     kept = {row: earlier.get((row.table, row.name, row.dataset), {}) for row in rows}
+    kept = {row: cell if cell.get("flags") == flags(row, args) else {} for row, cell in kept.items()}
     made = {row: max(cells(row, args, by_key), kept[row], key=seeds) for row in rows}  # of equals the first
     text, tex, values = [], [], [["table", "row", "data set", "column", "value"]]
     for table, title in TITLES.items():
@@ -477,12 +486,16 @@ def write_results(rows, reasons, args):
         ran, missing = [row for row in mine if made[row]], [row for row in mine if not made[row]]
         text.append(f"\n## {title}\n\n{NOTES[table]}")
         if ran:
-            last = ("majority", "notes", "made with")
+            last = ("majority", "notes", "made with", "flags")
             keys = [*dict.fromkeys(key for row in ran for key in made[row] if key not in last), *last[:2]]
             header, body = [HEADINGS.get(key, key) for key in keys], [[made[row].get(key, "") for key in keys] for row in ran]
             text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
             tex += latex(title, header, body)
             text += ["\nCommands, first seed:\n", *dict.fromkeys(f"    {shown_command(argument_list(row, args.seeds[0], args))}" for row in ran)]
+        if table == "published" and missing:
+            header = [HEADINGS[key] for key in ("row", "paper", "published", "notes")]
+            body = [[row.name, paper, f"{a:.4f} / {b:.4f}", said] for row in missing for paper, a, b, said in [PUBLISHED[row.name]]]
+            text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
         if missing:
             why = {row: reasons.get(row.key) or other_run(argv) or lacks(row, argv) for row in missing
                    for argv in [argument_list(row, args.seeds[0], args)]}  # fmt: skip
@@ -533,6 +546,7 @@ def markdown(parts):
 
 
 HEADINGS = {
+    "row": "row", "notes": "notes",
     "data": "data set", "paper": "in the manner of", "published": "published entity F1, 2015 / 2017",
     "seeds": "seeds (+ of its control)", "reference": "reference: accuracy [precision recall F1]",
     "ours": "accuracy [precision recall F1] of tokens or rows", "main F1": "entity F1 (relations: micro F1 without None)",

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path):
-    """The README's ten lines, as they stand there, in a folder of their own; trained, checked and asked once."""
+    """The README's lines, as they stand there, in a folder of their own: trained, checked and looked at."""
     code = re.search(r"```python\n# mine\.py\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
     assert len(code.strip().splitlines()) <= 30
     (tmp_path / "mine.py").write_text(code)
@@ -35,3 +35,4 @@ def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path)
     assert log[0]["loss_near"] > 0
     checked = mine("evaluate", "--run", folder, "--image-check", "--shuffles", "1")
     assert "demo-mine-encoder-s1337" in checked and "true - shuffled" in checked
+    assert "8 of 8 posts, 0 with attention" in mine("report", "--run", folder)
