@@ -7,9 +7,8 @@ FUSIONS = none film attention cross-attention bimodal
 
 .PHONY: test test-browser demo clean
 
-# Two tests at a time, a thread each: threads of two processes on the same cores wait for each other.
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest
 
 # Opens report pages in Debian's chromium (apt-get install chromium chromium-driver), headless.
 test-browser: $(VENV)/dev
