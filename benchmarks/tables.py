@@ -35,6 +35,7 @@ from model import RUN_FORMAT, differing, read_config, system_settings  # noqa: E
 from scores import main_score, read_predictions, write_text  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
+DRAWN = ("demo", "demo-notes")  # tables of tiny models of their own: --text-encoder and --lr are not for them
 NOTES_FILE = "twitter2017/notes.jsonl"  # under --data-dir
 METRICS = ("accuracy", "precision", "recall", "f1")
 # Accuracy on test of answering the most frequent label always: `O`, or `None`.
@@ -250,7 +251,7 @@ def argument_list(row, seed, args, shuffled=False):
         if flag in given:
             given[flag] = f"{place}/{given[flag]}"
     for flag, value in (("--text-encoder", args.text_encoder), ("--lr", args.lr)):
-        if value is not None and row.table not in ("demo", "demo-notes"):
+        if value is not None and row.table not in DRAWN:
             given[flag] = value
     argv = [str(part) for pair in (given | {"--seed": seed}).items() for part in pair]
     argv += [row.control] * shuffled
@@ -441,8 +442,8 @@ def cells(row, args, rows):
 
 def flags(row, args):
     """What makes a row's runs, as text: what results.csv has of other flags is not of this row."""
-    own = args.text_encoder, args.lr
-    return shlex.join(map(str, [*row.flags, *(value for value in own if value is not None and row.table[:4] != "demo")]))
+    given = (args.text_encoder, args.lr) if row.table not in DRAWN else ()
+    return shlex.join(map(str, [*row.flags, *(value for value in given if value is not None)]))
 
 
 def seeds(made):
