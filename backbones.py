@@ -32,7 +32,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
 
 from commands import first_line
-from data import special_ends
+from encoding import special_ends
 from features import MISSING, OK, UNREADABLE
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input

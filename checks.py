@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from data import NONE, find_photos
+from data import NONE
 from notes import EXTRAS, note_text
+from photos import find_photos
 from scores import entity_spans, gold_fingerprint, mentions
 
 # ------------------------------------------------------------------------------------------------- comparing runs

@@ -18,11 +18,12 @@ import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
 from commands import bounded, check_device, command_line, default_device
-from data import DATASETS, collate, cut_train, dataset_name, encode, find_photos, image_folders, length_batches
-from data import load_dataset, read_ner, to_device
+from data import DATASETS, cut_train, dataset_name, load_dataset, read_ner
+from encoding import collate, encode, length_batches, to_device
 from features import FeatureCache
 from model import autocast, differing, load_run, precision_on, read_config, system_settings
 from notes import Notes, reads_relevance
+from photos import find_photos, image_folders
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
 # -------------------------------------------------------------------------------------------------- predictions

@@ -34,13 +34,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones import BACKBONES, Captions, Compiled, Photos, load_backbone
-from commands import alone_in, bounded, command_line, default_device, join_processes, lock, progress_bar
-from commands import wait_for_all
-from data import DATASETS, by_name, dataset_name, find_photos, image_folders, load_dataset, read_captions
+from commands import alone_in, bounded, command_line, default_device, join_processes, lock, progress_bar, wait_for_all
+from data import DATASETS, dataset_name, load_dataset
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import refuse_other_photos, refuse_other_settings
 from model import WORDED
 from notes import said_of_photos
+from photos import by_name, find_photos, image_folders, read_captions
 
 COMPILE_FROM = 8000  # images; on CPU ResNet50 then is up to 20 ms an image faster, but first compiles for 4 to 40 s
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 from align import ALIGNMENTS
 from commands import first_line
 from crf import Crf
-from data import IGNORE
+from encoding import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
 from stages import Bottleneck, PhotoBias, Prefix, Relevance
 from text_encoder import drop_pooler, load_tokenizer
@@ -75,7 +75,7 @@ class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
     Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, and what `BEFORE` lists). Its `states` takes a batch of `data.collate`, return_weights and a dict to
+    features_made, and what `BEFORE` lists). Its `states` takes a batch of `encoding.collate`, return_weights and a dict to
     put losses of its own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
     a post without photo (None where there is no such thing). For a post without photo, and without a second
     picture, the states depend on no image state at all.

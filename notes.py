@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import by_name, read_captions, read_lines, special_ends
+from data import read_lines
+from encoding import special_ends
+from photos import by_name, read_captions
 
 
 def is_text(value):

@@ -35,7 +35,8 @@ from PIL import Image
 
 from backbones import Captions, Photos, load_backbone
 from commands import bounded, check_device, command_line, default_device, lock, progress_bar
-from data import NONE, NerExample, RelationExample, encode
+from data import NONE, NerExample, RelationExample
+from encoding import encode
 from evaluate import predict
 from features import UNREADABLE, FeatureCache
 from model import WORDED, load_run, precision_on

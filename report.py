@@ -22,12 +22,13 @@ from PIL import Image
 
 from backbones import phrases_of, upright
 from commands import bounded, check_device, command_line, default_device
-from data import NONE, NerExample, RelationExample, collate, encode, find_photos, image_folders, length_batches
-from data import load_dataset, to_device
+from data import NONE, NerExample, RelationExample, load_dataset
+from encoding import collate, encode, length_batches, to_device
 from evaluate import dataset_now, predictions_file, run_notes, verdict
 from features import FeatureCache
 from model import autocast, load_run, precision_on, read_config
 from notes import EXTRAS, note_text, reads_relevance, said_of_photos
+from photos import find_photos, image_folders
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from commands import first_line, out_of_memory
-from data import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
+from encoding import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

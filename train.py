@@ -27,16 +27,15 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar
-from commands import wait_for_all
-from data import IGNORE, collate, cut_train, encode, find_photos, image_folders
-from data import length_batches, load_dataset, to_device
+from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar, wait_for_all
+from data import cut_train, load_dataset
+from encoding import IGNORE, collate, encode, length_batches, to_device
 from evaluate import predict, shuffled_photos
 from features import FeatureCache
 from fusion import FUSIONS
-from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, autocast, differing, flat
-from model import read_config, save_weights
+from model import MACHINE, RUN_FORMAT, SYSTEMS, WORDED, WRITING, autocast, differing, flat, read_config, save_weights
 from notes import Notes, reads_relevance
+from photos import find_photos, image_folders
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 from stages import Prefix
 from text_encoder import check_soft_tokens, load_text_encoder, longest_input

@@ -41,11 +41,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from chat import Endpoint, Local
 from commands import bounded, command_line, default_device, first_line, lock, progress_bar
-from data import DATASETS, RelationExample, dataset_name, find_photos, image_folders, load_dataset, locate
+from data import DATASETS, RelationExample, dataset_name, load_dataset, locate
 from notes import KEYS, OF_PHOTO
+from photos import find_photos, image_folders
 from predict import bounded_lines
 from report import thumbnail
 

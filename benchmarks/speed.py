@@ -41,7 +41,8 @@ import demo  # noqa: E402
 from arguments import PRESETS  # noqa: E402
 from backbones import Compiled, Photos, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
-from data import IGNORE, collate, encode, length_batches, load_dataset, to_device  # noqa: E402
+from data import load_dataset  # noqa: E402
+from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
 from extract_features import batch_loader, extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402

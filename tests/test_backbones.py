@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval, CLIPVisionModel
 
 from backbones import BACKBONES, Captions, Photos, load_backbone
-from data import read_captions
 from features import MISSING, OK, UNREADABLE, FeatureCache
+from photos import read_captions
 
 
 def reference_states(name, folder, photo):

@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,10 +153,3 @@ def test_steps_grow_with_the_logarithm_of_the_longest_post():
 
     assert kernels(2, 8) == kernels(16, 8)
     assert kernels(2, 64) < 2 * kernels(2, 8)
-
-
-def test_the_file_works_alone(tmp_path):
-    (tmp_path / "crf.py").write_text(Path("crf.py").read_text(encoding="utf-8"), encoding="utf-8")
-    run = "import torch; from crf import Crf; m = torch.ones(1, 2).bool(); print(Crf(3).decode(torch.eye(3)[None, :2], m)[0].tolist())"
-    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "[[0, 1]]", done.stderr

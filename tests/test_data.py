@@ -7,12 +7,10 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -22,8 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data
-import faults
-from data import IGNORE, MARKERS, RELATIONS, NerExample, RelationExample, encode, find_photos, read_mnre
+import encoding
+import photos
+from data import RELATIONS, NerExample, RelationExample, read_mnre
+from encoding import IGNORE, MARKERS, encode
+from photos import find_photos
 from text_encoder import load_tokenizer
 
 LABELS = data.bio_labels(("LOC", "MISC", "PER"))
@@ -290,11 +291,11 @@ def test_text_layouts(tmp_path, monkeypatch, name, train, valid):
 ])  # fmt: skip
 def test_image_layouts(tmp_path, name, folder):
     photo, other = write(tmp_path / folder / "1.jpg", ""), write(tmp_path / "elsewhere" / "1.jpg", "")
-    assert find_photos(["1"], data.image_folders(name, tmp_path)) == {"1": photo}
-    assert find_photos(["1"], data.image_folders(name, tmp_path, other.parent)) == {"1": other}
+    assert find_photos(["1"], photos.image_folders(name, tmp_path)) == {"1": photo}
+    assert find_photos(["1"], photos.image_folders(name, tmp_path, other.parent)) == {"1": other}
     for images, sought in ((None, Path("no", name, "images")), ("none", "none")):
         with pytest.raises(FileNotFoundError, match=f"no image folder {sought}: put the photos there .* --images"):
-            data.image_folders(name, "no", images)
+            photos.image_folders(name, "no", images)
 
 
 def types(*names):
@@ -360,7 +361,7 @@ NFC = unicodedata.normalize("NFC", NFD)
 
 
 @pytest.mark.parametrize("image_id, names, expected", [
-    *(("x", f"x{ending}", f"x{ending}") for ending in (*data.ENDINGS, ".JPG", ".Tiff")),
+    *(("x", f"x{ending}", f"x{ending}") for ending in (*photos.ENDINGS, ".JPG", ".Tiff")),
     *(("x", f"x.jpg{more}", f"x.jpg{more}") for more in ("_large", ":large", ":orig", "?name=large", ".jpg", ".1", ".12", " ")),
     ("x", "x.png:900x900", "x.png:900x900"), ("x", "x?format=jpg&name=large", "x?format=jpg&name=large"),
     ("x", "X.JPG_LARGE", "X.JPG_LARGE"), (NFC, f"{NFD}.jpg", f"{NFD}.jpg"), (NFD, f"{NFC}.jpg", f"{NFC}.jpg"),
@@ -379,14 +380,14 @@ def test_names_of_photos(tmp_path, image_id, names, expected):
             write(folder / name, "")
         assert find_photos([image_id, "other"], [folder]) == {image_id: expected and folder / expected, "other": folder / "other.jpg"}
     names = {name: name for name in ["other.jpg", *names.split("|")] if not name.startswith("._")}
-    assert data.by_name([image_id], names) == {image_id: expected}  # as captions are found
+    assert photos.by_name([image_id], names) == {image_id: expected}  # as captions are found
 
 
 def test_why_a_photo_is_missing(tmp_path):
     for name in ("a.mp4", "B.jpg.part", "._c.jpg", "d.png", "sub/e.jpg", "train/f.jpg", "sub/g.JPG_large", "g.txt", "k/._k.jpg"):
         write(tmp_path / "images" / name, "")
     (tmp_path / "images" / "closed").mkdir(mode=0)
-    folders, reasons = data.image_folders("x", images=tmp_path / "images"), {}
+    folders, reasons = photos.image_folders("x", images=tmp_path / "images"), {}
     found = find_photos([*"abcefgk", "d.jpg", "../images/d", "absent"], folders, reasons)
     assert {image_id: path.name for image_id, path in found.items() if path} == {"f": "f.jpg", "d.jpg": "d.png"}
     assert reasons == {
@@ -399,17 +400,17 @@ def test_all_usual_places_are_searched(tmp_path):
     (tmp_path / "mnre" / "images").mkdir(parents=True)
     first, second = write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", ""), write(tmp_path / "mnre_image" / "2.jpg", "")
     write(tmp_path / "img_org" / "val" / "1.jpg", "")
-    assert find_photos(["1", "2"], data.image_folders("mnre", tmp_path)) == {"1": first, "2": second}
-    only = data.image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
+    assert find_photos(["1", "2"], photos.image_folders("mnre", tmp_path)) == {"1": first, "2": second}
+    only = photos.image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
     assert only == [first.parent.parent, first.parent] and find_photos(["1", "2"], only) == {"1": first, "2": None}
 
 
 def test_a_data_sets_own_folder_comes_first_and_mnres_is_no_others(tmp_path):
     own, mnre = write(tmp_path / "twitter2017" / "images" / "16.png", ""), write(tmp_path / "img_org" / "train" / "16.jpg", "")
     second = write(tmp_path / "twitter2017_images" / "16.jpg", "")
-    folders = data.image_folders("twitter2017", tmp_path)
+    folders = photos.image_folders("twitter2017", tmp_path)
     assert folders == [own.parent, second.parent] and find_photos(["16", "17"], folders) == {"16": own, "17": None}
-    assert find_photos(["16"], data.image_folders("mnre", tmp_path)) == {"16": mnre}
+    assert find_photos(["16"], photos.image_folders("mnre", tmp_path)) == {"16": mnre}
 
 
 def tokenizer_for(encoder_dir, task):
@@ -490,7 +491,7 @@ def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len
 
 def test_mark_entities():
     for head, tail in itertools.product(spans(5), repeat=2):
-        marked, index = data.mark_entities(relation("abcde", head, tail))
+        marked, index = encoding.mark_entities(relation("abcde", head, tail))
         assert "".join(word for word in marked if word not in MARKERS) == "abcde", (head, tail)
         assert sorted(word for word in marked if word in MARKERS) == sorted(MARKERS), (head, tail)
         assert all(marked[at] == marker for marker, at in index.items()) and set(index) == set(MARKERS)
@@ -500,7 +501,7 @@ def test_mark_entities():
 
 
 def test_words_that_look_like_markers():
-    _, index = data.mark_entities(relation(["[E2]", "[E1]", "x", "y"], (2, 3), (3, 4)))
+    _, index = encoding.mark_entities(relation(["[E2]", "[E1]", "x", "y"], (2, 3), (3, 4)))
     assert index == {"[E1]": 2, "[/E1]": 4, "[E2]": 5, "[/E2]": 7}
 
 
@@ -515,7 +516,7 @@ def test_encode_relations(encoder_dir, max_len):
         assert len(tokens) <= max_len and (tokens[0], tokens[-1], encoded["labels"]) == ("[CLS]", "[SEP]", 1)
         assert (tokens[encoded["head_index"]], tokens[encoded["tail_index"]]) == ("[E1]", "[E2]")
         if max_len == 200:
-            assert encoded["input_ids"] == tokenizer(" ".join(data.mark_entities(example)[0]))["input_ids"]
+            assert encoded["input_ids"] == tokenizer(" ".join(encoding.mark_entities(example)[0]))["input_ids"]
     assert (counts["cut_posts"], counts["cut_words"] > 0) == ((0, False) if max_len == 200 else (len(rows), True))
 
 
@@ -524,7 +525,7 @@ def test_window():
     for length, limit in itertools.product(range(1, 9), range(2, 10)):
         ranges = list(itertools.combinations_with_replacement(range(length), 2))
         for one, other in itertools.product(ranges, ranges):
-            kept, case = data.window(length, (one, other), limit), (length, one, other, limit)
+            kept, case = encoding.window(length, (one, other), limit), (length, one, other, limit)
             assert kept == sorted(set(kept) & set(range(length))) and {one[0], other[0]} <= set(kept), case
             assert len(kept) == min(length, limit), case
             whole = {*range(one[0], one[1] + 1), *range(other[0], other[1] + 1)}
@@ -539,7 +540,7 @@ def test_window():
 def test_every_post_is_in_one_batch(seed, size):
     for n in (*range(26), *(50 * size * pools + d for pools in (1, 3) for d in (-1, 0, 1))):
         lengths = np.random.default_rng(n).integers(3, 60, n)
-        batches = data.length_batches(lengths, size, None if seed is None else np.random.default_rng(seed))
+        batches = encoding.length_batches(lengths, size, None if seed is None else np.random.default_rng(seed))
         assert sorted(itertools.chain(*batches)) == list(range(n))
         assert len(batches) == math.ceil(n / size) and all(1 <= len(batch) <= size for batch in batches)
         if seed is None:
@@ -553,8 +554,8 @@ def test_batches_are_random_and_pad_little():
         return sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
     generator = np.random.default_rng(1)
-    one, two = data.length_batches(lengths, 8, generator), data.length_batches(lengths, 8, generator)
-    assert one == data.length_batches(lengths, 8, np.random.default_rng(1))
+    one, two = encoding.length_batches(lengths, 8, generator), encoding.length_batches(lengths, 8, generator)
+    assert one == encoding.length_batches(lengths, 8, np.random.default_rng(1))
     assert set(map(frozenset, one)).isdisjoint(map(frozenset, two))
     means = [np.mean(lengths[batch]) for batch in one]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # the sorted batches do not follow one another
@@ -567,7 +568,7 @@ def test_collate():
              {"input_ids": [2, 9, 3], "own": (1, 2), "word_starts": [1], "labels": [1]}]  # fmt: skip
     pairs = [{"input_ids": [2, 3], "own": (1, 1), "head_index": 1, "tail_index": 0, "labels": 5},
              {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "tail_index": 3, "labels": 0}]  # fmt: skip
-    batches = [data.collate(words, 99), data.collate(pairs, 99)]
+    batches = [encoding.collate(words, 99), encoding.collate(pairs, 99)]
     own = [batch.pop("own_mask").tolist() for batch in batches]
     assert own == [[[False, True, True, False], [False, True, False, False]], [[False] * 4, [True] * 4]]
     assert [{key: value.tolist() for key, value in batch.items()} for batch in batches] == [
@@ -585,23 +586,6 @@ def test_fuzz(reader, kind):
     assert counts["inputs"] == 150 and counts["read"] + counts["refused"] == 150
     assert counts["read"] and (kind == "words" or counts["refused"])  # with any words a file is valid
 
-
-def test_works_alone(tmp_path):
-    project = Path(__file__).parents[1]
-    shutil.copy(project / "data.py", tmp_path)
-    write(tmp_path / "posts.txt", PLAIN)
-    foreign = {path.stem for path in project.glob("*.py")} - {"data"} | {"transformers", "tokenizers", "torchvision"}
-    script = f"""
-import sys
-sys.path.insert(0, ".")  # -I keeps the working folder and PYTHONPATH out
-import data
-assert len(data.read_ner("posts.txt", {LABELS!r})) == 2
-assert not {foreign!r} & set(sys.modules)
-print(data.__file__)
-"""
-    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / run.stdout.strip()).resolve() == (tmp_path / "data.py").resolve()
 
 
 # -------------------------------------------------------------------------------------------------- your own data
@@ -632,7 +616,7 @@ def test_own_folder_has_labels_of_its_own(own, separator):
     assert dataset.examples["test"][0].words == ("東京", "/") and dataset.examples["test"][0].image_id == "test0"
     assert all(variant["variant"] == "not a file of a known release" for variant in dataset.fingerprints().values())
     Path(folder, "images").mkdir()
-    assert data.image_folders(folder)[0] == Path(folder, "images")
+    assert photos.image_folders(folder)[0] == Path(folder, "images")
 
 
 def test_labels_that_train_does_not_have_are_named(own):
@@ -726,14 +710,14 @@ def test_dataset_name(tmp_path):
 def test_read_captions(tmp_path):
     path = tmp_path / "captions.txt"
     path.write_bytes("\ufeff1.jpg :a dog : brown\r\n\n2.PNG\ta\u00a0cat :x\n3.jpg :\n".encode())
-    captions = data.read_captions(path)
+    captions = photos.read_captions(path)
     assert captions == {"1.jpg": "a dog : brown", "2.PNG": "a\u00a0cat :x", "3.jpg": ""}
-    assert data.by_name(["1", "2", "3.jpg", "4"], captions) == {
+    assert photos.by_name(["1", "2", "3.jpg", "4"], captions) == {
         "1": "a dog : brown", "2": "a\u00a0cat :x", "3.jpg": "", "4": None}  # fmt: skip
     for text, message in (("x", ":1: expected '<photo> :<caption>'"), ("a :b\na :c", ":2: a has a caption already")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            data.read_captions(path)
+            photos.read_captions(path)
 
 
 @pytest.mark.parametrize("read, allowed", [(read_mnre, RELATIONS), (data.read_ner, LABELS), (data.read_ner, None)])

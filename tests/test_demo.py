@@ -13,8 +13,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import demo
-from data import encode, find_photos, image_folders, load_dataset
+from data import load_dataset
+from encoding import encode
 from notes import Notes
+from photos import find_photos, image_folders
 from scores import entity_spans
 
 SCRIPT = Path(__file__).parents[1] / "demo.py"

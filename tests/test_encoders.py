@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 import evaluate
 import text_encoder
 import train
-from data import MARKERS, PROBE, RELATIONS, RelationExample, collate, encode, special_ends, split_pieces
+from data import RELATIONS, RelationExample
+from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces
 from model import SYSTEMS, load_run
 from scores import mentions, read_predictions
 from text_encoder import load_text_encoder, load_tokenizer

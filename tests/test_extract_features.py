@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from urllib.error import URLError
 
+import faults
 import h5py
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import extract_features
-import faults
 from backbones import Photos, load_backbone, state_hash
 from data import load_dataset
 from extract_features import main

@@ -6,12 +6,11 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import faults
 import h5py
 import pytest
 import torch
 from safetensors.torch import save_file
-
-import faults
 
 
 def test_pages(tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 import multiprocessing
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 import features
-from data import collate
+from encoding import collate
 from features import FeatureCache
 
 
@@ -139,19 +137,3 @@ def test_reading_in_a_child_process(made, method):
         regions, mask, grid, _ = pool.apply_async(read_bytes, task).get(timeout=120)
     assert regions == stored[[7, 0, 39], [1, 0, 1]].tobytes() and mask == b"\1" * 12
     assert grid == np.full((3, 2), 2).tobytes()
-
-
-def test_works_alone(made, tmp_path):
-    project = Path(__file__).parents[1]
-    shutil.copy(project / "features.py", tmp_path)
-    foreign = {path.stem for path in project.glob("*.py")} - {"features"} | {"transformers", "tokenizers", "torchvision"}
-    script = f"""
-import sys
-sys.path.insert(0, ".")  # -I keeps the working folder and PYTHONPATH out
-import features
-cache = features.FeatureCache({str(made[0])!r})
-assert cache.read([{made[2][3]!r}, None])["region_mask"].sum(1).tolist() == [4, 0]
-assert not {foreign!r} & set(sys.modules)
-"""
-    run = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

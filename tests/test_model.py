@@ -10,10 +10,11 @@ from conftest import PARTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval, RobertaConfig
-from transformers import RobertaModel, ViltForTokenClassification
+from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification
+from transformers import BlipForImageTextRetrieval, RobertaConfig, RobertaModel, ViltForTokenClassification
 
-from data import MARKERS, RELATIONS, collate, encode, load_dataset
+from data import RELATIONS, load_dataset
+from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
 from model import BEFORE, SYSTEMS, Vilt, load_run, save_weights

@@ -4,15 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import tables
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import evaluate
 import predict
-import tables
 import train
-from data import collate, encode, load_dataset
+from data import load_dataset
+from encoding import collate, encode
 from evaluate import image_check, open_run, shuffled_photos
 from model import BEFORE, SYSTEMS
 from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with

@@ -14,10 +14,12 @@ import predict
 import report
 import train
 from backbones import Captions, load_backbone, phrases_of
-from data import collate, encode, load_dataset, read_captions
+from data import load_dataset
+from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
 from model import load_run
 from notes import said_of_photos
+from photos import read_captions
 from predict import Predictor
 from scores import entity_spans, read_predictions, write_json_lines
 

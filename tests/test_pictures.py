@@ -13,7 +13,7 @@ import extract_features
 import predict
 import report
 import train
-from data import collate
+from encoding import collate
 from evaluate import open_run
 from features import FeatureCache
 from model import load_run, system_settings

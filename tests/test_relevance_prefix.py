@@ -20,7 +20,8 @@ import predict
 import report
 import train
 from align import ALIGNMENTS
-from data import PROBE, collate, encode, load_dataset
+from data import load_dataset
+from encoding import PROBE, collate, encode
 from fusion import FUSIONS, clean, unit_length
 from model import SYSTEMS, TextRegions, read_config, system_settings
 from notes import Notes, Segments

@@ -20,7 +20,8 @@ from seqeval.metrics.sequence_labeling import get_entities
 import report
 import train
 from backbones import load_processor
-from data import DATASETS, collate, encode, load_dataset
+from data import DATASETS, load_dataset
+from encoding import collate, encode
 from evaluate import open_run
 from features import FeatureCache
 from model import load_run

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+import faults
 import numpy as np
 import pytest
 import seqeval.metrics
@@ -11,13 +12,11 @@ import sklearn.metrics
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
-import faults
 from data import NerExample, RelationExample
 from evaluate import check_row, main, shuffled_photos, type_changes, verdict
-from scores import (
-    entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions, one_label_warnings,
-    read_predictions, relation_scores, score, seen_scores, seen_spans, write_json_lines,
-)  # fmt: skip
+from scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
+from scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
+from scores import write_json_lines  # fmt: skip
 
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
 RATES = ("accuracy", "precision", "recall", "f1")

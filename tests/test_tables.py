@@ -6,10 +6,10 @@ import re
 import shlex
 
 import pytest
+import tables
 from conftest import backbone_flags
 
 import extract_features
-import tables
 import train
 from checks import paired_bootstrap
 from scores import main_score, read_predictions

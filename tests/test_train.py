@@ -27,7 +27,8 @@ import predict as predictor
 import report
 import train
 from commands import lock
-from data import collate, encode, load_dataset
+from data import load_dataset
+from encoding import collate, encode
 from evaluate import predict, shuffled_photos
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length

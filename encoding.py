@@ -1,0 +1,203 @@
+"""Examples -> tokenised rows -> batches, for any tokenizer of transformers.
+
+    rows, counts = encode(tokenizer, examples, labels, max_len=128)
+    batch = collate(rows[:8], tokenizer.pad_token_id)    # input_ids, attention_mask [B, T], word_starts, labels [B, W]
+
+Needs torch and numpy only, and nothing else of this project: copy the file and use it.
+"""
+
+import numpy as np
+import torch
+
+MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")  # around head and tail of a relation
+IGNORE = -100  # label of what the loss leaves out: padding and words that have no sub-token
+
+# Words that tell whether a tokenizer gives a list of words the pieces that they have in a sentence.
+PROBE = (
+    "Kevin DURANT 's 30pts @ Oracle 😍 #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 ) http://t.co/Ab1 GO!!".split()
+)
+
+
+def word_pieces(tokenizer, sentences):
+    """What `split_pieces` gives, each word tokenised as if it stood alone."""
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, truncation=False)
+        return [(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(sentences))]
+    rows = []
+    for words in sentences:
+        pieces = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word)) for word in words]
+        rows.append(([i for ids in pieces for i in ids], [w for w, ids in enumerate(pieces) for _ in ids]))
+    return rows
+
+
+def takes_words(tokenizer):
+    """Whether words one by one have the pieces of the sentence; others (ModernBERT's, Qwen's) lose the spaces between."""
+    return word_pieces(tokenizer, [PROBE])[0][0] == tokenizer(" ".join(PROBE), add_special_tokens=False)["input_ids"]
+
+
+def split_pieces(tokenizer, sentences):
+    """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
+
+    The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are mapped to words by
+    their place in the sentence; one that begins with the space belongs to the word after it.
+    """
+    if takes_words(tokenizer):
+        return word_pieces(tokenizer, sentences)
+    rows = []
+    for words in sentences:
+        if getattr(tokenizer, "is_fast", False):
+            encoded = tokenizer(" ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True)
+            owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]  # of each character
+            word_of = [owner[start] for start, _ in encoded["offset_mapping"]]
+        else:  # no offsets: a word ends where the pieces of the sentence up to it do
+            texts = (" ".join(words[:end]) for end in range(1, len(words) + 1))
+            ends = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+            encoded = tokenizer(" ".join(words), add_special_tokens=False)
+            word_of = np.searchsorted(ends, np.arange(len(encoded["input_ids"])), side="right").tolist()
+        rows.append((encoded["input_ids"], word_of))
+    return rows
+
+
+def special_ends(tokenizer):
+    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP]); two empty lists if none."""
+    bare, full = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if start is None:
+        raise ValueError("the tokenizer's special tokens change the pieces of a sentence")
+    return full[:start], full[start + len(bare) :]
+
+
+def mark_entities(example):
+    """(words with the four `MARKERS` around head and tail, {marker: its index}). Spans may overlap."""
+    (head, head_end), (tail, tail_end) = example.head, example.tail
+    places = zip((head_end, tail_end, head, tail), ("[/E1]", "[/E2]", "[E1]", "[E2]"), strict=True)
+    places, words, index = list(places), [], {}  # closing markers first, so that neighbours do not nest
+    for position in range(len(example.words) + 1):
+        for place, marker in places:
+            if place == position:
+                index[marker] = len(words)
+                words.append(marker)
+        words += example.words[position : position + 1]
+    return words, index
+
+
+def window(length, spans, limit):
+    """Which of `length` pieces to keep, at most `limit`, for the sake of two `spans` (first, last piece) of them.
+
+    One run around both spans where that fits; else half of the room from the start of each on, so that both starts are
+    kept, and both spans whole unless one is longer than that.
+    """
+    (first, first_end), (second, second_end) = sorted(spans)
+    last, half = max(first_end, second_end), limit // 2
+    if length <= limit:
+        return list(range(length))
+    if last - first < limit:
+        start = min(max(0, (first + last + 1 - limit) // 2), length - limit)
+        return list(range(start, start + limit))
+    if second - first < limit - half:
+        return list(range(first, first + limit))
+    tail = min(half, length - second)
+    return [*range(first, first + limit - tail), *range(second, second + tail)]
+
+
+def encode(tokenizer, examples, labels, max_len):
+    """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
+
+    `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special ones; named
+    entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none or was cut off) and
+    `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`, `tail_index` (index of the start markers)
+    and `labels`, one number. A relation too long for max_len keeps a `window` with both entities. Counts: `cut_words` (and
+    `cut_posts`), `words_without_piece`.
+    """
+    prefix, suffix = special_ends(tokenizer)
+    room = max_len - len(prefix) - len(suffix)
+    if room < 4:
+        raise ValueError(f"--max-len {max_len} leaves {room} sub-tokens for the text; use 16 or more")
+    label_id = {label: i for i, label in enumerate(labels)}
+    relations = hasattr(examples[0], "head")
+    marked = [mark_entities(example) if relations else (list(example.words), {}) for example in examples]
+    rows, counts = [], {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
+    for example, (words, marker), (ids, word_of) in zip(
+        examples, marked, split_pieces(tokenizer, [m[0] for m in marked]), strict=True
+    ):
+        first_piece = {}
+        for piece, word in enumerate(word_of):
+            first_piece.setdefault(word, piece)
+        if relations:
+            spans = [tuple(first_piece[marker[m]] for m in pair) for pair in (("[E1]", "[/E1]"), ("[E2]", "[/E2]"))]
+            kept = window(len(ids), spans, room)
+        else:
+            kept = range(min(len(ids), room))
+        place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
+        starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
+        cut = [word for word in first_piece if starts[word] < 0 and not (relations and words[word] in MARKERS)]
+        counts["cut_words"] += len(cut)
+        counts["cut_posts"] += bool(cut)
+        counts["words_without_piece"] += len(words) - len(first_piece)
+        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix, "own": (len(prefix), len(prefix) + len(kept))}
+        if relations:
+            row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
+            row["labels"] = label_id[example.label]
+        else:
+            row["word_starts"] = starts
+            row["labels"] = [label_id[y] if s >= 0 else IGNORE for y, s in zip(example.labels, starts, strict=True)]
+        rows.append(row)
+    return rows, counts
+
+
+def length_batches(lengths, batch_size, rng=None):
+    """Lists of indices, at most `batch_size` each, of posts of similar length; each post once.
+
+    With a numpy Generator the order is random: posts are shuffled, sorted by length within pools of 50 batches, and
+    the batches shuffled. Without, longest first, so that running out of memory shows at once.
+    """
+    lengths = np.asarray(lengths)
+    if rng is None:
+        order = np.argsort(-lengths, kind="stable")
+        return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    order, batches = rng.permutation(len(lengths)), []
+    for pool in np.array_split(order, range(50 * batch_size, len(order), 50 * batch_size)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def collate(rows, pad_id, cache=None, photos=None, views=None):
+    """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
+
+    input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index,
+    tail_index, labels [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T],
+    True = before that segment; where one has a `relevance`, that of its photo, 0 to 1, also relevance [B],
+    float32, -1 = none is given. With a `FeatureCache` (features.py) also what it reads for `photos`, the
+    image id of each row or None for no photo, and `views`.
+    """
+
+    def pad(key, value):
+        width = max(len(row[key]) for row in rows)
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch = {"input_ids": pad("input_ids", pad_id)}
+    place = torch.arange(batch["input_ids"].shape[1])
+    batch["attention_mask"] = (place < lengths[:, None]).long()
+    start, stop = torch.tensor([row["own"] for row in rows]).T[..., None]
+    batch["own_mask"] = (place >= start) & (place < stop)
+    if any("text_length" in row for row in rows):
+        texts = torch.tensor([row.get("text_length", len(row["input_ids"])) for row in rows])
+        batch["text_mask"] = place < texts[:, None]
+    if any("relevance" in row for row in rows):
+        batch["relevance"] = torch.tensor([float(row.get("relevance", -1)) for row in rows])
+    if "word_starts" in rows[0]:
+        batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
+    else:
+        batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("head_index", "tail_index", "labels")}
+    if cache is not None:
+        batch |= cache.read(photos, views)
+    return batch
+
+
+def to_device(batch, device):
+    """Copy a batch without making the host wait; regions are still float16 here, half the bytes to move."""
+    if torch.device(device).type == "cuda":  # from memory that is not pinned, the copy would wait
+        batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
