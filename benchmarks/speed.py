@@ -47,6 +47,7 @@ from evaluate import predict  # noqa: E402
 from extract_features import batch_loader, extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
+from inputs import Posts  # noqa: E402
 from model import BEFORE, TextRegions, autocast  # noqa: E402
 from notes import Notes  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
@@ -459,7 +460,8 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        predict(training.model, rows, train, dataset.labels, tokenizer.pad_token_id, 12, "cpu", "float32", cache)
+        posts = Posts(train, rows, tokenizer.pad_token_id, cache)
+        predict(training.model, posts, dataset.labels, 12, "cpu", "float32")
         grown[size] = {"extraction, bookkeeping": written, "start-up, data": start, "evaluation": time.perf_counter() - began,
                        "one training step": statistics.median(steps)}  # fmt: skip
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
