@@ -1,9 +1,11 @@
 """Scores of a finished run or of a bare file of predictions, and the checks that tell whether to trust them.
 
-python evaluate.py --run runs/twitter2017-roberta-resnet50-film-s1337 python evaluate.py --predictions
-theirs.txt python evaluate.py --run runs/demo-* --image-check python evaluate.py --compare
-'runs/twitter2017-roberta-resnet50-film-s*' 'runs/twitter2017-roberta-resnet50-none-s*' python evaluate.py
---leak-check mnre python evaluate.py --leak-check twitter2017 --notes notes.jsonl
+    python evaluate.py --run runs/twitter2017-roberta-resnet50-film-s1337
+    python evaluate.py --predictions theirs.txt
+    python evaluate.py --run runs/demo-* --image-check
+    python evaluate.py --compare 'runs/demo-bert-resnet50-film-s*' 'runs/demo-bert-resnet50-none-s*'
+    python evaluate.py --leak-check mnre
+    python evaluate.py --leak-check twitter2017 --notes notes.jsonl
 """
 
 import argparse

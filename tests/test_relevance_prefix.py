@@ -24,7 +24,7 @@ from align import ALIGNMENTS
 from data import load_dataset
 from encoding import PROBE, collate, encode
 from fusion import FUSIONS, clean, unit_length
-from model import SYSTEMS, TextRegions, read_config, system_settings
+from model import SYSTEMS, TextRegions, load_run, read_config, system_settings
 from notes import Notes, Segments
 from scores import read_predictions, write_json_lines
 from stages import Prefix, Relevance

@@ -20,13 +20,14 @@ from seqeval.metrics.sequence_labeling import get_entities
 import inputs
 import report
 import train
+from attention_maps import place_maps, seen_part, thumbnail
 from backbones import load_processor
 from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from model import load_run
 from notes import EXTRAS, Segments, read_notes
-from report import compare_spans, place_maps, relation_kind, score_tables, seen_part, thumbnail
+from report import compare_spans, relation_kind, score_tables
 from scores import entity_spans, score, write_json, write_json_lines
 from text_encoder import load_tokenizer
 
