@@ -1,6 +1,4 @@
-"""Posts that are of no data set: read from JSON, their text cut into words as the data sets have them, their photos
-turned into regions as a run's were.
-"""
+"""Posts of no data set: read from JSON, cut into words as the data sets are, their photos made into regions."""
 
 import itertools
 import json

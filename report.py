@@ -1,9 +1,9 @@
-"""A finished run -> one HTML file to look at: scores, confusions, curves, every post with its photo and notes.
+"""A finished run -> one HTML file to look at: scores, confusions, curves, posts with their photos and notes.
 
     python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
 
-The page works offline, from the file alone; its template is report.html. What came from posts is data in it: JSON that
-no markup can end, shown as text.
+The page works offline, from the file alone; its template is report.html. What came from posts is data in it:
+JSON that no markup can end, shown as text.
 """
 
 import argparse

@@ -28,7 +28,8 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar, wait_for_all
+from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar
+from commands import wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
 from inputs import open_inputs

@@ -195,14 +195,14 @@ def test_alignments_that_cannot_be_are_refused(more, said, capsys):
 
 def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
     posts, trained = load_dataset("demo", data_dir).examples["train"], []
-    monkeypatched = train.encode
+    monkeypatched = inputs.encode
 
     def watched(tokenizer, examples, *args):
         trained.append([example.id for example in examples])
         return monkeypatched(tokenizer, examples, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "encode", watched)
+        patch.setattr(inputs, "encode", watched)
         for seed in (1, 1, 2):
             run(flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed, "--train-share", 0.3)
     first, again, other = trained[::3]
