@@ -193,6 +193,84 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def what_was_read(args, config, records, split, kept, warnings):
+    """([what notes said of each post], {its number: where its words looked}, {image id: its phrases}).
+
+    Attention is that of the posts `kept`. A file that is not there and was not named costs a line of `warnings`, else it is a FileNotFoundError.
+    """
+    cache, maps, phrases = open_regions(args.run, config, records, args.features), {}, {}
+    on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"
+    if args.captions and not on_phrases:
+        raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
+    try:
+        if cache is not None and on_phrases:
+            phrases = shown_phrases(config, cache, args.data_dir, args.captions)
+    except FileNotFoundError as error:
+        if args.captions:
+            raise
+        warnings.append(f"Phrases not shown, nor attention: {error}.")
+    read = [{} for _ in records]
+    if cache is None and config["notes"] is None:
+        return read, maps, phrases
+    model, tokenizer, _ = load_run(args.run, args.device)
+    try:
+        shown, said = posts_of(config, tokenizer, records, split, cache, args.notes)
+    except FileNotFoundError as error:
+        if args.notes:
+            raise
+        warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
+        return read, maps, phrases
+    if cache is not None:
+        maps = attention(model, config, shown.part(kept), args.device)
+        maps = {kept[i]: found for i, found in maps.items()}
+    for i, texts in enumerate(said):
+        read[i] = {"said": texts, "cut": shown.shown(i)[1].get("note_cut", False)} if texts else {}
+    return read, maps, phrases
+
+
+def facts_of(run, config, split, records, log, shown):
+    """{name: text} of what a run is, was given and scored on; `shown`: how many of its posts the page has."""
+    made, data = config["features_made"], config["data"][split]
+    count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
+    parts = [config["model"]] + [f"fusion {config['fusion']}"] * bool(config["fusion"])
+    parts += [f"text encoder {config['text_encoder']}"]
+    parts += [f"align {name} {weight:g}" for name, weight in config["align"].items()]
+    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
+    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
+    parts += [f"decoder {config['decoder']}", f"seed {config['seed']}"]
+    regions = made and f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}"
+    facts = {
+        "Data": f"{Path(config['dataset']).name} {split}, {count} {unit} ({data['variant']},"
+        f" {data['sha256'][:16]})",
+        "System": ", ".join(parts),
+        "Photos": regions or "not used",
+        "Notes": notes_line(config, records),
+        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+    }
+    if left_out := count - shown:
+        rest = f"{left_out} are left out (--posts all shows them)"
+        facts["Shown"] = f"{shown}, those with most errors first; {rest}"
+    if config["generated"]:
+        given = sum(record.get("generated") is True for record in records)
+        name, digits = Path(config["generated"]).name, config["generated_made"]["sha256"][:16]
+        facts["Generated pictures"] = f"{name} ({digits}): {given} of {count} {unit} with one; not shown here"
+    check = run / f"image-check-{split}.json"
+    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
+    if "bootstrap" in found:  # not in those of earlier versions
+        facts["Image check"] = image_check_line(config, found)
+    return facts
+
+
+def write_page(page, output):
+    """Put a page's data into the template; its script is the only one the browser is allowed to run."""
+    text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
@@ -201,9 +279,8 @@ def main(argv=None):
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
-    check = run / f"image-check-{split}.json"
     records = read_predictions(path)
-    metrics, made, data = score(records), config["features_made"], config["data"][split]
+    metrics, made = score(records), config["features_made"] or {}
     warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -220,48 +297,21 @@ def main(argv=None):
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
     kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
     named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
-    photos = load_photos(named, folders, (made or {}).get("resizing", ""))
-    absent = Counter(
-        "missing" if why.startswith(MISSING) else "unreadable"
-        for why in photos.values()
-        if isinstance(why, str)
-    )
+    photos = load_photos(named, folders, made.get("resizing", ""))
     if config.get("shuffle_photos"):
         noted = config["notes"] is not None
         unseen = ", and of notes nothing that was written with a photo in view" * noted
-        warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown"
-                        " here are the posts' own, which the model did not see; so there is no attention to"
-                        f" show{unseen}.")  # fmt: skip
-    if config["shuffle_notes"]:
         warnings.append(
-            "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
+            "Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the"
+            f" posts' own, which the model did not see; so there is no attention to show{unseen}."
         )
-    cache, maps, phrases = open_regions(run, config, records, args.features), {}, {}
-    on_phrases = made is not None and made["backbone"] == "phrases"
-    if args.captions and not on_phrases:
-        raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
-    try:
-        if cache is not None and on_phrases:
-            phrases = shown_phrases(config, cache, args.data_dir, args.captions)
-    except FileNotFoundError as error:
-        if args.captions:
-            raise
-        warnings.append(f"Phrases not shown, nor attention: {error}.")
-    if cache is not None or config["notes"] is not None:
-        model, tokenizer, _ = load_run(run, args.device)
-        try:
-            shown, said = posts_of(config, tokenizer, records, split, cache, args.notes)
-        except FileNotFoundError as error:
-            if args.notes:
-                raise
-            warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
-        else:
-            if cache is not None:
-                maps = attention(model, config, shown.part(kept), args.device)
-                maps = {kept[i]: found for i, found in maps.items()}
-            for i, (post, texts) in enumerate(zip(posts, said, strict=True)):
-                post |= {"said": texts, "cut": shown.shown(i)[1].get("note_cut", False)} if texts else {}
+    if config["shuffle_notes"]:
+        said = "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
+        warnings.append(said)
+    read, maps, phrases = what_was_read(args, config, records, split, kept, warnings)
+    on_phrases = made.get("backbone") == "phrases"
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
+        post |= read[i]
         # On shuffled photos it is another photo's.
         if record.get("relevance") is not None and not config.get("shuffle_photos"):
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
@@ -273,67 +323,34 @@ def main(argv=None):
         warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
     posts = [posts[i] for i in kept]
 
+    reasons = [why for why in photos.values() if isinstance(why, str)]
+    absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in reasons)
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
-    cut, blind = metrics.get("words_answered_without_model"), metrics["posts_without_photo"]
-    warnings += (
-        [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."]
-        if counts
-        else []
-    )
-    warnings += (
-        [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
-    )
-    warnings += (
-        [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
-    )
-    parts = [config["model"]] + [f"fusion {config['fusion']}"] * bool(config["fusion"])
-    parts += [f"text encoder {config['text_encoder']}"]
-    parts += [f"align {name} {weight:g}" for name, weight in config["align"].items()]
-    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
-    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
-    parts += [f"decoder {config['decoder']}", f"seed {config['seed']}"]
-    looked_at = made and f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}"
-    facts = {
-        "Data": f"{Path(config['dataset']).name} {split}, {len(records)} {'posts' if ner else 'rows'}"
-        f" ({data['variant']}, {data['sha256'][:16]})",
-        "System": ", ".join(parts),
-        "Photos": looked_at if made else "not used",
-        "Notes": notes_line(config, records),
-        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+    if counts:
+        said = f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."
+        warnings.append(said)
+    if blind := metrics["posts_without_photo"]:
+        warnings.append(f"{blind} posts were answered without a photo: the features have none of them.")
+    if cut := metrics.get("words_answered_without_model"):
+        warnings.append(f"{cut} words, cut off or without a sub-token, were answered O without being read.")
+    said = {
+        "about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
+        "about_photo": "Said of the photo",
     }
-    if left_out := len(records) - len(posts):
-        facts["Shown"] = (
-            f"{len(posts)}, those with most errors first; {left_out} are left out (--posts all shows them)"
-        )
-    if config["generated"]:
-        given = sum(record.get("generated") is True for record in records)
-        facts["Generated pictures"] = (
-            f"{Path(config['generated']).name} ({config['generated_made']['sha256'][:16]}): {given} of"
-            f" {len(records)} {'posts' if ner else 'rows'} with one; not shown here"
-        )
-    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
-    if "bootstrap" in found:  # not in those of earlier versions
-        facts["Image check"] = image_check_line(config, found)
+    if reads_relevance(config):
+        own = "; the run used its own" * (config["relevance"] == "predicted")
+        said["relevance"] = f"Relevance of the photo, as given{own}"
     page = {
-        "title": f"{run.resolve().name}, {split}", "ner": ner, "facts": facts, "warnings": warnings,
+        "title": f"{run.resolve().name}, {split}", "ner": ner,
+        "facts": facts_of(run, config, split, records, log, len(posts)), "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
         "confusion": confused, "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
         # Where attention went that is on no region.
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
-        "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
-                 "about_photo": "Said of the photo"},
+        "said": said,
     }  # fmt: skip
-    if reads_relevance(config):
-        own = "; the run used its own" * (config["relevance"] == "predicted")
-        page["said"]["relevance"] = f"Relevance of the photo, as given{own}"
-    text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     output = args.output or run / f"report-{split}.html"
-    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+    write_page(page, output)
     print(
         f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
         f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"
