@@ -501,7 +501,7 @@ def test_a_parameter_that_cannot_learn_is_named():
 
 
 def test_an_encoder_with_an_unused_part_stops_at_the_first_step(flags, tmp_path, monkeypatch):
-    load = train.load_text_encoder
+    load = inputs.load_text_encoder
 
     def with_idle_part(*args):
         encoder, tokenizer = load(*args)
