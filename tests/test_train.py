@@ -248,8 +248,8 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     check = json.loads((folder / "image-check-test.json").read_text())
     assert main_score(check["true"]) == main_score(score(recorded))
     images = data_dir / "demo" / "images"
-    posts = [{"words": list(e.words), "image": str(images / f"{e.image_id}.jpg")} for e in examples]
-    answers = predictor.Predictor(folder, "cpu")(posts)
+    asked = [{"words": list(e.words), "image": str(images / f"{e.image_id}.jpg")} for e in examples]
+    answers = predictor.Predictor(folder, "cpu")(asked)
     for answer, record in zip(answers, recorded, strict=True):
         found = {(entity["type"], *entity["words"]) for entity in answer["entities"]}
         assert found == entity_spans(record["predicted"])
