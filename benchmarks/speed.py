@@ -39,14 +39,15 @@ sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
 from arguments import PRESETS  # noqa: E402
-from backbones import Compiled, Photos, load_backbone  # noqa: E402
+from backbones import Compiled, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
-from extract_features import batch_loader, extract  # noqa: E402
+from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
+from loading import Photos, batch_loader  # noqa: E402
 from model import BEFORE, TextRegions, autocast  # noqa: E402
 from notes import Notes  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
