@@ -3,7 +3,7 @@
     python evaluate.py --run runs/twitter2017-roberta-resnet50-film-s1337
     python evaluate.py --predictions theirs.txt
     python evaluate.py --run runs/demo-* --image-check
-    python evaluate.py --compare 'runs/twitter2017-roberta-resnet50-film-s*' 'runs/twitter2017-roberta-resnet50-none-s*'
+    python evaluate.py --compare 'runs/demo-bert-resnet50-film-s*' 'runs/demo-bert-resnet50-none-s*'
     python evaluate.py --leak-check mnre
     python evaluate.py --leak-check twitter2017 --notes notes.jsonl
 """
@@ -13,183 +13,94 @@ import glob
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from commands import bounded, check_device, command_line, default_device
-from data import DATASETS, cut_train, dataset_name, load_dataset, read_ner
-from encoding import collate, encode, length_batches, to_device
-from features import FeatureCache
-from model import autocast, differing, load_run, precision_on, read_config, system_settings
-from notes import Notes, reads_relevance
+from commands import bounded, check_device, command_line, default_device, progress_bar
+from data import dataset_name, load_dataset, read_ner
+from encoding import length_batches, to_device
+from inputs import open_run, shuffled_photos
+from model import autocast, differing, precision_on, read_config, system_settings
+from notes import Notes
 from photos import find_photos, image_folders
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
-# -------------------------------------------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------------------ predictions
 
 
-def predict(
-    model, rows, examples, labels, pad_id, batch_size, device, precision, cache=None, swap=None, known=(),
-    notes=None, generated=None,
-):  # fmt: skip
-    """Predictions for encoded `rows` of `examples`, one record a post, in their order.
+def predict(model, posts, labels, batch_size, device, precision, known=(), name=""):
+    """Predictions for `Posts`, one record a post, in their order.
 
-    `swap`: {image id: image id or None}, the photo to show in place of a post's own. `known`: the `mentions` of train.
-    `notes`: the `Notes` that were attached to the rows, if any. `generated`: the `FeatureCache` of second
-    pictures, if any; each post is shown its own, whatever `swap` says. A word the model has no state for (cut
-    off, or no sub-token) is answered `O` with probability null.
+    `known`: the `mentions` of train. `name`: what a progress bar over the posts is called; none without. A
+    word the model has no state for (cut off, or no sub-token) is answered `O` with probability null.
     """
     model.eval()
-    photos = [swap[example.image_id] if swap is not None else example.image_id for example in examples]
-    if notes is not None:
-        rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
-    records = [None] * len(rows)
-    for chosen in length_batches([len(row["input_ids"]) for row in rows], batch_size):
-        batch = collate([rows[i] for i in chosen], pad_id, cache, [photos[i] for i in chosen])
-        if generated is not None:
-            batch |= generated.read_generated([examples[i].image_id for i in chosen])
-        batch = to_device(batch, device)
-        with torch.inference_mode(), autocast(device, precision):
-            best, probability = model.answer(batch)
-        for i, indices, values in zip(chosen, best.tolist(), probability.tolist(), strict=True):
-            example = examples[i]
-            record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
-            if cache is not None:
-                record["photo"] = photos[i] is not None and cache.has_photo(photos[i])
-            if generated is not None:
-                record["generated"] = generated.has_photo(example.image_id)
-            if notes is not None and notes.segments:
-                record["extra"] = "text_length" in rows[i]
-            if notes is not None and notes.relevance:
-                record["relevance"] = rows[i].get("relevance")  # the one given, None where none is
-            if "word_starts" in rows[i]:
-                reached = [start >= 0 for start in rows[i]["word_starts"]]
-                record["gold"] = list(example.labels)
-                answers = list(zip(reached, indices, values, strict=False))  # the batch is as wide as its longest post
-                record["predicted"] = [labels[k] if ok else "O" for ok, k, _ in answers]
-                record["probability"] = [round(p, 6) if ok else None for ok, _, p in answers]
-                record["seen"] = seen_spans(record["words"], known)
-            else:
-                record |= {"head": list(example.head), "tail": list(example.tail), "gold": example.label}
-                record |= {"predicted": labels[indices], "probability": round(values, 6)}
-            records[i] = record
+    records = [None] * len(posts)
+    bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
+    with bar, torch.inference_mode(), autocast(device, precision):
+        for chosen in length_batches(posts.lengths(), batch_size):
+            best, probability = model.answer(to_device(posts.batch(chosen), device))
+            for i, answer, chance in zip(chosen, best.tolist(), probability.tolist(), strict=True):
+                records[i] = record_of(posts, i, answer, chance, labels, known)
+            bar.update(len(chosen))
     return records
 
 
-# -------------------------------------------------------------------------------------------------- image check
+def record_of(posts, i, answer, chance, labels, known):
+    """What is kept of the prediction for post `i`: of `answer`, label indices of its words or one index, and
+    their probabilities `chance`."""
+    example, (photo, row) = posts.examples[i], posts.shown(i)
+    record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
+    if posts.cache is not None:
+        record["photo"] = photo is not None and posts.cache.has_photo(photo)
+    if posts.generated is not None:
+        record["generated"] = posts.generated.has_photo(example.image_id)
+    if posts.notes is not None and posts.notes.segments:
+        record["extra"] = "text_length" in row
+    if posts.notes is not None and posts.notes.relevance:
+        record["relevance"] = row.get("relevance")  # the one given, None where none is
+    if "word_starts" not in row:
+        record |= {"head": list(example.head), "tail": list(example.tail), "gold": example.label}
+        return record | {"predicted": labels[answer], "probability": round(chance, 6)}
+    reached = [start >= 0 for start in row["word_starts"]]
+    words = list(zip(reached, answer, chance, strict=False))  # the batch is as wide as its longest post
+    record["gold"] = list(example.labels)
+    record["predicted"] = [labels[k] if ok else "O" for ok, k, _ in words]
+    record["probability"] = [round(p, 6) if ok else None for ok, _, p in words]
+    return record | {"seen": seen_spans(record["words"], known)}
 
 
-def shuffled_photos(image_ids, cache, seed, notes=None):
-    """{image id: another post's image id}: one random cycle through the photos, so none stays with its own post.
-
-    Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes have of one. An
-    id without a photo keeps having none; a lone photo has no other to change with.
-    """
-    known = [source for source in (cache, notes) if source is not None]
-    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
-    order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
-    return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
+# ------------------------------------------------------------------------------------------------ image check
 
 
-def dataset_now(config, data_dir=None):
-    """(name, --data-dir) of a run's data set; `data_dir`: where it is now. Of the user's own, that is its parent folder, or
-    itself under another name."""
-    name = config["dataset"]
-    if data_dir and name not in DATASETS:
-        inside = Path(data_dir) / Path(name).name
-        name = str(inside if inside.is_dir() else Path(data_dir))
-    return name, data_dir or config["data_dir"]
-
-
-def run_notes(config, tokenizer, rows, examples, split, path=None):
-    """The `Notes` a run was trained with, attached to encoded `rows` of `examples` as they were; None if it read none.
-
-    `path`: where they are now. ValueError if they have changed.
-    """
-    if config["notes"] is None:
-        if path:
-            raise ValueError(f"--notes {path}: the run read none; leave it out")
-        return None
-    more = config["extra"], config["extra_len"], reads_relevance(config)
-    notes = Notes(path or config["notes"], tokenizer, *more)
-    if notes.sha256 != config["notes_sha256"]:
-        raise ValueError(f"{notes.path}: not the notes the run was trained with ({config['notes_sha256'][:16]}); restore them")
-    notes.attach(rows, examples, split)
-    if config["shuffle_notes"]:
-        notes.shuffle(rows, config["seed"])
-    return notes
-
-
-def run_cache(run_dir, config, name, path, examples, dataset):
-    """The `FeatureCache` that a run was trained on, of its option `name`, "features" or "generated".
-
-    `path`: where it is now, if not where it was. ValueError if it has changed.
-    """
-    cache = FeatureCache(path or config[name])
-    cache.require([example.image_id for example in examples], dataset)
-    if cache.sha256 != config[f"{name}_made"]["sha256"]:
-        raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
-    return cache
-
-
-def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, generated=None):
-    """A run and what it was scored on.
-
-    (model, tokenizer, config, dataset, encoded rows of `split`, cache, `Notes`, cache of generated pictures):
-    the last three are None where the run has none. `data_dir`, `features`, `notes`, `generated`: where they
-    are now, if no longer where the run was trained. ValueError if they have changed.
-    """
-    model, tokenizer, config = load_run(run_dir, device)
-    dataset = load_dataset(*dataset_now(config, data_dir))
-    if config["train_share"] < 1:
-        cut_train(dataset, config["train_share"], config["seed"])
-    made = config["data"][split]
-    if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
-        raise ValueError(f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it")
-    rows, _ = encode(tokenizer, dataset.examples[split], config["labels"], config["max_len"])
-    cache = second = None
-    examples = dataset.examples[split]
-    if config["fusion"] != "none":
-        cache = run_cache(run_dir, config, "features", features, examples, dataset.name)
-    if generated and not config["generated"]:
-        raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
-    if config["generated"]:
-        second = run_cache(run_dir, config, "generated", generated, examples, dataset.name)
-    notes = run_notes(config, tokenizer, rows, examples, split, notes)
-    return model, tokenizer, config, dataset, rows, cache, notes, second
-
-
-def image_check(run_dir, split, shuffles, device, data_dir=None, features=None, notes=None, generated=None):
-    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos` there are.
+def image_check(run_dir, split, shuffles, device, **now):
+    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos`
+    there are.
 
     What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
     a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there
-    is no photo to show. See `open_run` for what it takes.
+    is no photo to show. `now`: where things lie, as `open_run` takes it.
     """
-    model, tokenizer, config, dataset, rows, cache, notes, second = open_run(
-        run_dir, split, device, data_dir, features, notes, generated
-    )
-    examples, known = dataset.examples[split], mentions(dataset.examples["train"])
-    ids = [example.image_id for example in examples]
-    photos = sum(photo is not None for photo in shuffled_photos(ids, cache, 0, notes).values())
+    model, config, dataset, posts = open_run(run_dir, split, device, **now)
+    known = mentions(dataset.examples["train"])
+    ids = [example.image_id for example in posts.examples]
+    swaps = [shuffled_photos(ids, posts.cache, seed, posts.notes) for seed in range(shuffles)]
+    photos = sum(photo is not None for photo in swaps[0].values())
 
-    def run(swap):
-        return predict(
-            model, rows, examples, config["labels"], tokenizer.pad_token_id, config["eval_batch_size"], device,
-            precision_on(device, config), cache, swap, known, notes, second,
-        )  # fmt: skip
+    def run(swap, name):
+        settings = config["labels"], config["eval_batch_size"], device, precision_on(device, config)
+        return predict(model, posts.showing(swap), *settings, known, f"{run_dir.name}, {name} photos")
 
-    true = run(None)
+    true = run(None, "true")
     if not photos:  # all three are one
         same = score(true)
         return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
-    shuffled = [run(shuffled_photos(ids, cache, seed, notes)) for seed in range(shuffles)]
+    shuffled = [run(swap, f"shuffled ({seed + 1} of {shuffles})") for seed, swap in enumerate(swaps)]
     return {
         "photos": photos,
         "true": score(true),
         "shuffled": [score(records) for records in shuffled],
-        "none": score(run(dict.fromkeys(ids))),
+        "none": score(run(dict.fromkeys(ids), "no")),
         "bootstrap": paired_bootstrap([true], shuffled),
     }
 
@@ -209,7 +120,9 @@ def check_row(name, check):
 
 
 def verdict(config, check):
-    """What the image check says of a run, in words: whether the interval of true against shuffled photos holds 0."""
+    """What the image check says of a run, in words: whether the interval of true against shuffled photos
+    holds 0.
+    """
     if config["fusion"] == "none" and not check["photos"]:
         return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
     if check["photos"] < 2:
@@ -221,47 +134,61 @@ def verdict(config, check):
     )  # fmt: skip
     trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
     trained += "trained on shuffled notes; " * bool(config.get("shuffle_notes"))
-    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to {found['high']:+.3f}:"
-            f" {said}")  # fmt: skip
+    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to"
+            f" {found['high']:+.3f}: {said}")  # fmt: skip
 
 
 def type_changes(check, fewest=20):
-    """One line: how F1 changes from true to shuffled photos (mean), by type with at least `fewest` in gold, seen or not."""
+    """One line: how F1 changes from true to shuffled photos (mean), by type with at least `fewest` in gold,
+    seen or not.
+    """
     ner = check["true"]["task"] == "ner"
 
     def part(metrics, name):
-        return metrics[name] if name in metrics else metrics["entity" if ner else "relation"]["types"].get(name, {"f1": 0})
+        return (
+            metrics[name]
+            if name in metrics
+            else metrics["entity" if ner else "relation"]["types"].get(name, {"f1": 0})
+        )
 
     kinds = check["true"]["entity" if ner else "relation"]["types"]
     names = [kind for kind, counts in kinds.items() if counts["gold"] >= fewest]
     names += ["entity_seen", "entity_unseen"] if "entity_seen" in check["true"] else []
     changes = {
-        name: statistics.mean(part(metrics, name)["f1"] for metrics in check["shuffled"]) - part(check["true"], name)["f1"]
+        name: statistics.mean(part(m, name)["f1"] for m in check["shuffled"])
+        - part(check["true"], name)["f1"]
         for name in names
     }  # fmt: skip
     shown = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
     return f"F1 with shuffled photos, by type: {shown}"
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def read_runs(pattern, split):
     """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names.
 
-    A pattern without "shuffled" in it leaves runs on shuffled photos or notes out: '-s*' begins their names too.
-    ValueError if the runs differ in more than seed, paths and machine.
+    A pattern without "shuffled" in it leaves runs on shuffled photos or notes out: '-s*' begins their names
+    too. ValueError if the runs differ in more than seed, paths and machine.
     """
     folders = [Path(pattern)] if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
     if len(folders) != 1 and "shuffled" not in Path(pattern).name:
         made = {folder: read_config(folder) for folder in folders}
-        folders = [folder for folder, config in made.items() if not (config.get("shuffle_photos") or config["shuffle_notes"])]
+        folders = [
+            folder
+            for folder, config in made.items()
+            if not (config.get("shuffle_photos") or config["shuffle_notes"])
+        ]
     if not folders:
         raise FileNotFoundError(f"{pattern}: no such run folder")
     configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         if other := differing(system_settings(configs[0]), system_settings(config)):
-            raise ValueError(f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other.values())[:300]}; name runs of one kind")
+            raise ValueError(
+                f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other.values())[:300]};"
+                " name runs of one kind"
+            )
     seeds = " ".join(str(config["seed"]) for config in configs)
     name = f"{Path(pattern).name} (seeds {seeds})" if len(folders) > 1 else folders[0].name
     return name, [read_predictions(predictions_file(folder, split)) for folder in folders]
@@ -273,7 +200,9 @@ def predictions_file(run, split):
     split = split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
     path = run / f"predictions-{split}.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not there; the run did not finish, or its data set has no {split} file")
+        raise FileNotFoundError(
+            f"{path}: not there; the run did not finish, or its data set has no {split} file"
+        )
     return path
 
 
@@ -282,25 +211,33 @@ def compare(pattern_a, pattern_b, split, name):
     (a, a_runs), (b, b_runs) = read_runs(pattern_a, split), read_runs(pattern_b, split)
     found = paired_bootstrap(a_runs, b_runs, name)
     relations = not isinstance(a_runs[0][0]["gold"], list)
-    what = {"f1": "micro F1 without None" if relations else "entity F1, lenient", "strict-f1": "entity F1, strict IOB2",
-            "accuracy": "row accuracy" if relations else "token accuracy",
-            "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}"}[name]  # fmt: skip
+    what = {
+        "f1": "micro F1 without None" if relations else "entity F1, lenient",
+        "strict-f1": "entity F1, strict IOB2",
+        "accuracy": "row accuracy" if relations else "token accuracy",
+        "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}",
+    }[name]
     if len(a_runs) != len(b_runs):
-        print(f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the steadier one")
+        print(
+            f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the"
+            " steadier one"
+        )
     width = max(len(a), len(b))
     print(what)
-    for side, name, value, seeds in (("A", a, found["a"], found["a_seeds"]), ("B", b, found["b"], found["b_seeds"])):
+    for side, name in (("A", a), ("B", b)):
+        value, seeds = found[side.lower()], found[f"{side.lower()}_seeds"]
         spread = f" ± {statistics.stdev(seeds):.4f} (n = {len(seeds)})" if len(seeds) > 1 else ""
         print(f"  {side}  {name:<{width}}  {value:.4f}{spread}")
     print(
-        f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}, p = {found['p']:.4f}"
-        f" (paired bootstrap over {found['units']} {'photos' if relations else 'posts'}, {found['resamples']} resamples)"
+        f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}, p ="
+        f" {found['p']:.4f} (paired bootstrap over {found['units']} {'photos' if relations else 'posts'},"
+        f" {found['resamples']} resamples)"
     )
     if found["low"] <= 0 <= found["high"]:
         print("  the interval holds 0: these posts do not tell A from B")
     if len(a_runs) == len(b_runs) == 1:
-        print("  one seed against one seed: what another seed would change is in no part of this interval (a standard deviation of"
-              " 0.005 to 0.010 on Twitter-2017); train three of each")  # fmt: skip
+        print("  one seed against one seed: what another seed would change is in no part of this interval (a"
+              " standard deviation of 0.005 to 0.010 on Twitter-2017); train three of each")  # fmt: skip
     else:
         print("  seeds are averaged, not resampled: the interval is that of other posts, not of other seeds")
 
@@ -323,8 +260,8 @@ def print_note_leaks(dataset, split, path):
         unseen = f", of those not in train {share(counts[split]['unseen'])}" * (dataset.task == "ner")
         train, scored = (share(counts[name]["gold"]) for name in ("train", split))
         print(f"{what} stand in {key}: train {train}; {split} {scored}{unseen}")
-    print(f"  a language model may have seen these data: where a share is near 1, or higher on {split} than on"
-          " train, scores with such notes tell nothing about a model that never saw them")  # fmt: skip
+    print(f"  a language model may have seen these data: where a share is near 1, or higher on {split} than"
+          " on train, scores with such notes tell nothing about a model that never saw them")  # fmt: skip
 
 
 def print_leaks(name, split, data_dir, images, notes):
@@ -344,13 +281,22 @@ def print_leaks(name, split, data_dir, images, notes):
         folders = []
     ids = dataset.image_ids()
     found = sum(path is not None for path in find_photos(ids, folders).values())
-    print(f"{found} of {len(ids)} photos found" + ("" if found > len(ids) / 2 else ": the photos' column tells little or nothing"))
+    print(
+        f"{found} of {len(ids)} photos found"
+        + ("" if found > len(ids) / 2 else ": the photos' column tells little or nothing")
+    )
     leaks = leak_check(dataset, split, folders)
     if not leaks:
-        print(f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without it, in train or {split}")
+        print(
+            f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without it,"
+            f" in train or {split}"
+        )
         return
     width = max([12, *map(len, leaks)])
-    print(f"{dataset.name}: what metadata alone tells, learned on train, AUC on {split} with 95% interval; 0.5 = nothing")
+    print(
+        f"{dataset.name}: what metadata alone tells, learned on train, AUC on {split} with 95% interval; 0.5"
+        " = nothing"
+    )
     print(f"{'':<{width}} posts  photo's files    text length")
     for target, leak in leaks.items():
         photo, text = (f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))
@@ -358,8 +304,8 @@ def print_leaks(name, split, data_dir, images, notes):
         print(f"{target:<{width}} {leak['posts']:5d}   {cells}")
     for target, leak in leaks.items():
         if leak["photo"][0] - leak["photo"][1] > 0.55:
-            print(f"WARNING: {target!r} can be told from the photo's files without looking at them: AUC {leak['photo'][0]:.3f},"
-                  f" most by {leak['column'][0]}")  # fmt: skip
+            print(f"WARNING: {target!r} can be told from the photo's files without looking at them: AUC"
+                  f" {leak['photo'][0]:.3f}, most by {leak['column'][0]}")  # fmt: skip
 
 
 def parse_args(argv):
@@ -368,21 +314,27 @@ def parse_args(argv):
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", nargs="+", type=Path, help="run folders of train.py")
-    what.add_argument("--predictions", type=Path, help="JSON lines as train.py writes, or CoNLL 'word gold predicted'")
-    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired bootstrap; several seeds of each as a"
-        " quoted pattern, 'runs/NAME-s*'")
-    what.add_argument("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells of its labels")
+    what.add_argument("--predictions", type=Path, help="JSON lines as train.py writes, or CoNLL 'word gold"
+                                                       " predicted'")
+    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired bootstrap; several"
+        " seeds of each as a quoted pattern, 'runs/NAME-s*'")
+    what.add_argument("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells"
+        " of its labels")
     add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
-    add("--train", type=Path, help="for --predictions: the training file, to tell mentions seen in it from others")
+    add("--train", type=Path, help="for --predictions: the training file, to tell mentions seen in it from"
+                                   " others")
     add("--score", choices=SCORES, help="for --compare: f1 (default) is entity F1, or micro F1 without None")
-    add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the model)")
+    add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the"
+                                                   " model)")
     add("--shuffles", type=bounded(int, 1), help="for --image-check: how many seeded shuffles (default: 3)")
-    add("--data-dir", help="for --image-check: where the data sets are now (default: where the run was trained), and for"
-        " --leak-check (default: data)")
-    add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under --data-dir")
+    add("--data-dir", help="for --image-check: where the data sets are now (default: where the run was"
+                           " trained), and for --leak-check (default: data)")
+    add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under"
+                         " --data-dir")
     add("--features", help="for --image-check: where the run's feature file is now")
     add("--generated", help="for --image-check: where the run's feature file of second pictures is now")
-    add("--notes", help="for --image-check: where the run's notes are now; for --leak-check: notes to look for labels in")
+    add("--notes", help="for --image-check: where the run's notes are now; for --leak-check: notes to look"
+                        " for labels in")
     add("--device", default=default_device(), help="for --image-check")
     # fmt: on
     args = parser.parse_args(argv)
@@ -413,7 +365,9 @@ def main(argv=None):
         records = read_predictions(args.predictions)
         if args.train:
             if not all("words" in record and isinstance(record["gold"], list) for record in records):
-                raise ValueError(f"{args.predictions}: has no words or no entities, so --train cannot tell mentions apart")
+                raise ValueError(
+                    f"{args.predictions}: has no words or no entities, so --train cannot tell mentions apart"
+                )
             notes = []
             known = mentions(read_ner(args.train, None, notes))
             print(*(f"{args.train}: {note}\n" for note in notes), sep="", end="")
@@ -430,8 +384,8 @@ def main(argv=None):
         path, config = predictions_file(run, args.split), read_config(run)
         split = path.stem.removeprefix("predictions-")
         if args.image_check:
-            moved = args.data_dir, args.features, args.notes, args.generated
-            check = image_check(run, split, args.shuffles, args.device, *moved)
+            now = {key: getattr(args, key) for key in ("data_dir", "features", "notes", "generated")}
+            check = image_check(run, split, args.shuffles, args.device, **now)
             write_json(run / f"image-check-{split}.json", check)
             print(check_row(f"{run.name:<{width}}  {split:<5}", check))
             print(f"    {verdict(config, check)}", flush=True)
@@ -442,7 +396,9 @@ def main(argv=None):
         metrics = score(read_predictions(path)) | {"data": made}
         shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config.get("shuffle_photos"))
         shuffled += ", TRAINED AND SCORED WITH OTHER POSTS' NOTES" * config["shuffle_notes"]
-        print(format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]}{shuffled})"))
+        print(
+            format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]}{shuffled})")
+        )
         write_json(run / f"metrics-{split}.json", metrics)
 
 

@@ -1,19 +1,21 @@
 """Entities or relations of new posts, by a finished run.
 
-    python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --text "Kevin Durant in Oakland" --image kd.jpg
-    python predict.py --run runs/twitter2017-roberta-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
+    python predict.py --run runs/demo-bert-resnet50-film-s1337 --text "Kevin Durant in Oakland" --image kd.jpg
+    python predict.py --run runs/demo-bert-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
 
-A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between words); `image`, the file of its photo, where it has one,
-its path from the folder of posts.jsonl on (for runs on captions, `caption` instead, for those on phrases `phrases`, a
-list of text, or a `caption` to be cut into some); for relations `head` and `tail`, spans [start, end) of the text's
-characters or of the words; `id`, text or a whole number, comes back; for runs with --extra `about_post` and `about_photo`,
-for runs with --relevance given `relevance`, as in their notes. Other keys are ignored.
+A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between
+words); `image`, the file of its photo, where it has one, its path from the folder of posts.jsonl on (for runs
+on captions, `caption` instead, for those on phrases `phrases`, a list of text, or a `caption` to be cut into
+some); for relations `head` and `tail`, spans [start, end) of the text's characters or of the words; `id`,
+text or a whole number, comes back; for runs with --extra `about_post` and `about_photo`, for runs with
+--relevance given `relevance`, as in their notes. Other keys are ignored.
 
-An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption was cut;
-`cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type, text, words [start,
-end), chars [start, end) if the post came as text, and probability, that of the least probable of its words' labels; or
-one `relation` and its probability. A broken post has an `error` instead. With --input also `line`, the post's in its
-file, counted from 1, and `check`, digits by which a restart knows run and post.
+An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption
+was cut; `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type,
+text, words [start, end), chars [start, end) if the post came as text, and probability, that of the least
+probable of its words' labels; or one `relation` and its probability. A broken post has an `error` instead.
+With --input also `line`, the post's in its file, counted from 1, and `check`, digits by which a restart knows
+run and post.
 """
 
 import argparse
@@ -23,197 +25,26 @@ import json
 import os
 import re
 import sys
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from backbones import Captions, Photos, load_backbone
 from commands import bounded, check_device, command_line, default_device, lock, progress_bar
-from data import NONE, NerExample, RelationExample
 from encoding import encode
 from evaluate import predict
-from features import UNREADABLE, FeatureCache
+from inputs import Posts
 from model import WORDED, load_run, precision_on
-from notes import EXTRAS, Segments, check_note, is_text, note_text
+from new_posts import LINE, NewPhotos, check_text, load_line, read_post, run_backbone
+from notes import EXTRAS, Segments, check_note, note_text
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
-LINE = 2**20  # bytes of a post's line, and of all lines of a window, at most
-PHOTOS = 16  # that share a forward pass of the backbone
-MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
 
-# -------------------------------------------------------------------------------------------------------- words
-
-# Words as the data sets have them. Both: links whole, a word's accents with it (`\w` has no combining marks; Hindi and
-# Arabic do), any other character by itself. Twitter-2015/2017: "#", "@", "'" and every dot apart, letters split from
-# digits before them ("2 nd"). MNRE: "@user" whole, "'s" and "n't" apart from their word, runs of dots whole, "U.S." and
-# "John J. Quinn" as they are.
-W = rf"[\w{''.join(chr(c) for c in range(0x300, 0x2000) if unicodedata.category(chr(c))[0] == 'M')}]"
-LINK = r"(?:[Hh]ttps?://|www\.)\S*[^\s.,!?;:…)\]}'\"’”]"
-ENDING = rf"(?:['’](?:[sSmMdD]|re|ve|ll|RE|VE|LL)|n['’]t|N['’]T)(?!{W})"
-WORDS = {
-    "ner": re.compile(rf"{LINK} | :-?[()/] | \d+[.,]\d+ | \d+ | [^\W\d_]{W}* | \S", re.VERBOSE),
-    "relation": re.compile(
-        rf"""{LINK} | \.?@\w*[^\W_] | :'?-?[()] | \.\.+ | //+ | --+ | \|\|+
-        | (?:[A-Za-z]\.){{2,}} | (?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|Rep|Sen|Gov|Gen|Prof|[A-Z])\.(?=\s+\S)
-        | {ENDING} | [^\W_]{W}*?(?={ENDING}) | \d+(?:[.,:/]\d+)*(?:{W}*[^\W_])? | [^\W_](?:['’]?{W})*(?<!_) | \S""",
-        re.VERBOSE,
-    ),
-}
-
-
-def split_words(text, task, cuts=()):
-    """[(start, end)] of the words of a text, no more than one over `MOST_WORDS`. No word goes across one of `cuts`."""
-    edges = [0, *sorted(cuts), len(text)]
-    found = (match.span() for a, b in itertools.pairwise(edges) for match in WORDS[task].finditer(text, a, b))
-    return list(itertools.islice(found, MOST_WORDS + 1))
-
-
-# -------------------------------------------------------------------------------------------------------- posts
-
-
-def load_line(line):
-    """The post on a line of JSON (bytes; None stands for one that is too long). ValueError says what is wrong."""
-    if line is None:
-        raise ValueError(f"longer than {LINE:,} bytes")
-    if not isinstance(line, bytes):
-        raise ValueError("not a post: give a dict, {'text': ...}")
-    try:
-        post = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(post, dict):
-        raise ValueError("not a JSON object")
-    return post
-
-
-def check_text(value, name):
-    """The value if it is text; else a ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not text")
-    if not is_text(value):
-        raise ValueError(f"{name} holds half a character (a lone surrogate)")
-    return value
-
-
-def read_post(post, task, source=None, folder=""):
-    """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is broken.
-
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
-    PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
-    """
-    text, words, offsets = post.get("text"), post.get("words"), None
-    if (text is None) == (words is None):
-        raise ValueError("needs either text or words")
-    photo = post.get(source)
-    if source == "phrases":
-        phrases = check_note(post, ("phrases",)).get("phrases")
-        photo = post.get("caption") if phrases is None else tuple(phrases)
-    opened = source == "image" and isinstance(photo, Image.Image)
-    if not (photo is None or opened or isinstance(photo, tuple)):
-        photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
-        photo = os.path.join(folder, photo) if source == "image" else photo
-    if words is None:
-        unit, size = "characters", len(check_text(text, "text"))
-    elif isinstance(words, list):
-        unit, size = "words", len([check_text(word, "a word") for word in words])
-    else:
-        raise ValueError("words is not a list")
-    spans = []
-    for name in ("head", "tail") if task == "relation" else ():
-        span = post.get(name)
-        whole = isinstance(span, list | tuple) and len(span) == 2 and all(type(i) is int for i in span)
-        if not (whole and 0 <= span[0] < span[1] <= size):
-            raise ValueError(f"{name} is not a span [start, end) of its {size} {unit}")
-        spans.append(tuple(span))
-    if words is None:
-        offsets = split_words(text, task, itertools.chain(*spans))
-        words = [text[start:end] for start, end in offsets]
-    if not words:
-        raise ValueError("no words in it")
-    if len(words) > MOST_WORDS:
-        raise ValueError(f"more than {MOST_WORDS} words")
-    if task == "ner":
-        return NerExample("", photo, tuple(words), ("O",) * len(words)), offsets
-    if offsets:  # from characters to words: those that lie within
-        inside = [[i for i, (a, b) in enumerate(offsets) if start <= a and b <= end] for start, end in spans]
-        if not all(inside):
-            raise ValueError("no words in head or tail")
-        spans = [(indices[0], indices[-1] + 1) for indices in inside]
-    return RelationExample("", photo, tuple(words), *spans, NONE), offsets
-
-
-# ------------------------------------------------------------------------------------------------------- photos
-
-
-def run_backbone(made, weights=None):
-    """The backbone that made a run's features, from what the run knows of them (`features_made`).
-
-    `weights`: where they are, if the run knows them by their digits alone. ValueError if they are absent, or others.
-    """
-    named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
-    kind = made["weights"].split("-")[0]
-    if weights is None and kind == "file":
-        raise ValueError(
-            f"the run's features were made with a local {made['backbone']} ({made['weights']}); name it with --weights"
-        )
-    weights = weights or ("random" if kind == "random" else named(made["weights"], made["weights"]))
-    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
-    here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
-    del here["weights"]  # a name; what counts is the hash
-    pairs = [(key, made.get(key), value) for key, value in here.items()]
-    differing = [f"{key} (run: {theirs}, here: {ours})" for key, theirs, ours in pairs if theirs != ours]
-    if differing:
-        raise ValueError(
-            f"--weights {weights or 'default'}: not what the run's features were made with: {'; '.join(differing)}"
-        )
-    return backbone
-
-
-class NewPhotos(FeatureCache):
-    """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
-
-    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}.
-    """
-
-    def __init__(self, sources, made, backbone, device, pool):
-        names = list(sources)
-        count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
-        self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
-        self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
-        self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
-        self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
-        if made["backbone"] in WORDED:
-            placeholder = None if made["placeholder"] == "none" else made["placeholder"]
-            read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
-        else:
-            paths = {name: photo if isinstance(photo, Image.Image) else Path(photo) for name, photo in sources.items()}
-            read = Photos(names, paths, backbone, 1, made["seed"]).read
-        waiting, together = [], PHOTOS if backbone.same_size else 1
-        for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
-            waiting += [] if views is None else [(row, views)]
-            if waiting and (len(waiting) == together or row == count - 1):
-                with torch.inference_mode():
-                    pixels = torch.cat([views for _, views in waiting]).to(device)
-                    made_of = backbone.regions(pixels).cpu().numpy()  # [together, n, D]
-                for (row, views), regions in zip(waiting, made_of, strict=True):
-                    if np.isfinite(regions).all():
-                        self.regions[row, 0, : len(regions)] = regions
-                        self.num_regions[row], self.grid[row] = len(regions), backbone.grid(views)
-                    else:
-                        self.status[row], self.reasons[row] = UNREADABLE, "its features do not fit float16"
-                waiting = []
-
-
-# ------------------------------------------------------------------------------------------------------ answers
+# ---------------------------------------------------------------------------------------------------- answers
 
 
 class Predictor:
@@ -223,9 +54,9 @@ class Predictor:
         predictor = Predictor("runs/twitter2017-roberta-resnet50-film-s1337")
         predictor([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])
 
-    `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes them; needed only
-    if they were a local file. ValueError if they are not those the run's features were made with. A run with
-    --generated answers without second pictures, as it answers a post that has none.
+    `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes
+    them; needed only if they were a local file. ValueError if they are not those the run's features were made
+    with. A run with --generated answers without second pictures, as it answers a post that has none.
     """
 
     def __init__(self, run_dir, device=None, weights=None):
@@ -264,7 +95,9 @@ class Predictor:
             try:
                 post = post if isinstance(post, dict) else load_line(post)
                 post_id = post.get("id")
-                answer["id"] = post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
+                answer["id"] = (
+                    post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
+                )
                 example, offsets = read_post(post, config["task"], self.source, folder)
                 note = check_note(post, self.keys)
             except ValueError as error:
@@ -283,17 +116,21 @@ class Predictor:
             read.append((answer, post, example, offsets, row))
         examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
         if self.source:
-            # An opened image gets a name that no file can have, for images cannot be keys; the same one in several posts is
-            # decoded once, by one thread: two would get in each other's way.
+            # An opened image gets a name that no file can have, for images cannot be keys; the same one in
+            # several posts is decoded once, by one thread: two would get in each other's way.
             examples = [
-                replace(e, image_id=f"\0{id(e.image_id)}") if isinstance(e.image_id, Image.Image) else e for e in examples
+                replace(e, image_id=f"\0{id(e.image_id)}") if isinstance(e.image_id, Image.Image) else e
+                for e in examples
             ]
-            named = {e.image_id: part[2].image_id for e, part in zip(examples, read, strict=True) if e.image_id is not None}
+            named = {
+                e.image_id: part[2].image_id
+                for e, part in zip(examples, read, strict=True)
+                if e.image_id is not None
+            }
             photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool)
-        records = predict(
-            self.model, rows, examples, config["labels"], self.tokenizer.pad_token_id, config["eval_batch_size"],
-            self.device, precision_on(self.device, config), photos,
-        )  # fmt: skip
+        shown = Posts(examples, rows, self.tokenizer.pad_token_id, photos)
+        settings = config["labels"], config["eval_batch_size"], self.device, precision_on(self.device, config)
+        records = predict(self.model, shown, *settings)
         for (answer, post, _, offsets, row), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
@@ -320,7 +157,9 @@ def remark(answer, said):
 
 
 def entities(record, offsets, text):
-    """The entities of one record of `predict`, in order; `offsets` of the words in `text`, where the post had one."""
+    """The entities of one record of `predict`, in order; `offsets` of the words in `text`, where the post had
+    one.
+    """
     found = []
     for kind, start, end in sorted(entity_spans(record["predicted"]), key=lambda span: span[1]):
         entity = {"type": kind, "text": " ".join(record["words"][start:end]), "words": [start, end]}
@@ -331,11 +170,13 @@ def entities(record, offsets, text):
     return found
 
 
-# ------------------------------------------------------------------------------------------------ a file of posts
+# -------------------------------------------------------------------------------------------- a file of posts
 
 
 def bounded_lines(file, most):
-    """Lines of an open binary file with their ends; None for one of more than `most` bytes, which is never held."""
+    """Lines of an open binary file with their ends; None for one of more than `most` bytes, which is never
+    held.
+    """
     while line := file.readline(most + 1):
         if len(line) <= most or line.endswith(b"\n"):
             yield line
@@ -346,10 +187,14 @@ def bounded_lines(file, most):
 
 
 def numbered_lines(file, shard):
-    """(number from 1 on, line) of an open file, of `shard` (i, n): every n-th from the i-th on; blank ones are skipped."""
+    """(number from 1 on, line) of an open file, of `shard` (i, n): every n-th from the i-th on; blank ones
+    are skipped.
+    """
     file.seek(0)
     file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
-    for number, line in itertools.islice(enumerate(bounded_lines(file, LINE), 1), shard[0] - 1, None, shard[1]):
+    for number, line in itertools.islice(
+        enumerate(bounded_lines(file, LINE), 1), shard[0] - 1, None, shard[1]
+    ):
         if line is None or line.strip():
             yield number, line and line.rstrip(b"\r\n")
 
@@ -380,9 +225,11 @@ def check_digits(run, line):
 
 
 def resume(out, path, lines, run):
-    """How many of the numbered `lines` are answered in the open file `out`; a line that a kill tore is cut off its end.
+    """How many of the numbered `lines` are answered in the open file `out`; a line that a kill tore is cut
+    off its end.
 
-    ValueError if it holds anything but answers of this run to these lines, in order; it is then left as it was.
+    ValueError if it holds anything but answers of this run to these lines, in order; it is then left as it
+    was.
     """
     done = end = 0
     for kept in bounded_lines(out, 100 * LINE):
@@ -397,7 +244,8 @@ def resume(out, path, lines, run):
             ours = False
         if not ours:
             raise ValueError(
-                f"{path}:{done + 1}: not what this run answers to this --input and --shard there; name another --output"
+                f"{path}:{done + 1}: not what this run answers to this --input and --shard there; name"
+                " another --output"
             )
         done, end = done + 1, end + len(kept)
     out.truncate(end)
@@ -406,9 +254,11 @@ def resume(out, path, lines, run):
 
 
 def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
-    """Answer the posts of one JSONL file into another, a window at a time; goes on where an earlier call stopped.
+    """Answer the posts of one JSONL file into another, a window at a time; goes on where an earlier call
+    stopped.
 
-    `run`: its `run_digits`. Windows are the same however often it is stopped, and so are answers, to the last digit.
+    `run`: its `run_digits`. Windows are the same however often it is stopped, and so are answers, to the last
+    digit.
     """
     run += (folder or "").encode()  # other photos are other answers
     folder = os.path.dirname(path) if folder is None else folder
@@ -446,7 +296,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     print(", ".join(said), file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def shard(text):
@@ -473,13 +323,16 @@ def parse_args(argv):
     add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
     add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with"
         " --relevance given; left out, it is predicted")
-    add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text, or --words")
+    add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text,"
+        " or --words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"))
     add("--json", action="store_true", help="print the answer as JSON")
-    add("--output", help="of --input: a JSON line a post, in order. The same command goes on where it was stopped")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="of --input: every N-th post from the I-th on; each"
-        " shard has an --output of its own")
-    add("--images", help="of --input: the folder that relative paths of photos start at; default: the input's")
+    add("--output", help="of --input: a JSON line a post, in order. The same command goes on where it was"
+                         " stopped")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="of --input: every N-th post from the"
+        " I-th on; each shard has an --output of its own")
+    add("--images", help="of --input: the folder that relative paths of photos start at; default: the"
+                         " input's")
     add("--weights", help="of the backbone, where they were a local file or folder")
     add("--device", default=default_device())
     # fmt: on
@@ -487,9 +340,21 @@ def parse_args(argv):
     many = args.input is not None
     if many != (args.output is not None):
         parser.error("--input and --output go together")
-    for name in ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail", "images"):
+    for name in (
+        "image",
+        "caption",
+        "phrases",
+        "about_post",
+        "about_photo",
+        "relevance",
+        "head",
+        "tail",
+        "images",
+    ):
         if getattr(args, name) is not None and many != (name == "images"):
-            parser.error(f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}")
+            parser.error(
+                f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}"
+            )
     return args
 
 
@@ -498,7 +363,9 @@ def format_answer(answer):
     if "relation" in answer:
         lines = [f"{answer['probability']:.3f}  {answer['relation']}"]
     else:
-        lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}" for e in answer["entities"]] or ["no entities"]
+        lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}" for e in answer["entities"]] or [
+            "no entities"
+        ]
     return "\n".join(lines)
 
 
@@ -508,16 +375,20 @@ def main(argv=None):
     predictor = Predictor(args.run, args.device, args.weights)
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
     read = predictor.keys
-    for name, use in (
-        ("head", relations), ("tail", relations), ("image", looked_at == "image"), ("caption", looked_at in WORDED),
-        ("phrases", looked_at == "phrases"),
-        *((name, name in read) for name in ("about_post", "about_photo", "relevance")),
-    ):  # fmt: skip
+    uses = {"head": relations, "tail": relations, "image": looked_at == "image"}
+    uses |= {"caption": looked_at in WORDED, "phrases": looked_at == "phrases"}
+    uses |= {name: name in read for name in ("about_post", "about_photo", "relevance")}
+    for name, use in uses.items():
         if getattr(args, name) is not None and not use:
-            what = f"{'relations' if relations else 'entities'} in {' and '.join(filter(None, ('text', looked_at, *read)))}"
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {args.run}, which finds {what}; leave it out")
+            looks = " and ".join(filter(None, ("text", looked_at, *read)))
+            what = f"{'relations' if relations else 'entities'} in {looks}"
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with {args.run}, which finds {what}; leave it out"
+            )
     if looked_at is None and (args.images or args.weights):
-        raise ValueError(f"--images and --weights do not go with {args.run}, which looks at text only; leave them out")
+        raise ValueError(
+            f"--images and --weights do not go with {args.run}, which looks at text only; leave them out"
+        )
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if predictor.config["generated"]:
@@ -525,14 +396,28 @@ def main(argv=None):
         print(f"{args.run}: {said}", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
-    names = ("text", "words", "image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
+    names = (
+        "text",
+        "words",
+        "image",
+        "caption",
+        "phrases",
+        "about_post",
+        "about_photo",
+        "relevance",
+        "head",
+        "tail",
+    )
     (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")
     if "note" in answer:
         print(answer["note"], file=sys.stderr)
     if "cut_words" in answer:
-        print(f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off", file=sys.stderr)
+        print(
+            f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off",
+            file=sys.stderr,
+        )
     print(json.dumps(answer, ensure_ascii=False) if args.json else format_answer(answer))
 
 

@@ -1,51 +1,40 @@
-"""A finished run -> one HTML file to look at: scores, confusions, curves, every post with its photo and notes.
+"""A finished run -> one HTML file to look at: scores, confusions, curves, posts with their photos and notes.
 
     python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
 
-The page works offline, from the file alone; its template is report.html. What came from posts is data in it: JSON that
-no markup can end, shown as text.
+The page works offline, from the file alone; its template is report.html. What came from posts is data in it:
+JSON that no markup can end, shown as text.
 """
 
 import argparse
 import base64
 import hashlib
-import io
 import json
-import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
-from backbones import phrases_of, upright
+from attention_maps import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
 from commands import bounded, check_device, command_line, default_device
-from data import NONE, NerExample, RelationExample, load_dataset
-from encoding import collate, encode, length_batches, to_device
-from evaluate import dataset_now, predictions_file, run_notes, verdict
-from features import FeatureCache
-from model import autocast, load_run, precision_on, read_config
-from notes import EXTRAS, note_text, reads_relevance, said_of_photos
-from photos import find_photos, image_folders
+from data import NONE
+from evaluate import predictions_file, verdict
+from inputs import dataset_now
+from model import load_run, read_config
+from notes import reads_relevance
+from photos import image_folders
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
 NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
-SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
-PLACES = 256  # most places of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
-MISSING = "no such file"
-NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
-
-# ----------------------------------------------------------------------------------------------------- comparison
+# ------------------------------------------------------------------------------------------------- comparison
 
 
 def compare_spans(gold, predicted):
-    """[(start, end, gold type or None, predicted type or None, kind)] of two sets of spans, one a span, in order.
+    """[(start, end, gold type or None, predicted type or None, kind)] of two sets of spans, one a span, in
+    order.
 
-    kind: "correct", or of `KINDS`: "wrong type" = the same span with another type; "wrong boundary" = not that, but a
-    span of the other side overlaps; else "missed" (gold) or "spurious" (predicted).
+    kind: "correct", or of `KINDS`: "wrong type" = the same span with another type; "wrong boundary" = not
+    that, but a span of the other side overlaps; else "missed" (gold) or "spurious" (predicted).
     """
     types = [{(start, end): kind for kind, start, end in spans} for spans in (gold, predicted)]
     compared = []
@@ -71,8 +60,8 @@ def relation_kind(gold, predicted):
 def post_of(record):
     """What the page holds of one prediction.
 
-    `spans`: rows of `compare_spans`, each with the probability of what was predicted, None where there is none to tell;
-    of a relation one row, start and end 0, and its `ends`, the spans of head and tail.
+    `spans`: rows of `compare_spans`, each with the probability of what was predicted, None where there is
+    none to tell; of a relation one row, start and end 0, and its `ends`, the spans of head and tail.
     """
     photo = record["image_id"]
     post = {"id": str(record["id"]), "photo": photo and str(photo), "words": record["words"]}
@@ -90,180 +79,39 @@ def post_of(record):
 
 
 def confusion(posts, order):
-    """{"labels", "counts"}: counts[i][j] of gold label i answered with label j; those of `order` that occur."""
-    counted = Counter((gold or NOTHING, said or NOTHING) for post in posts for _, _, gold, said, _, _ in post["spans"])
+    """{"labels", "counts"}: counts[i][j] of gold label i answered with j; those of `order` that occur."""
+    counted = Counter(
+        (gold or NOTHING, said or NOTHING) for post in posts for _, _, gold, said, _, _ in post["spans"]
+    )
     labels = [label for label in order if any(label in pair for pair in counted)]
     return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
 
 
-# ---------------------------------------------------------------------------------------- photos, notes, attention
-
-
-def thumbnail(path, side=SIDE):
-    """RGB photo of at most `side` pixels, turned upright, from a file of any kind that Pillow reads."""
-    with Image.open(path) as file:
-        file.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded at a fraction of its size: several times as fast
-        photo = upright(file)
-    photo.thumbnail((side, side))
-    return photo
-
-
-def seen_part(width, height, resizing):
-    """[left, top, width, height] of what the model saw of a photo, in shares of the photo.
-
-    `resizing`: as the feature file tells it. All of the photo, unless an image processor crops the centre.
-    """
-    made = json.loads(resizing) if resizing.startswith("{") else {}
-    if not made.get("do_center_crop"):
-        return [0, 0, 1, 1]
-    size, crop = made["size"], made["crop_size"]
-    short = size.get("shortest_edge")
-    if short:
-        resized = width * short / min(width, height), height * short / min(width, height)
-    else:
-        resized = size["width"], size["height"]
-    across, down = crop["width"] / resized[0], crop["height"] / resized[1]
-    return [round(share, 4) for share in ((1 - across) / 2, (1 - down) / 2, across, down)]
-
-
-def load_photos(image_ids, folders, resizing):
-    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}."""
-    photos, reasons = {}, {}
-    for image_id, path in find_photos(image_ids, folders, reasons).items():
-        if path is None:
-            photos[image_id] = reasons.get(image_id, MISSING)
-            continue
-        try:
-            photo, buffer = thumbnail(path), io.BytesIO()
-            photo.save(buffer, "JPEG", quality=QUALITY, optimize=True)
-        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
-            photos[image_id] = f"cannot be read ({type(error).__name__})"
-            continue
-        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, resizing)]
-    return photos
-
-
-def place_maps(weights, grid):
-    """weights [n, R] over all regions of a photo -> maps uint8 [n, h, w], shares of places [n] and of the whole [n].
-
-    `grid`: rows and columns that the last rows * columns regions stand for; the regions before them are of the photo as
-    a whole. A map has at most `PLACES` places, each in 255ths of the map's own maximum.
-    """
-    rows, columns = grid
-    whole, places = weights.split([weights.shape[1] - rows * columns, rows * columns], 1)
-    step = 1 if rows == 1 else math.ceil(math.sqrt(rows * columns / PLACES))  # phrases are no places to be averaged
-    maps = places.unflatten(1, (rows, columns))
-    maps = F.adaptive_avg_pool2d(maps, (math.ceil(rows / step), math.ceil(columns / step)))
-    maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return maps.round().byte(), places.sum(1), whole.sum(1)
-
-
-def open_regions(run, config, records, features):
-    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; else None.
-
-    Captions have no places. ValueError if the features are not those the run was trained on.
-    """
-    if config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos"):
-        return None
-    cache = FeatureCache(features or config["features"])
-    cache.require([record["image_id"] for record in records], config["features_made"]["dataset"])
-    if cache.sha256 != config["features_made"]["sha256"]:
-        raise ValueError(f"{cache.path}: not the features {run} was trained on; restore them")
-    return cache if cache.grid.any() or cache.attrs["backbone"] == "phrases" else None
-
-
-def shown_phrases(config, cache, data_dir, path):
-    """{image id: its phrases, one for each of its regions} of the photos that a run on phrases was shown.
-
-    `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many
-    as its regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data
-    set is not there, or has changed.
-    """
-    made = config["features_made"]
-    path = Path(path or made["made_from"])
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
-        raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
-    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
-    found = {}
-    for image_id, row in cache.rows.items():
-        texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
-        if cache.has_photo(image_id) and len(texts) == cache.num_regions[row]:
-            found[image_id] = texts
-    return found
-
-
-def run_inputs(config, tokenizer, records, split, path):
-    """(rows of `encode` that a run answered with `records`, what of notes was in each row as {key: text}).
-
-    `path`: where the notes are now. Of a run on shuffled photos texts and rows are without what was written with
-    a photo in view: that was another's. FileNotFoundError or ValueError if the notes are not there, or changed.
-    """
-    label = config["labels"][0]  # `encode` wants labels, what a word attends to does not depend on them
-    ner = config["task"] == "ner"
-    examples = [
-        NerExample(r["id"], r["image_id"], tuple(r["words"]), (label,) * len(r["words"])) if ner else
-        RelationExample(r["id"], r["image_id"], tuple(r["words"]), tuple(r["head"]), tuple(r["tail"]), label)
-        for r in records
-    ]  # fmt: skip
-    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
-    notes = run_notes(config, tokenizer, rows, examples, split, path)
-    if notes is None:
-        return rows, [{}] * len(rows)
-    photos = [None if config.get("shuffle_photos") else example.image_id for example in examples]
-    known = [notes.known(row, photo) for row, photo in zip(rows, photos, strict=True)]
-    keys = EXTRAS[config["extra"]]
-    said = [{key: text for key in keys if (text := note_text(note, key))} for note in known]
-    return [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)], said
-
-
-def attention(model, config, rows, records, pad_id, cache, device):
-    """{number of the record: what each word of a post (of a relation: its head and tail) weighed in the photo}.
-
-    Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start
-    markers': what the model's head reads. Posts without a photo are left out. `rows`: of `run_inputs`.
-    """
-    found, ner = {}, config["task"] == "ner"
-    for chosen in length_batches([len(row["input_ids"]) for row in rows], config["eval_batch_size"]):
-        photos = [records[i]["image_id"] for i in chosen]
-        batch = to_device(collate([rows[i] for i in chosen], pad_id, cache, photos), device)
-        with torch.inference_mode(), autocast(device, precision_on(device, config)):
-            _, weights = model(batch, return_weights=True)
-        if weights is None:  # a fusion of one's own may weigh nothing
-            return {}
-        for i, photo, weight in zip(chosen, photos, weights.float().cpu(), strict=True):  # [T, R]
-            if not cache.has_photo(photo):
-                continue
-            row = cache.rows[photo]
-            starts = rows[i]["word_starts"] if ner else [rows[i]["head_index"], rows[i]["tail_index"]]
-            starts = torch.tensor(starts)
-            weight = weight[starts.clamp(min=0), : cache.num_regions[row]] * (starts >= 0)[:, None]  # 0: not read
-            grid = cache.grid[row].tolist() if cache.grid[row].any() else [1, weight.shape[1]]
-            maps, places, whole = place_maps(weight, grid)
-            found[i] = {
-                "rows": maps.shape[1], "columns": maps.shape[2], "bytes": base64.b64encode(maps.numpy()).decode(),
-                "places": [round(share, 3) for share in places.tolist()],
-                "whole": [round(share, 3) for share in whole.tolist()],
-            }  # fmt: skip
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 
 def table(title, note, columns, rows):
     """A table for the page; `rows` {name: scores}, numbers as text, empty where a score is not there."""
     shown = {name: [scores.get(column, "") for column in columns] for name, scores in rows.items()}
-    text = [[name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)] for name, row in shown.items()]
-    return {"title": title, "note": note, "columns": [column.replace("f1", "F1").replace("_", " ") for column in columns], "rows": text}
+    text = [
+        [name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)] for name, row in shown.items()
+    ]
+    return {
+        "title": title,
+        "note": note,
+        "columns": [column.replace("f1", "F1").replace("_", " ") for column in columns],
+        "rows": text,
+    }
 
 
 def score_tables(metrics):
     """Both families of scores, each headed by its baseline, then the types."""
     ner, base = metrics["task"] == "ner", metrics["baseline"]
     main, level = ("entity", "token") if ner else ("relation", "row")
-    spans, labels = ("precision", "recall", "f1", "macro_f1", "gold", "predicted"), ("accuracy", "precision", "recall", "f1", "macro_f1")
+    spans, labels = (
+        ("precision", "recall", "f1", "macro_f1", "gold", "predicted"),
+        ("accuracy", "precision", "recall", "f1", "macro_f1"),
+    )
     of_type = tuple(column for column in spans if column != "macro_f1")
     names = {
         "entity": "lenient (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
@@ -271,27 +119,36 @@ def score_tables(metrics):
     }  # fmt: skip
     always = f"baseline: always {base['label']}"
     rows = {names[key]: metrics[key] for key in names if key in metrics}
-    counted = "An entity counts when its whole span and its type are right." if ner else f"{NONE} earns nothing here."
+    counted = (
+        "An entity counts when its whole span and its type are right."
+        if ner
+        else f"{NONE} earns nothing here."
+    )
     weighted = (
-        f"The label of each {'word' if ner else 'row'}, {base['label']} included, weighted by how often it occurs (so"
-        " weighted recall is accuracy). High from the start: compare it with its baseline, not with the other table."
+        f"The label of each {'word' if ner else 'row'}, {base['label']} included, weighted by how often it"
+        " occurs (so weighted recall is accuracy). High from the start: compare it with its baseline, not"
+        " with the other table."
     )
     return [
-        table("Entity level" if ner else f"Relations without {NONE}", f"{counted} What the literature reports.", spans,
+        table("Entity level" if ner else f"Relations without {NONE}",
+              f"{counted} What the literature reports.", spans,
               {always: {"f1": float(base["main_f1"])}} | rows),
-        table("Token level" if ner else "All rows", weighted, labels, {always: base, "this run": metrics[level]}),
+        table("Token level" if ner else "All rows", weighted, labels,
+              {always: base, "this run": metrics[level]}),
         table("By type", "Entity level, lenient." if ner else "", of_type, metrics[main]["types"]),
     ]  # fmt: skip
 
 
 def image_check_line(config, check):
     """What `evaluate.py --image-check` found, as a sentence."""
-    true, none, *shuffled = [main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])]
+    true, none, *shuffled = [
+        main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])
+    ]
     spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
     name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
     return (
-        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with another's"
-        f" (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
+        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"
+        f" another's (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
     )
 
 
@@ -309,7 +166,7 @@ def notes_line(config, records):
     return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {said}{shuffled}"
 
 
-# ----------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def number_of_posts(text):
@@ -324,8 +181,8 @@ def parse_args(argv):
     add("--run", type=Path, required=True, help="run folder of train.py")
     add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
     add("--output", type=Path, help="default: RUN/report-<split>.html")
-    add("--posts", type=number_of_posts, default=1000, metavar="NUMBER|all", help="how many to show, those with most errors"
-        " first; default: 1000")
+    add("--posts", type=number_of_posts, default=1000, metavar="NUMBER|all", help="how many to show, those"
+        " with most errors first; default: 1000")
     add("--data-dir", help="where the photos' data set is now; default: where the run was trained")
     add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
     add("--features", help="where the run's feature file is now")
@@ -336,6 +193,84 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+def what_was_read(args, config, records, split, kept, warnings):
+    """([what notes said of each post], {its number: where its words looked}, {image id: its phrases}).
+
+    Attention is that of the posts `kept`. A file that is not there and was not named costs a line of `warnings`, else it is a FileNotFoundError.
+    """
+    cache, maps, phrases = open_regions(args.run, config, records, args.features), {}, {}
+    on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"
+    if args.captions and not on_phrases:
+        raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
+    try:
+        if cache is not None and on_phrases:
+            phrases = shown_phrases(config, cache, args.data_dir, args.captions)
+    except FileNotFoundError as error:
+        if args.captions:
+            raise
+        warnings.append(f"Phrases not shown, nor attention: {error}.")
+    read = [{} for _ in records]
+    if cache is None and config["notes"] is None:
+        return read, maps, phrases
+    model, tokenizer, _ = load_run(args.run, args.device)
+    try:
+        shown, said = posts_of(config, tokenizer, records, split, cache, args.notes)
+    except FileNotFoundError as error:
+        if args.notes:
+            raise
+        warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
+        return read, maps, phrases
+    if cache is not None:
+        maps = attention(model, config, shown.part(kept), args.device)
+        maps = {kept[i]: found for i, found in maps.items()}
+    for i, texts in enumerate(said):
+        read[i] = {"said": texts, "cut": shown.shown(i)[1].get("note_cut", False)} if texts else {}
+    return read, maps, phrases
+
+
+def facts_of(run, config, split, records, log, shown):
+    """{name: text} of what a run is, was given and scored on; `shown`: how many of its posts the page has."""
+    made, data = config["features_made"], config["data"][split]
+    count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
+    parts = [config["model"]] + [f"fusion {config['fusion']}"] * bool(config["fusion"])
+    parts += [f"text encoder {config['text_encoder']}"]
+    parts += [f"align {name} {weight:g}" for name, weight in config["align"].items()]
+    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
+    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
+    parts += [f"decoder {config['decoder']}", f"seed {config['seed']}"]
+    regions = made and f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}"
+    facts = {
+        "Data": f"{Path(config['dataset']).name} {split}, {count} {unit} ({data['variant']},"
+        f" {data['sha256'][:16]})",
+        "System": ", ".join(parts),
+        "Photos": regions or "not used",
+        "Notes": notes_line(config, records),
+        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+    }
+    if left_out := count - shown:
+        rest = f"{left_out} are left out (--posts all shows them)"
+        facts["Shown"] = f"{shown}, those with most errors first; {rest}"
+    if config["generated"]:
+        given = sum(record.get("generated") is True for record in records)
+        name, digits = Path(config["generated"]).name, config["generated_made"]["sha256"][:16]
+        facts["Generated pictures"] = f"{name} ({digits}): {given} of {count} {unit} with one; not shown here"
+    check = run / f"image-check-{split}.json"
+    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
+    if "bootstrap" in found:  # not in those of earlier versions
+        facts["Image check"] = image_check_line(config, found)
+    return facts
+
+
+def write_page(page, output):
+    """Put a page's data into the template; its script is the only one the browser is allowed to run."""
+    text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
@@ -344,9 +279,8 @@ def main(argv=None):
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
-    check = run / f"image-check-{split}.json"
     records = read_predictions(path)
-    metrics, made, data = score(records), config["features_made"], config["data"][split]
+    metrics, made = score(records), config["features_made"] or {}
     warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -363,42 +297,21 @@ def main(argv=None):
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
     kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
     named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
-    photos = load_photos(named, folders, (made or {}).get("resizing", ""))
-    absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in photos.values() if isinstance(why, str))
+    photos = load_photos(named, folders, made.get("resizing", ""))
     if config.get("shuffle_photos"):
         noted = config["notes"] is not None
         unseen = ", and of notes nothing that was written with a photo in view" * noted
-        warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the posts'"
-                        f" own, which the model did not see; so there is no attention to show{unseen}.")  # fmt: skip
+        warnings.append(
+            "Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the"
+            f" posts' own, which the model did not see; so there is no attention to show{unseen}."
+        )
     if config["shuffle_notes"]:
-        warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown here, too.")
-    cache, maps, phrases = open_regions(run, config, records, args.features), {}, {}
-    on_phrases = made is not None and made["backbone"] == "phrases"
-    if args.captions and not on_phrases:
-        raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
-    try:
-        if cache is not None and on_phrases:
-            phrases = shown_phrases(config, cache, args.data_dir, args.captions)
-    except FileNotFoundError as error:
-        if args.captions:
-            raise
-        warnings.append(f"Phrases not shown, nor attention: {error}.")
-    if cache is not None or config["notes"] is not None:
-        model, tokenizer, _ = load_run(run, args.device)
-        try:
-            rows, said = run_inputs(config, tokenizer, records, split, args.notes)
-        except FileNotFoundError as error:
-            if args.notes:
-                raise
-            warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
-        else:
-            if cache is not None:
-                parts = [[side[i] for i in kept] for side in (rows, records)]
-                maps = attention(model, config, *parts, tokenizer.pad_token_id, cache, args.device)
-                maps = {kept[i]: found for i, found in maps.items()}
-            for post, row, texts in zip(posts, rows, said, strict=True):
-                post |= {"said": texts, "cut": row.get("note_cut", False)} if texts else {}
+        said = "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
+        warnings.append(said)
+    read, maps, phrases = what_was_read(args, config, records, split, kept, warnings)
+    on_phrases = made.get("backbone") == "phrases"
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
+        post |= read[i]
         # On shuffled photos it is another photo's.
         if record.get("relevance") is not None and not config.get("shuffle_photos"):
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
@@ -410,57 +323,38 @@ def main(argv=None):
         warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
     posts = [posts[i] for i in kept]
 
+    reasons = [why for why in photos.values() if isinstance(why, str)]
+    absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in reasons)
     counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
-    cut, blind = metrics.get("words_answered_without_model"), metrics["posts_without_photo"]
-    warnings += [f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."] if counts else []
-    warnings += [f"{blind} posts were answered without a photo: the features have none of them."] if blind else []
-    warnings += [f"{cut} words, cut off or without a sub-token, were answered O without being read."] if cut else []
-    parts = [f"align {name} {weight:g}" for name, weight in config["align"].items()]
-    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
-    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
-    facts = {
-        "Data": f"{Path(config['dataset']).name} {split}, {len(records)} {'posts' if ner else 'rows'} ({data['variant']},"
-        f" {data['sha256'][:16]})",
-        "System": f"{config['model']}{', fusion ' + config['fusion'] if config['fusion'] else ''}, text encoder"
-        f" {config['text_encoder']}, {', '.join([*parts, ''])}decoder {config['decoder']}, seed {config['seed']}",
-        "Photos": f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}" if made else
-        "not used",
-        "Notes": notes_line(config, records),
-        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+    if counts:
+        said = f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."
+        warnings.append(said)
+    if blind := metrics["posts_without_photo"]:
+        warnings.append(f"{blind} posts were answered without a photo: the features have none of them.")
+    if cut := metrics.get("words_answered_without_model"):
+        warnings.append(f"{cut} words, cut off or without a sub-token, were answered O without being read.")
+    said = {
+        "about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
+        "about_photo": "Said of the photo",
     }
-    if left_out := len(records) - len(posts):
-        facts["Shown"] = f"{len(posts)}, those with most errors first; {left_out} are left out (--posts all shows them)"
-    if config["generated"]:
-        given = sum(record.get("generated") is True for record in records)
-        facts["Generated pictures"] = (
-            f"{Path(config['generated']).name} ({config['generated_made']['sha256'][:16]}):"
-            f" {given} of {len(records)} {'posts' if ner else 'rows'} with one; not shown here"
-        )
-    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
-    if "bootstrap" in found:  # not in those of earlier versions
-        facts["Image check"] = image_check_line(config, found)
+    if reads_relevance(config):
+        own = "; the run used its own" * (config["relevance"] == "predicted")
+        said["relevance"] = f"Relevance of the photo, as given{own}"
     page = {
-        "title": f"{run.resolve().name}, {split}", "ner": ner, "facts": facts, "warnings": warnings,
+        "title": f"{run.resolve().name}, {split}", "ner": ner,
+        "facts": facts_of(run, config, split, records, log, len(posts)), "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
         "confusion": confused, "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
         # Where attention went that is on no region.
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
-        "said": {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
-                 "about_photo": "Said of the photo"},
+        "said": said,
     }  # fmt: skip
-    if reads_relevance(config):
-        own = "; the run used its own" * (config["relevance"] == "predicted")
-        page["said"]["relevance"] = f"Relevance of the photo, as given{own}"
-    text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     output = args.output or run / f"report-{split}.html"
-    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+    write_page(page, output)
     print(
         f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
-        f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)} with notes;"
-        f" {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
+        f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"
+        f" with notes; {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
     )
     return output
 

@@ -41,13 +41,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention_maps import thumbnail
 from chat import Endpoint, Local
 from commands import bounded, command_line, default_device, first_line, lock, progress_bar
 from data import DATASETS, RelationExample, dataset_name, load_dataset, locate
 from notes import KEYS, OF_PHOTO
 from photos import find_photos, image_folders
 from predict import bounded_lines
-from report import thumbnail
 
 DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
 SIDE = 1024  # pixels of a photo's longer side, at most

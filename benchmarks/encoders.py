@@ -29,7 +29,8 @@ import demo
 import train
 from commands import command_line
 from data import RELATIONS, load_dataset
-from evaluate import open_run, predict
+from evaluate import predict
+from inputs import open_run
 from scores import mentions, read_predictions
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -183,11 +184,9 @@ def try_kind(model_type, dataset, encoder, folder):
         if run_dir.exists() or "\n" in str(error):
             return f"**fails**: {type(error).__name__}: {error}"
         return "refused: " + str(error).removeprefix(f"--text-encoder {encoder}: ")
-    model, tokenizer, config, data, rows, _, _, _ = open_run(run_dir, "test", "cpu")
-    again = predict(
-        model, rows, data.examples["test"], config["labels"], tokenizer.pad_token_id,
-        config["eval_batch_size"], "cpu", "float32", known=mentions(data.examples["train"]),
-    )  # fmt: skip
+    model, config, data, posts = open_run(run_dir, "test", "cpu")
+    settings = config["labels"], config["eval_batch_size"], "cpu", "float32"
+    again = predict(model, posts, *settings, mentions(data.examples["train"]))
     if again != list(read_predictions(run_dir / "predictions-test.jsonl")):
         return "**fails**: the run, loaded again, gives other predictions"
     result = "works" + ", left to right" * ("reads left to right" in said.getvalue())

@@ -39,6 +39,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
+import inputs  # noqa: E402
 from arguments import PRESETS  # noqa: E402
 from backbones import Compiled, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
@@ -512,9 +513,8 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        predict(
-            training.model, rows, train, dataset.labels, tokenizer.pad_token_id, 12, "cpu", "float32", cache
-        )
+        posts = inputs.Posts(train, rows, tokenizer.pad_token_id, cache)
+        predict(training.model, posts, dataset.labels, 12, "cpu", "float32")
         grown[size] = {
             "extraction, bookkeeping": written, "start-up, data": start,
             "evaluation": time.perf_counter() - began, "one training step": statistics.median(steps),

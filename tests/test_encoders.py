@@ -45,11 +45,8 @@ def run(data_dir, encoder, run_dir, *more):
 
 def answers_again(run_dir):
     """(what a run answers when it is loaded again, what it answered when it was trained)."""
-    loaded, tokenizer, config, dataset, rows, _, _, _ = evaluate.open_run(run_dir, "test", "cpu")
-    known = mentions(dataset.examples["train"])
-    again = evaluate.predict(
-        loaded, rows, dataset.examples["test"], config["labels"], tokenizer.pad_token_id, 12, "cpu", "float32", known=known
-    )
+    loaded, config, dataset, posts = evaluate.open_run(run_dir, "test", "cpu")
+    again = evaluate.predict(loaded, posts, config["labels"], 12, "cpu", "float32", mentions(dataset.examples["train"]))
     return again, list(read_predictions(run_dir / "predictions-test.jsonl"))
 
 

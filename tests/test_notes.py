@@ -14,7 +14,8 @@ import predict
 import train
 from data import load_dataset
 from encoding import collate, encode
-from evaluate import image_check, open_run, shuffled_photos
+from evaluate import image_check
+from inputs import Posts, open_run, run_notes, shuffled_photos
 from model import BEFORE, SYSTEMS
 from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from scores import read_predictions
@@ -293,8 +294,8 @@ def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("fusion", ["none", "film"])
 def test_a_run_reads_back_as_it_was_scored(runs, fusion):
-    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(runs[fusion], "test", "cpu")
-    again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
+    model, config, _, shown = open_run(runs[fusion], "test", "cpu")
+    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(runs[fusion] / "predictions-test.jsonl")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
     for a, b in zip(again, recorded, strict=True):
@@ -309,10 +310,10 @@ def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir
     path = write(tmp_path / "n.jsonl", said)
     more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
-    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(folder, "valid", "cpu")
-    examples = dataset.examples["valid"]
+    model, config, dataset, shown = open_run(folder, "valid", "cpu")
+    examples, rows = shown.examples, shown.rows
     assert [row["note"]["about_post"] for row in rows] == [f"valid {example.words[0]}" for example in examples]
-    again = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, notes=notes)
+    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(folder / "predictions-valid.jsonl")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded] and all(r["extra"] for r in recorded)
     post = {"words": list(examples[0].words), "head": list(examples[0].head), "tail": list(examples[0].tail)}
@@ -333,11 +334,11 @@ def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(noted, dat
 def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs):
     check = image_check(runs["none"], "test", 2, "cpu")
     assert check["photos"] == 8
-    model, tokenizer, config, dataset, rows, _, notes, _ = open_run(runs["none"], "test", "cpu")
-    ids = [example.image_id for example in dataset.examples["test"]]
+    model, config, _, shown = open_run(runs["none"], "test", "cpu")
+    rows, notes, ids = shown.rows, shown.notes, [example.image_id for example in shown.examples]
     for swap, found in ((shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])):
         changed = [notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {}))) for row in rows]
-        again = evaluate.predict(model, changed, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32")
+        again = evaluate.predict(model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32")
         assert evaluate.score(again)["token"] == pytest.approx(found["token"])
 
 
@@ -354,7 +355,7 @@ def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
     _, path = noted
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(path.read_bytes())
-    assert open_run(runs["film"], "test", "cpu", notes=moved)[-2].path == moved
+    assert open_run(runs["film"], "test", "cpu", notes=moved)[-1].notes.path == moved
     moved.write_text(moved.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
         open_run(runs["film"], "test", "cpu", notes=moved)
@@ -383,10 +384,11 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     _, path = noted
     more = ("--fusion", "none", "--notes", path, "--extra", "post")
     folder = train_run(tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes")
-    model, tokenizer, config, dataset, rows, cache, notes, _ = open_run(folder, "test", "cpu")
-    moved = [row["note"]["about_post"] != notes.notes[e.id]["about_post"] for row, e in zip(rows, dataset.examples["test"], strict=True)]
+    model, config, _, shown = open_run(folder, "test", "cpu")
+    own = [shown.notes.notes[example.id]["about_post"] for example in shown.examples]
+    moved = [row["note"]["about_post"] != said for row, said in zip(shown.rows, own, strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
-    again = evaluate.predict(model, rows, dataset.examples["test"], config["labels"], 0, 12, "cpu", "float32", cache, notes=notes)
+    again = evaluate.predict(model, shown, config["labels"], 12, "cpu", "float32")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")]
     evaluate.main(["--run", str(folder), "--device", "cpu"])
     assert "TRAINED AND SCORED WITH OTHER POSTS' NOTES" in capsys.readouterr().out
@@ -397,7 +399,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     (name, found) = evaluate.read_runs(str(tmp_path / "run-*"), "test")
     assert name == "run-s1" and len(found) == 1
     with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
-        evaluate.run_notes({"notes": None}, None, [], [], "test", "n.jsonl")
+        run_notes({"notes": None}, None, [], [], "test", "n.jsonl")
     # Another text under the same name is another system to the tables.
     argv = [str(a) for a in ("--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder",
             encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu", *more, "--run-dir", tmp_path / "run-s1")]  # fmt: skip

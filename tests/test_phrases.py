@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import attention_maps
 import evaluate
 import extract_features
 import predict
@@ -290,7 +291,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
 def test_phrases_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
     captions = read_captions(data_dir / "demo" / "captions.txt")
     odd = captions["test_0000.jpg"]
-    monkeypatch.setattr(report, "phrases_of", lambda said: phrases_of(said)[said == odd :])
+    monkeypatch.setattr(attention_maps, "phrases_of", lambda said: phrases_of(said)[said == odd :])
     page = embedded(report.main(["--run", str(run), "--output", str(tmp_path / "page.html")]))
     lacking = 0
     for post in page["posts"]:

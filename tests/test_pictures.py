@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ import extract_features
 import predict
 import report
 import train
-from encoding import collate
-from evaluate import open_run
 from features import FeatureCache
+from inputs import open_run
 from model import load_run, system_settings
 from scores import main_score, read_predictions
 
@@ -81,16 +81,14 @@ def test_the_run_is_told_scored_and_loaded(run, generated, capsys):
     # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the
     # pictures there are.
     assert 4.5 < log[0]["loss_bottleneck"] < 6.2
-    model, tokenizer, config, dataset, rows, photos, _, second = open_run(run, "test", "cpu")
+    model, config, _, shown = open_run(run, "test", "cpu")
     assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1, "matching": 0.9}
-    records, examples = read_predictions(run / "predictions-test.jsonl"), dataset.examples["test"]
+    records, examples = read_predictions(run / "predictions-test.jsonl"), shown.examples
     assert [record["generated"] for record in records] == [
         example.image_id not in ABSENT for example in examples
     ]
-    again = evaluate.predict(
-        model, rows, examples, config["labels"], 0, 3, "cpu", "float32", photos, generated=second
-    )
-    blind = evaluate.predict(model, rows, examples, config["labels"], 0, 3, "cpu", "float32", photos)
+    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
+    blind = evaluate.predict(model, replace(shown, generated=None), config["labels"], 3, "cpu", "float32")
     for record, same, other in zip(records, again, blind, strict=True):
         assert record["probability"] == pytest.approx(same["probability"], abs=1e-4)
         assert (record["probability"] == pytest.approx(other["probability"], abs=1e-5)) == (
@@ -140,9 +138,9 @@ def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
         4 * [f"test_{i:04d}" for i in range(8)]
     )
     # What it stays for: with every photo hidden, the post's own second picture still tells posts apart.
-    model, tokenizer, _, dataset, rows, photos, _, second = open_run(folder, "test", "cpu")
-    ids = [example.image_id for example in dataset.examples["test"]]
-    batch = collate(rows, 0, photos, [None] * 8)
+    model, _, _, shown = open_run(folder, "test", "cpu")
+    ids, second = [example.image_id for example in shown.examples], shown.generated
+    batch = replace(shown, generated=None).batch(range(8), hidden=[True] * 8)
     with torch.inference_mode():
         plain, own, other = (
             model(batch | part) for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1]))

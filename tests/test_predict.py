@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import new_posts
 import predict
 import train
 from data import load_dataset
@@ -45,7 +46,7 @@ TASKS = ("ner", "relation")
 
 
 def words_of(text, task, cuts=()):
-    return [text[start:end] for start, end in predict.split_words(text, task, cuts)]
+    return [text[start:end] for start, end in new_posts.split_words(text, task, cuts)]
 
 
 @pytest.mark.parametrize("text, twitter, mnre", TYPED)
@@ -64,7 +65,7 @@ def test_no_character_is_lost_and_words_split_no_further(text, task):
 @given(st.text("ab .'@1", min_size=2, max_size=20), st.data(), st.sampled_from(TASKS))
 def test_no_word_goes_across_a_cut(text, data, task):
     cut = data.draw(st.integers(1, len(text) - 1))
-    assert not any(start < cut < end for start, end in predict.split_words(text, task, [cut]))
+    assert not any(start < cut < end for start, end in new_posts.split_words(text, task, [cut]))
     assert "".join(words_of(text, task, [cut])) == text.replace(" ", "")
 
 
@@ -72,7 +73,7 @@ def test_long_nonsense_is_split_in_no_time():
     started = time.perf_counter()
     for part in ("a", "@_", "x'", "www.", "A. ", "http://", "1.", "1_", "_", ".", "n't"):
         for task in TASKS:
-            assert len(predict.split_words(part + part[-1:] * 10**5 + part * 10**5, task)) <= predict.MOST_WORDS + 1
+            assert len(new_posts.split_words(part + part[-1:] * 10**5 + part * 10**5, task)) <= new_posts.MOST_WORDS + 1
     assert time.perf_counter() - started < 10
 
 
@@ -157,7 +158,7 @@ def test_regions_are_those_of_the_feature_file(runs, data_dir, cache_dir, system
     cache = FeatureCache(predictor.config["features"])
     there = cache.read([post["id"] for post in posts])
     named = {source: source for source in sources}
-    here = predict.NewPhotos(named, predictor.made, predictor.backbone, "cpu", predictor.pool).read(sources)
+    here = new_posts.NewPhotos(named, predictor.made, predictor.backbone, "cpu", predictor.pool).read(sources)
     assert all(torch.equal(here[name], there[name]) for name in ("region_mask", "region_grid"))
     assert here["regions"].dtype == there["regions"].dtype and here["regions"].any()
     torch.testing.assert_close(here["regions"], there["regions"], rtol=2e-3, atol=2e-3)
@@ -179,7 +180,7 @@ def test_relations_by_words_and_by_characters(runs, data_dir):
                           "probability": pytest.approx(record["probability"], abs=1e-4)}  # fmt: skip
     assert predictor(typed) == predictor(posts)
     # A span within a word is a word of its own, and spaces do not count.
-    inside = predict.read_post({"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation")
+    inside = new_posts.read_post({"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation")
     assert inside[0].words == ("Anti", "Messi", "of", "BBC") and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4))
 
 
@@ -320,7 +321,7 @@ def test_another_backbone_is_refused(runs, data_dir, tmp_path, system, weights, 
     elif weights == "vilt":
         weights = str(data_dir / "demo" / "vilt")
     with pytest.raises(ValueError, match=message) as error:
-        predict.run_backbone(made, weights)
+        new_posts.run_backbone(made, weights)
     assert "\n" not in str(error.value)
 
 
@@ -335,9 +336,9 @@ def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked)
         calls.append(args)
         raise ValueError("enough")
 
-    monkeypatch.setattr(predict, "load_backbone", load)
+    monkeypatch.setattr(new_posts, "load_backbone", load)
     with pytest.raises(ValueError, match="enough"):
-        predict.run_backbone({"backbone": "clip", "weights": recorded, "img_size": 224, "seed": 5})
+        new_posts.run_backbone({"backbone": "clip", "weights": recorded, "img_size": 224, "seed": 5})
     assert calls == [("clip", asked, 224, 5)]
 
 
@@ -409,7 +410,7 @@ def test_a_broken_post_is_an_error_in_its_place(runs, tmp_path, capsys):
 @pytest.mark.parametrize("span, message", SPANS)
 def test_a_broken_span_is_an_error(runs, span, message):
     with pytest.raises(ValueError, match=message):
-        predict.read_post({"text": "a b c", "head": span, "tail": [0, 1]}, "relation")
+        new_posts.read_post({"text": "a b c", "head": span, "tail": [0, 1]}, "relation")
 
 
 def test_a_file_is_answered_as_its_posts_are(runs, posts_file, clip, tmp_path, capsys):
@@ -538,7 +539,7 @@ def test_windows_hold_no_more_than_their_bounds():
     lines = [(i, b"x" * np.random.default_rng(i).integers(0, 2**18)) for i in range(400)]
     made = list(predict.windows(iter(lines)))
     assert list(itertools.chain(*made)) == lines and max(map(len, made)) <= predict.WINDOW
-    assert all(sum(len(line) for _, line in window) <= predict.LINE + 2**18 for window in made)
+    assert all(sum(len(line) for _, line in window) <= new_posts.LINE + 2**18 for window in made)
 
 
 # ------------------------------------------------------------------------------------------------- command line

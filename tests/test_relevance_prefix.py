@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, Rob
 
 import arguments
 import evaluate
+import inputs
 import predict
 import report
 import train
@@ -23,7 +24,7 @@ from align import ALIGNMENTS
 from data import load_dataset
 from encoding import PROBE, collate, encode
 from fusion import FUSIONS, clean, unit_length
-from model import SYSTEMS, TextRegions, read_config, system_settings
+from model import SYSTEMS, TextRegions, load_run, read_config, system_settings
 from notes import Notes, Segments
 from scores import read_predictions, write_json_lines
 from stages import Prefix, Relevance
@@ -757,7 +758,7 @@ def median_of(dataset, notes_file, tokenizer, absent, *more):
     notes = Notes(notes_file, tokenizer, args.extra, 128, relevance=True)
     for split, examples in dataset.examples.items():
         notes.attach(rows[split], examples, split)
-    return train.median_relevance(args, dataset, rows, notes, Photos(absent))
+    return inputs.median_relevance(args, dataset, rows, notes, Photos(absent))
 
 
 def test_the_median_is_of_posts_with_a_photo(
@@ -807,21 +808,19 @@ def test_new_losses_are_logged_with_their_weights(runs):
         "prefix": {"loss_contrastive"},
     }
     assert all(logs[name][key] > 0 for name, keys in losses.items() for key in keys)
-    loaded, _, _ = evaluate.load_run(runs["taught"][0])
+    loaded, _, _ = load_run(runs["taught"][0])
     assert loaded.loss_weights == {"labels": 1.0, "relevance": 2.0}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     folder, _ = runs[name]
-    model, tokenizer, config, dataset, rows, cache, notes, _ = evaluate.open_run(folder, "test", "cpu")
-    examples, recorded = dataset.examples["test"], read_predictions(folder / "predictions-test.jsonl")
-    ids = [example.image_id for example in examples]
+    model, config, dataset, shown = inputs.open_run(folder, "test", "cpu")
+    recorded = read_predictions(folder / "predictions-test.jsonl")
+    ids = [example.image_id for example in shown.examples]
 
     def answers(swap):
-        return evaluate.predict(
-            model, rows, examples, config["labels"], 0, 3, "cpu", "float32", cache, swap, notes=notes
-        )
+        return evaluate.predict(model, shown.showing(swap), config["labels"], 3, "cpu", "float32")
 
     again = answers(None)
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
@@ -831,7 +830,7 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     own = [note.get("relevance") for note in rated(dataset)[-8:]]
     assert [r.get("relevance") for r in recorded] == (own if reads else [None] * 8)
     assert ["extra" in r for r in recorded] == [name in ("given", "prefix")] * 8
-    swap = evaluate.shuffled_photos(ids, cache, 1, notes)
+    swap = inputs.shuffled_photos(ids, shown.cache, 1, shown.notes)
     moved = [r.get("relevance") for r in answers(swap)]
     assert (
         moved == ([own[ids.index(swap[i])] for i in ids] if reads else [None] * 8)
@@ -850,9 +849,9 @@ def test_notes_are_wanted_and_refused_as_with_a_second_segment(runs, demo_notes,
     other = tmp_path / "other.jsonl"
     other.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
-        evaluate.open_run(runs["taught"][0], "test", "cpu", notes=other)
+        inputs.open_run(runs["taught"][0], "test", "cpu", notes=other)
     for script in (
-        evaluate.open_run,
+        inputs.open_run,
         lambda folder, *_, notes: report.main(["--run", str(folder), "--notes", str(notes)]),
     ):
         with pytest.raises(ValueError, match="the run read none; leave it out"):
@@ -867,8 +866,8 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
         example.image_id: note.get("relevance")
         for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)
     }
-    cache, notes, _ = evaluate.open_run(folder, "test", "cpu")[-3:]
-    swap = evaluate.shuffled_photos(list(own), cache, 1337, notes)
+    shown = inputs.open_run(folder, "test", "cpu")[-1]
+    swap = inputs.shuffled_photos(list(own), shown.cache, 1337, shown.notes)
     records = read_predictions(folder / "predictions-test.jsonl")
     assert [record["relevance"] for record in records] == [
         own[swap[record["image_id"]]] for record in records
@@ -879,7 +878,6 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
 
 def test_new_posts_bring_their_relevance(runs, demo_notes, data_dir, capsys):
     (dataset, _), (folder, _) = demo_notes, runs["given"]
-    model, tokenizer, config, _, rows, cache, notes, _ = evaluate.open_run(folder, "test", "cpu")
     predictor = predict.Predictor(folder, "cpu", "random")
     given = []
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):

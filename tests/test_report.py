@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from seqeval.metrics.sequence_labeling import get_entities
 
+import inputs
 import report
 import train
+from attention_maps import place_maps, seen_part, thumbnail
 from backbones import load_processor
 from data import DATASETS, load_dataset
 from encoding import collate, encode
-from evaluate import open_run
 from features import FeatureCache
 from model import load_run
 from notes import EXTRAS, Segments, read_notes
-from report import compare_spans, place_maps, relation_kind, score_tables, seen_part, thumbnail
+from report import compare_spans, relation_kind, score_tables
 from scores import entity_spans, score, write_json, write_json_lines
 from text_encoder import load_tokenizer
 
@@ -259,11 +260,11 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
 def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path, name, monkeypatch):
     """With their second segments: those change the tiny models' attention too little for `test_maps` to see."""
     looked_at = []
-    monkeypatch.setattr(report, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
+    monkeypatch.setattr(inputs, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
     page_of(runs[name], tmp_path / "page.html")
     split, records = predictions(runs[name])
-    _, _, _, dataset, rows, _, notes, _ = open_run(runs[name], split, "cpu")
-    answered = [notes.shown(row, e.image_id) for row, e in zip(rows, dataset.examples[split], strict=True)]
+    posts = inputs.open_run(runs[name], split, "cpu")[-1]
+    answered = [posts.notes.shown(row, e.image_id) for row, e in zip(posts.rows, posts.examples, strict=True)]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")
     looked_at, answered = (sorted([row.get(key) for key in kept] for row in side) for side in (looked_at, answered))

@@ -13,10 +13,11 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
 from data import NerExample, RelationExample
-from evaluate import check_row, main, shuffled_photos, type_changes, verdict
+from evaluate import check_row, main, type_changes, verdict
+from inputs import shuffled_photos
 from scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
 from scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
-from scores import write_json_lines  # fmt: skip
+from scores import write_json_lines
 
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
 RATES = ("accuracy", "precision", "recall", "f1")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import demo
 import evaluate
 import extract_features
+import inputs
 import model
 import predict as predictor
 import report
@@ -29,9 +30,10 @@ import train
 from commands import lock
 from data import load_dataset
 from encoding import collate, encode
-from evaluate import predict, shuffled_photos
+from evaluate import predict
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
+from inputs import Posts, open_run, shuffled_photos
 from model import load_run
 from scores import entity_spans, main_score, read_predictions, score
 from text_encoder import load_text_encoder
@@ -96,7 +98,8 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
     model, tokenizer, config = load_run(folder)
     rows, _ = encode(tokenizer, examples["valid"], config["labels"], config["max_len"])
     cache = FeatureCache(config["features"]) if fusion != "none" else None
-    again = predict(model, rows, examples["valid"], config["labels"], tokenizer.pad_token_id, 3, "cpu", "float32", cache)
+    posts = Posts(examples["valid"], rows, tokenizer.pad_token_id, cache)
+    again = predict(model, posts, config["labels"], 3, "cpu", "float32")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-valid.jsonl")]
 
 
@@ -192,14 +195,14 @@ def test_alignments_that_cannot_be_are_refused(more, said, capsys):
 
 def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
     posts, trained = load_dataset("demo", data_dir).examples["train"], []
-    monkeypatched = train.encode
+    monkeypatched = inputs.encode
 
     def watched(tokenizer, examples, *args):
         trained.append([example.id for example in examples])
         return monkeypatched(tokenizer, examples, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "encode", watched)
+        patch.setattr(inputs, "encode", watched)
         for seed in (1, 1, 2):
             run(flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed, "--train-share", 0.3)
     first, again, other = trained[::3]
@@ -212,9 +215,9 @@ def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
     folder = run(flags, tmp_path / "crf", "--fusion", "film", "--decoder", "crf")
     weights = load_file(folder / "model.safetensors")
     assert all(weights[f"head.crf.{name}"].abs().max() > 0 for name in ("start", "transitions", "end"))
-    loaded, tokenizer, config, dataset, rows, cache, _, _ = evaluate.open_run(folder, "test", "cpu")
+    loaded, config, _, posts = open_run(folder, "test", "cpu")
     recorded = read_predictions(folder / "predictions-test.jsonl")
-    batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in dataset.examples["test"]])
+    batch = posts.batch(range(len(posts)))
     with torch.inference_mode():
         best, probability = loaded.head.crf.decode(loaded(batch), batch["word_starts"] >= 0)
     for record, labels, chance in zip(recorded, best.tolist(), probability.tolist(), strict=True):
@@ -231,9 +234,9 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     folder = run(flags, tmp_path / "run", *more)
     weights = load_file(folder / "model.safetensors")
     assert all(tensor.any() for name, tensor in weights.items() if not name.startswith("encoder."))
-    model, tokenizer, config, dataset, rows, cache, *_ = evaluate.open_run(folder, "test", "cpu")
-    examples, recorded = dataset.examples["test"], read_predictions(folder / "predictions-test.jsonl")
-    batch = collate(rows, tokenizer.pad_token_id, cache, [example.image_id for example in examples])
+    model, config, _, posts = open_run(folder, "test", "cpu")
+    examples, recorded = posts.examples, read_predictions(folder / "predictions-test.jsonl")
+    batch = posts.batch(range(len(posts)))
     with torch.inference_mode():
         bias = model.head.photo_bias(batch["regions"], batch["region_mask"])
         best, _ = model.head.crf.decode(model(batch), batch["word_starts"] >= 0, bias)
@@ -245,8 +248,8 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     check = json.loads((folder / "image-check-test.json").read_text())
     assert main_score(check["true"]) == main_score(score(recorded))
     images = data_dir / "demo" / "images"
-    posts = [{"words": list(e.words), "image": str(images / f"{e.image_id}.jpg")} for e in examples]
-    answers = predictor.Predictor(folder, "cpu")(posts)
+    asked = [{"words": list(e.words), "image": str(images / f"{e.image_id}.jpg")} for e in examples]
+    answers = predictor.Predictor(folder, "cpu")(asked)
     for answer, record in zip(answers, recorded, strict=True):
         found = {(entity["type"], *entity["words"]) for entity in answer["entities"]}
         assert found == entity_spans(record["predicted"])
@@ -255,7 +258,7 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     page = json.loads(page.partition("</script>")[0])
     shown = {post["id"]: post["maps"]["places"] for post in page["posts"]}
     assert page["rest"] == "coarser views of it" and "decoder visual-crf" in page["facts"]["System"]
-    for example, row, weight in zip(examples, rows, attended, strict=True):
+    for example, row, weight in zip(examples, posts.rows, attended, strict=True):
         assert shown[example.id] == pytest.approx(weight[row["word_starts"]].sum(-1).tolist(), abs=2e-3)
 
 
@@ -498,14 +501,14 @@ def test_a_parameter_that_cannot_learn_is_named():
 
 
 def test_an_encoder_with_an_unused_part_stops_at_the_first_step(flags, tmp_path, monkeypatch):
-    load = train.load_text_encoder
+    load = inputs.load_text_encoder
 
     def with_idle_part(*args):
         encoder, tokenizer = load(*args)
         encoder.idle = torch.nn.Linear(2, 2)
         return encoder, tokenizer
 
-    monkeypatch.setattr(train, "load_text_encoder", with_idle_part)
+    monkeypatch.setattr(inputs, "load_text_encoder", with_idle_part)
     with pytest.raises(ValueError, match="parameter encoder.idle.weight got no gradient in the first step"):
         run(flags, tmp_path / "run")
 
@@ -543,9 +546,9 @@ def test_one_view_is_said_in_one_line(flags, tmp_path, data_dir, capsys):
 def test_test_is_scored_once_with_the_best_epoch(flags, tmp_path, monkeypatch):
     calls = []
 
-    def watched(model, rows, examples, *args):
-        calls.append(examples[0].id.split("_")[0])
-        return predict(model, rows, examples, *args)
+    def watched(model, posts, *args):
+        calls.append(posts.examples[0].id.split("_")[0])
+        return predict(model, posts, *args)
 
     monkeypatch.setattr(train, "predict", watched)
     run(flags, tmp_path / "run", "--epochs", 3)
@@ -645,7 +648,8 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     assert [r["image_id"] for r in records] == [e.image_id for e in dataset.examples["test"]] and len(by_words) > 1
     model, tokenizer, _ = load_run(folder)
     rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], config["max_len"])
-    again = predict(model, rows, dataset.examples["test"], config["labels"], 0, 1, "cpu", "float32", cache, wrong["test"])
+    posts = Posts(dataset.examples["test"], rows, 0, cache, swap=wrong["test"])
+    again = predict(model, posts, config["labels"], 1, "cpu", "float32")
     assert [r["probability"] for r in again] == [r["probability"] for r in records]
     evaluate.main(["--image-check", "--run", str(folder)])
     assert "trained on shuffled photos" in capsys.readouterr().out
@@ -982,5 +986,5 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
     model, tokenizer, config = load_run(tmp_path / "film")
     rows, _ = encode(tokenizer, examples, config["labels"], 128)
     swap = shuffled_photos([example.image_id for example in examples], cache, 0)
-    again = predict(model, rows, examples, config["labels"], 0, 12, "cpu", "float32", cache, swap)
+    again = predict(model, Posts(examples, rows, 0, cache, swap=swap), config["labels"], 12, "cpu", "float32")
     assert main_score(score(again)) == scores["film"]["shuffled"][0]

@@ -1,0 +1,185 @@
+"""Where the words of a finished run looked in their photos, and the photos and notes to show that beside."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from backbones import phrases_of, upright
+from commands import progress_bar
+from data import NerExample, RelationExample, load_dataset
+from encoding import encode, length_batches, to_device
+from inputs import Posts, dataset_now, run_cache, run_notes
+from model import autocast, precision_on
+from notes import EXTRAS, note_text, said_of_photos
+from photos import find_photos
+
+SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
+PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
+MISSING = "no such file"
+NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
+
+
+def thumbnail(path, side=SIDE):
+    """RGB photo of at most `side` pixels, turned upright, from a file of any kind that Pillow reads."""
+    with Image.open(path) as file:
+        file.draft(
+            "RGB", (2 * side, 2 * side)
+        )  # a JPEG is decoded at a fraction of its size: several times as fast
+        photo = upright(file)
+    photo.thumbnail((side, side))
+    return photo
+
+
+def seen_part(width, height, resizing):
+    """[left, top, width, height] of what the model saw of a photo, in shares of the photo.
+
+    `resizing`: as the feature file tells it. All of the photo, unless an image processor crops the centre.
+    """
+    made = json.loads(resizing) if resizing.startswith("{") else {}
+    if not made.get("do_center_crop"):
+        return [0, 0, 1, 1]
+    size, crop = made["size"], made["crop_size"]
+    short = size.get("shortest_edge")
+    if short:
+        resized = width * short / min(width, height), height * short / min(width, height)
+    else:
+        resized = size["width"], size["height"]
+    across, down = crop["width"] / resized[0], crop["height"] / resized[1]
+    return [round(share, 4) for share in ((1 - across) / 2, (1 - down) / 2, across, down)]
+
+
+def load_photos(image_ids, folders, resizing):
+    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}."""
+    photos, reasons = {}, {}
+    paths = find_photos(image_ids, folders, reasons)
+    for image_id, path in progress_bar(len(paths), "photo", True, iterable=paths.items()):
+        if path is None:
+            photos[image_id] = reasons.get(image_id, MISSING)
+            continue
+        try:
+            photo, buffer = thumbnail(path), io.BytesIO()
+            photo.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+        except (
+            Exception
+        ) as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
+            photos[image_id] = f"cannot be read ({type(error).__name__})"
+            continue
+        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, resizing)]
+    return photos
+
+
+def place_maps(weights, grid):
+    """weights [n, R] over all regions of a photo -> maps uint8 [n, h, w], shares of places [n] and of the
+    whole [n].
+
+    `grid`: rows and columns that the last rows * columns regions stand for; the regions before them are of
+    the photo as a whole. A map has at most `PLACES` places, each in 255ths of the map's own maximum.
+    """
+    rows, columns = grid
+    whole, places = weights.split([weights.shape[1] - rows * columns, rows * columns], 1)
+    step = (
+        1 if rows == 1 else math.ceil(math.sqrt(rows * columns / PLACES))
+    )  # phrases are no places to be averaged
+    maps = places.unflatten(1, (rows, columns))
+    maps = F.adaptive_avg_pool2d(maps, (math.ceil(rows / step), math.ceil(columns / step)))
+    maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return maps.round().byte(), places.sum(1), whole.sum(1)
+
+
+def open_regions(run, config, records, features):
+    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; else None.
+
+    Captions have no places. ValueError if the features are not those the run was trained on.
+    """
+    if config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos"):
+        return None
+    photos = [record["image_id"] for record in records]
+    cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])
+    return cache if cache.grid.any() or cache.attrs["backbone"] == "phrases" else None
+
+
+def shown_phrases(config, cache, data_dir, path):
+    """{image id: its phrases, one for each of its regions} of the photos that a run on phrases was shown.
+
+    `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many
+    as its regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data
+    set is not there, or has changed.
+    """
+    made = config["features_made"]
+    path = Path(path or made["made_from"])
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
+        raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
+    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
+    found = {}
+    for image_id, row in cache.rows.items():
+        texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
+        if cache.has_photo(image_id) and len(texts) == cache.num_regions[row]:
+            found[image_id] = texts
+    return found
+
+
+def posts_of(config, tokenizer, records, split, cache, path):
+    """(`Posts` that a run answered with `records`, what of notes was shown with each as {key: text}).
+
+    `path`: where the notes are now. Of a run on shuffled photos posts and texts are without what was written
+    with a photo in view: that was another's. FileNotFoundError or ValueError if the notes are not there, or
+    changed.
+    """
+    label = config["labels"][0]  # `encode` wants labels, what a word attends to does not depend on them
+    ner = config["task"] == "ner"
+    examples = [
+        NerExample(r["id"], r["image_id"], tuple(r["words"]), (label,) * len(r["words"])) if ner else
+        RelationExample(r["id"], r["image_id"], tuple(r["words"]), tuple(r["head"]), tuple(r["tail"]), label)
+        for r in records
+    ]  # fmt: skip
+    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
+    notes = run_notes(config, tokenizer, rows, examples, split, path)
+    swap = {example.image_id: None for example in examples} if config.get("shuffle_photos") else None
+    posts = Posts(examples, rows, tokenizer.pad_token_id, cache, notes, swap=swap)
+    if notes is None:
+        return posts, [{}] * len(posts)
+    known = [notes.known(row, posts.shown(i)[0]) for i, row in enumerate(rows)]
+    keys = EXTRAS[config["extra"]]
+    return posts, [{key: text for key in keys if (text := note_text(note, key))} for note in known]
+
+
+def attention(model, config, posts, device):
+    """{number of the post: what each of its words (of a relation: its head and tail) weighed in the photo}.
+
+    Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start
+    markers': what the model's head reads. Posts without a photo are left out.
+    """
+    found, ner, cache = {}, config["task"] == "ner", posts.cache
+    batches = length_batches(posts.lengths(), config["eval_batch_size"])
+    for chosen in progress_bar(len(batches), "batch", True, iterable=batches, desc="attention"):
+        batch = to_device(posts.batch(chosen), device)
+        with torch.inference_mode(), autocast(device, precision_on(device, config)):
+            _, weights = model(batch, return_weights=True)
+        if weights is None:  # a fusion of one's own may weigh nothing
+            return {}
+        for i, weight in zip(chosen, weights.float().cpu(), strict=True):  # [T, R]
+            photo, row = posts.shown(i)
+            if not cache.has_photo(photo):
+                continue
+            at = cache.rows[photo]
+            starts = torch.tensor(row["word_starts"] if ner else [row["head_index"], row["tail_index"]])
+            weight = weight[starts.clamp(min=0), : cache.num_regions[at]]
+            weight = weight * (starts >= 0)[:, None]  # of a word that was not read, 0
+            grid = cache.grid[at].tolist() if cache.grid[at].any() else [1, weight.shape[1]]
+            maps, places, whole = place_maps(weight, grid)
+            found[i] = {
+                "rows": maps.shape[1], "columns": maps.shape[2],
+                "bytes": base64.b64encode(maps.numpy()).decode(),
+                "places": [round(share, 3) for share in places.tolist()],
+                "whole": [round(share, 3) for share in whole.tolist()],
+            }  # fmt: skip
+    return found

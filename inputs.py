@@ -1,0 +1,398 @@
+"""What a model is shown: the posts of a data set with photos, notes and second pictures, opened and checked.
+
+    dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)  # for a new run, said on the console
+    model, config, dataset, posts = open_run(run_dir, "test", device)      # what a finished run was scored on
+    batch = posts.batch([0, 1, 2])
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import DATASETS, cut_train, load_dataset
+from encoding import collate, encode
+from features import FeatureCache
+from fusion import FUSIONS
+from model import RUN_FORMAT, SYSTEMS, WORDED, load_run
+from notes import Notes, reads_relevance
+from photos import find_photos, image_folders
+from stages import Prefix
+from text_encoder import check_soft_tokens, load_text_encoder, longest_input
+
+
+@dataclass
+class Posts:
+    """The posts of one split with all that is shown with them.
+
+    `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `FeatureCache` of the photos and
+    that of second pictures; `notes`: the `Notes` that are attached to the rows; each None where there is
+    none. `swap`: {image id: the one to show in its place, None for no photo}; None: each post is shown its
+    own photo.
+    """
+
+    examples: list
+    rows: list
+    pad_id: int
+    cache: FeatureCache | None = None
+    notes: Notes | None = None
+    generated: FeatureCache | None = None
+    swap: dict | None = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def showing(self, swap):
+        """The same posts with other photos."""
+        return dataclasses.replace(self, swap=swap)
+
+    def part(self, chosen):
+        """Some of the posts, by their numbers."""
+        rows, examples = ([side[i] for i in chosen] for side in (self.rows, self.examples))
+        return dataclasses.replace(self, rows=rows, examples=examples)
+
+    def shown(self, i, hidden=False):
+        """(image id of the photo that post `i` is shown, None for none; its row, with the notes that go with
+        it).
+        """
+        own = self.examples[i].image_id
+        photo = None if hidden else own if self.swap is None else self.swap[own]
+        return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
+
+    def lengths(self):
+        """Sub-tokens of each post, notes included, as batches are cut by."""
+        return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
+
+    def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
+        """The model's input of some posts, by their numbers: what `collate` makes, and
+        `FeatureCache.read_generated`.
+
+        `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
+        second picture is read, None for the first. `pictures` False: neither of them is shown.
+        """
+        hidden = [False] * len(chosen) if hidden is None else hidden
+        shown = [self.shown(i, hide or not pictures) for i, hide in zip(chosen, hidden, strict=True)]
+        photos, rows = zip(*shown, strict=True)
+        batch = collate(rows, self.pad_id, self.cache, photos, views)
+        if self.generated:  # made from the text, it stays with its post whatever photo is shown
+            ids = [self.examples[i].image_id if pictures else None for i in chosen]
+            batch |= self.generated.read_generated(ids, second_views)
+        return batch
+
+
+def shuffled_photos(image_ids, cache, seed, notes=None):
+    """{image id: another post's image id}: one random cycle through the photos, so none stays with its own
+    post.
+
+    Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes
+    have of one. An id without a photo keeps having none; a lone photo has no other to change with.
+    """
+    known = [source for source in (cache, notes) if source is not None]
+    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
+    order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
+    return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- for a new run
+
+
+def open_inputs(args, device):
+    """All that a run of train.py with arguments `args` reads; what there is of it is said on the console.
+
+    (dataset, encoder, tokenizer, {split: `Posts`}, facts for the run's configuration). Begins at torch's
+    present random state: the encoder may have parts that start at random. FileNotFoundError or ValueError if
+    something is not there, broken, or does not fit the rest.
+    """
+    dataset = load_dataset(args.dataset, args.data_dir)
+    if args.train_share < 1:
+        cut_train(dataset, args.train_share, args.seed)
+    prints = dataset.fingerprints()
+    for split, examples in dataset.examples.items():
+        print(
+            f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})"
+        )
+    for note in dataset.notes:
+        print(f"           {note}")
+    cache = open_features(args, dataset)
+    generated = open_generated(args, dataset, cache)
+    for features in filter(None, (cache, generated)):
+        if device.startswith("cuda") and features.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            features.keep_on(device)
+            print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
+    encoder, tokenizer = load_text_encoder(args.text_encoder, SYSTEMS[args.model], dataset.task, args.dropout)
+    check_length(args, encoder, tokenizer)
+    if args.fusion == "prefix":
+        check_soft_tokens(encoder, tokenizer, args.text_encoder, Prefix.count)
+    rows = {}
+    for split, examples in dataset.examples.items():
+        rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
+        if any(counts.values()):
+            print(
+                f"           {split}: "
+                + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+            )
+    notes = open_notes(args, dataset, rows, tokenizer, encoder)
+    median = median_relevance(args, dataset, rows, notes, cache) if notes and notes.relevance else None
+    posts = {
+        split: Posts(examples, rows[split], tokenizer.pad_token_id, cache, notes, generated)
+        for split, examples in dataset.examples.items()
+    }
+    if args.shuffle_photos:
+        for part in posts.values():
+            part.swap = shuffled_photos(
+                [example.image_id for example in part.examples], cache, args.seed, notes
+            )
+        if not any(posts["train"].swap.values()):
+            raise ValueError(
+                "--shuffle-photos: of no post of train there is a photo, or a note on one, to shuffle; leave"
+                " it out"
+            )
+        print("photos     SHUFFLED: each post is shown another's, in every split")
+    facts = {
+        "run_format": RUN_FORMAT,
+        "task": dataset.task,
+        "labels": list(dataset.labels),
+        "data": prints,
+        "region_dim": cache.region_dim if cache else None,
+        "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,
+        "generated_made": generated.attrs | {"sha256": generated.sha256} if generated else None,
+        "notes_sha256": notes.sha256 if notes else None,
+        "relevance_median": median,
+    }
+    return dataset, encoder, tokenizer, posts, facts
+
+
+def open_features(args, dataset):
+    """The feature cache and, said on the console, how many posts of each split have a photo; None for text
+    only.
+    """
+    if args.fusion == "none":
+        return None
+    if not dataset.image_ids():
+        raise ValueError(f"no post of {dataset.name} names a photo; --fusion none trains on the text alone")
+    cache = FeatureCache(args.features)
+    cache.require(dataset.image_ids(), dataset.name)
+    made, backbone = cache.attrs, SYSTEMS[args.model].backbone
+    if made["backbone"] != backbone:
+        raise ValueError(
+            f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name"
+            " another"
+        )
+    if args.fusion == "pyramid" and cache.num_regions.any() and not cache.grid.any():
+        raise ValueError(
+            f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
+        )
+    print(
+        f"features   {args.features}: {cache.views} views, made from"
+        f" {made.get('made_from', 'an unknown folder')}"
+    )
+    if backbone not in WORDED:
+        try:
+            paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
+        except FileNotFoundError:
+            if args.images:
+                raise
+            paths = {}
+        if not cache.photo_bytes.any():
+            print("           made by an earlier version, which kept no photo's size: not compared with the"
+                  " photos here")  # fmt: skip
+        if absent := cache.compare_photos(paths):
+            print(f"           {absent} of its photos are not here (--images names their folder): nothing"
+                  f" tells whether they are {dataset.name}'s")  # fmt: skip
+    if made["parameters"]:
+        print(
+            f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that"
+            " file"
+        )
+    what = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
+    for split, examples in dataset.examples.items():
+        with_photo = sum(cache.has_photo(example.image_id) for example in examples)
+        print(f"           {split}: {with_photo} of {len(examples)} posts have {what}")
+        if not with_photo:
+            print(f"WARNING    no post of {split} has {what}: its scores are those of text only")
+    if args.augment and cache.views == 1 and backbone not in WORDED:
+        print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
+    return cache
+
+
+def check_length(args, encoder, tokenizer, extra=0):
+    """ValueError if the encoder has too few positions for a post, `extra` of notes and soft tokens."""
+    longest, soft = longest_input(encoder, tokenizer), Prefix.count * (args.fusion == "prefix")
+    if args.max_len + extra + soft > longest:
+        asked = [f"--max-len {args.max_len}"] + [f"--extra-len {args.extra_len}"] * bool(extra)
+        asked += [f"the {soft} soft tokens of --fusion prefix"] * bool(soft)
+        raise ValueError(f"{' and '.join(asked)}: {args.text_encoder} takes {longest} in all")
+
+
+def median_relevance(args, dataset, rows, notes, cache):
+    """The median of the relevances of train's posts with a photo, for --align supervised; None without it.
+
+    How many are given is said on the console. ValueError if none of train is, or if the median parts nothing.
+    """
+    for split in dataset.examples:
+        known = [notes.known(row, row["image_id"]) for row in rows[split] if cache.has_photo(row["image_id"])]
+        given = [note["relevance"] for note in known if "relevance" in note]
+        rest = {"given": "that of the others is predicted", "predicted": "that of all is predicted"}
+        print(f"           {split}: relevance given of {len(given)} of {len(known)} posts with a photo,"
+              f" {rest.get(args.relevance, 'the others take no part in supervised alignment')}")  # fmt: skip
+        if split == "train":
+            of_train = np.float32(given)  # as batches have them
+    supervised = "supervised" in args.align
+    if not len(of_train) and (supervised or args.relevance == "given" or args.extra == "none"):
+        raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the"
+                         " notes, or leave out what reads it")  # fmt: skip
+    if supervised and (of_train >= np.median(of_train)).all():
+        raise ValueError(
+            "--align supervised: leave it out; its classes are relevances below train's median and others,"
+            f" and none of {args.notes} is below it, {np.median(of_train):g}"
+        )
+    return float(np.median(of_train)) if supervised else None
+
+
+def open_generated(args, dataset, cache):
+    """The feature cache of second pictures, None without, and on the console how many posts have one.
+
+    ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
+    """
+    if not args.generated:
+        if "generated" in getattr(FUSIONS.get(args.fusion), "reads", ()):
+            print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
+        return None
+    if not Path(args.generated).exists():
+        raise FileNotFoundError(
+            f"--generated {args.generated}: no such feature file; extract_features.py makes one of pictures"
+            " in the folder --images names, in another --cache-dir"
+        )
+    generated = FeatureCache(args.generated)
+    generated.require(dataset.image_ids(), dataset.name)
+    made = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
+    for key in ("backbone", "region width", "weights_sha256", "img_size"):
+        here, wanted = (side.get(key, "unknown") for side in made)
+        if here != wanted:
+            raise ValueError(
+                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one"
+                " map reads both pictures, so extract both alike"
+            )
+    made_from = generated.attrs.get("made_from", "an unknown folder")
+    print(f"generated  {args.generated}: {generated.views} views, made from {made_from}")
+    for split, examples in dataset.examples.items():
+        count = sum(generated.has_photo(example.image_id) for example in examples)
+        print(f"           {split}: {count} of {len(examples)} posts have one, {len(examples) - count} none")
+    if generated.sha256 == cache.sha256:
+        print("WARNING    these are the photos themselves: what hides or changes photos leaves them here")
+    return generated
+
+
+def open_notes(args, dataset, rows, tokenizer, encoder):
+    """The `Notes` of the data set, attached to its encoded `rows`, and on the console what they cover; None
+    without.
+
+    ValueError if they do not fit the data set, or the encoder: its longest input, or that it reads left to
+    right.
+    """
+    if args.notes is None:
+        return None
+    if args.extra != "none" and getattr(encoder, "left_to_right", False):
+        raise ValueError(f"--extra {args.extra}: {args.text_encoder} reads left to right, so no word would"
+                         " know of what stands after the post; take another --text-encoder")  # fmt: skip
+    notes = Notes(args.notes, tokenizer, args.extra, args.extra_len, reads_relevance(vars(args)))
+    if notes.segments:
+        check_length(args, encoder, tokenizer, notes.segments.longest)
+    for i, line in enumerate(notes.coverage(dataset.examples)):
+        print(f"{'           ' if i else 'notes      '}{line}")
+    for split, examples in dataset.examples.items():
+        notes.attach(rows[split], examples, split)
+        if args.shuffle_notes and notes.shuffle(rows[split], args.seed) < 2 and split == "train":
+            raise ValueError("--shuffle-notes: fewer than 2 posts of train have an about_post in"
+                             f" {args.notes}; leave it out")  # fmt: skip
+        if notes.segments is None:
+            continue
+        shown = [notes.shown(row, row["image_id"]) for row in rows[split]]
+        with_note, cut = (sum(bool(row.get(key)) for row in shown) for key in ("text_length", "note_cut"))
+        said = f", {cut} of them cut to --extra-len {args.extra_len}" * bool(cut)
+        print(f"           {split}: {with_note} of {len(examples)} posts have a second segment{said}")
+        if not with_note:
+            print(f"WARNING    no post of {split} has a second segment: its scores are those without notes")
+    if args.shuffle_notes:
+        print("notes      SHUFFLED: each post is given what was said of another, in every split")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------ of a finished run
+
+
+def dataset_now(config, data_dir=None):
+    """(name, --data-dir) of a run's data set.
+
+    `data_dir`: where it is now. Of the user's own, that is its parent folder, or itself under another name.
+    """
+    name = config["dataset"]
+    if data_dir and name not in DATASETS:
+        inside = Path(data_dir) / Path(name).name
+        name = str(inside if inside.is_dir() else Path(data_dir))
+    return name, data_dir or config["data_dir"]
+
+
+def run_notes(config, tokenizer, rows, examples, split, path=None):
+    """The `Notes` a run was trained with, attached to encoded `rows` of `examples` as they were; None if it
+    read none.
+
+    `path`: where they are now. ValueError if they have changed.
+    """
+    if config["notes"] is None:
+        if path:
+            raise ValueError(f"--notes {path}: the run read none; leave it out")
+        return None
+    more = config["extra"], config["extra_len"], reads_relevance(config)
+    notes = Notes(path or config["notes"], tokenizer, *more)
+    if notes.sha256 != (wanted := config["notes_sha256"]):
+        raise ValueError(
+            f"{notes.path}: not the notes the run was trained with ({wanted[:16]}); restore them"
+        )
+    notes.attach(rows, examples, split)
+    if config["shuffle_notes"]:
+        notes.shuffle(rows, config["seed"])
+    return notes
+
+
+def run_cache(run_dir, config, name, path, image_ids, dataset):
+    """The `FeatureCache` that a run was trained on, of its option `name`, "features" or "generated".
+
+    `path`: where it is now, if not where it was. ValueError if it has changed.
+    """
+    cache = FeatureCache(path or config[name])
+    cache.require(image_ids, dataset)
+    if cache.sha256 != config[f"{name}_made"]["sha256"]:
+        raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
+    return cache
+
+
+def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, generated=None):
+    """A run and what it was scored on: (model, config, dataset, `Posts` of `split`, each with its own photo).
+
+    `data_dir`, `features`, `notes`, `generated`: where they are now, if no longer where the run was trained.
+    ValueError if they have changed.
+    """
+    model, tokenizer, config = load_run(run_dir, device)
+    dataset = load_dataset(*dataset_now(config, data_dir))
+    if config["train_share"] < 1:
+        cut_train(dataset, config["train_share"], config["seed"])
+    made = config["data"][split]
+    if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
+        raise ValueError(
+            f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it"
+        )
+    rows, _ = encode(tokenizer, dataset.examples[split], config["labels"], config["max_len"])
+    cache = second = None
+    examples = dataset.examples[split]
+    photos = [example.image_id for example in examples]
+    if config["fusion"] != "none":
+        cache = run_cache(run_dir, config, "features", features, photos, dataset.name)
+    if generated and not config["generated"]:
+        raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
+    if config["generated"]:
+        second = run_cache(run_dir, config, "generated", generated, photos, dataset.name)
+    notes = run_notes(config, tokenizer, rows, examples, split, notes)
+    return model, config, dataset, Posts(examples, rows, tokenizer.pad_token_id, cache, notes, second)

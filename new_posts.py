@@ -1,0 +1,200 @@
+"""Posts of no data set: read from JSON, cut into words as the data sets are, their photos made into regions."""
+
+import itertools
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from backbones import Captions, Photos, load_backbone
+from data import NONE, NerExample, RelationExample
+from features import UNREADABLE, FeatureCache
+from model import WORDED
+from notes import check_note, is_text
+
+LINE = 2**20  # bytes of a post's line, and of all lines of a window, at most
+PHOTOS = 16  # that share a forward pass of the backbone
+MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
+
+# ------------------------------------------------------------------------------------------------------ words
+
+# Words as the data sets have them. Both: links whole, a word's accents with it (`\w` has no combining marks;
+# Hindi and Arabic do), any other character by itself. Twitter-2015/2017: "#", "@", "'" and every dot apart,
+# letters split from digits before them ("2 nd"). MNRE: "@user" whole, "'s" and "n't" apart from their word,
+# runs of dots whole, "U.S." and "John J. Quinn" as they are.
+W = rf"[\w{''.join(chr(c) for c in range(0x300, 0x2000) if unicodedata.category(chr(c))[0] == 'M')}]"
+LINK = r"(?:[Hh]ttps?://|www\.)\S*[^\s.,!?;:…)\]}'\"’”]"
+ENDING = rf"(?:['’](?:[sSmMdD]|re|ve|ll|RE|VE|LL)|n['’]t|N['’]T)(?!{W})"
+WORDS = {
+    "ner": re.compile(rf"{LINK} | :-?[()/] | \d+[.,]\d+ | \d+ | [^\W\d_]{W}* | \S", re.VERBOSE),
+    "relation": re.compile(
+        rf"""{LINK} | \.?@\w*[^\W_] | :'?-?[()] | \.\.+ | //+ | --+ | \|\|+
+        | (?:[A-Za-z]\.){{2,}} | (?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|Rep|Sen|Gov|Gen|Prof|[A-Z])\.(?=\s+\S)
+        | {ENDING} | [^\W_]{W}*?(?={ENDING}) | \d+(?:[.,:/]\d+)*(?:{W}*[^\W_])?
+        | [^\W_](?:['’]?{W})*(?<!_) | \S""",
+        re.VERBOSE,
+    ),
+}
+
+
+def split_words(text, task, cuts=()):
+    """[(start, end)] of the words of a text, no more than one over `MOST_WORDS`.
+
+    No word goes across one of `cuts`.
+    """
+    edges = [0, *sorted(cuts), len(text)]
+    found = (match.span() for a, b in itertools.pairwise(edges) for match in WORDS[task].finditer(text, a, b))
+    return list(itertools.islice(found, MOST_WORDS + 1))
+
+
+# ------------------------------------------------------------------------------------------------------ posts
+
+
+def load_line(line):
+    """The post on a line of JSON (bytes; None stands for one that is too long).
+
+    ValueError says what is wrong.
+    """
+    if line is None:
+        raise ValueError(f"longer than {LINE:,} bytes")
+    if not isinstance(line, bytes):
+        raise ValueError("not a post: give a dict, {'text': ...}")
+    try:
+        post = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(post, dict):
+        raise ValueError("not a JSON object")
+    return post
+
+
+def check_text(value, name):
+    """The value if it is text; else a ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not text")
+    if not is_text(value):
+        raise ValueError(f"{name} holds half a character (a lone surrogate)")
+    return value
+
+
+def read_post(post, task, source=None, folder=""):
+    """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is
+    broken.
+
+    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
+    PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
+    """
+    text, words, offsets = post.get("text"), post.get("words"), None
+    if (text is None) == (words is None):
+        raise ValueError("needs either text or words")
+    photo = post.get(source)
+    if source == "phrases":
+        phrases = check_note(post, ("phrases",)).get("phrases")
+        photo = post.get("caption") if phrases is None else tuple(phrases)
+    opened = source == "image" and isinstance(photo, Image.Image)
+    if not (photo is None or opened or isinstance(photo, tuple)):
+        photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
+        photo = os.path.join(folder, photo) if source == "image" else photo
+    if words is None:
+        unit, size = "characters", len(check_text(text, "text"))
+    elif isinstance(words, list):
+        unit, size = "words", len([check_text(word, "a word") for word in words])
+    else:
+        raise ValueError("words is not a list")
+    spans = []
+    for name in ("head", "tail") if task == "relation" else ():
+        span = post.get(name)
+        whole = isinstance(span, list | tuple) and len(span) == 2 and all(type(i) is int for i in span)
+        if not (whole and 0 <= span[0] < span[1] <= size):
+            raise ValueError(f"{name} is not a span [start, end) of its {size} {unit}")
+        spans.append(tuple(span))
+    if words is None:
+        offsets = split_words(text, task, itertools.chain(*spans))
+        words = [text[start:end] for start, end in offsets]
+    if not words:
+        raise ValueError("no words in it")
+    if len(words) > MOST_WORDS:
+        raise ValueError(f"more than {MOST_WORDS} words")
+    if task == "ner":
+        return NerExample("", photo, tuple(words), ("O",) * len(words)), offsets
+    if offsets:  # from characters to words: those that lie within
+        inside = [[i for i, (a, b) in enumerate(offsets) if start <= a and b <= end] for start, end in spans]
+        if not all(inside):
+            raise ValueError("no words in head or tail")
+        spans = [(indices[0], indices[-1] + 1) for indices in inside]
+    return RelationExample("", photo, tuple(words), *spans, NONE), offsets
+
+
+# ----------------------------------------------------------------------------------------------------- photos
+
+
+def run_backbone(made, weights=None):
+    """The backbone that made a run's features, from what the run knows of them (`features_made`).
+
+    `weights`: where they are, if the run knows them by their digits alone. ValueError if they are absent, or
+    others.
+    """
+    named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
+    kind = made["weights"].split("-")[0]
+    if weights is None and kind == "file":
+        raise ValueError(
+            f"the run's features were made with a local {made['backbone']} ({made['weights']}); name it with"
+            " --weights"
+        )
+    weights = weights or ("random" if kind == "random" else named(made["weights"], made["weights"]))
+    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
+    here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
+    del here["weights"]  # a name; what counts is the hash
+    pairs = [(key, made.get(key), value) for key, value in here.items()]
+    differing = [f"{key} (run: {theirs}, here: {ours})" for key, theirs, ours in pairs if theirs != ours]
+    if differing:
+        raise ValueError(
+            f"--weights {weights or 'default'}: not what the run's features were made with:"
+            f" {'; '.join(differing)}"
+        )
+    return backbone
+
+
+class NewPhotos(FeatureCache):
+    """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
+
+    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}.
+    """
+
+    def __init__(self, sources, made, backbone, device, pool):
+        names = list(sources)
+        count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
+        self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
+        self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
+        self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
+        self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
+        if made["backbone"] in WORDED:
+            placeholder = None if made["placeholder"] == "none" else made["placeholder"]
+            read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
+        else:
+            paths = {
+                name: photo if isinstance(photo, Image.Image) else Path(photo)
+                for name, photo in sources.items()
+            }
+            read = Photos(names, paths, backbone, 1, made["seed"]).read
+        waiting, together = [], PHOTOS if backbone.same_size else 1
+        for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
+            waiting += [] if views is None else [(row, views)]
+            if waiting and (len(waiting) == together or row == count - 1):
+                with torch.inference_mode():
+                    pixels = torch.cat([views for _, views in waiting]).to(device)
+                    made_of = backbone.regions(pixels).cpu().numpy()  # [together, n, D]
+                for (row, views), regions in zip(waiting, made_of, strict=True):
+                    if np.isfinite(regions).all():
+                        self.regions[row, 0, : len(regions)] = regions
+                        self.num_regions[row], self.grid[row] = len(regions), backbone.grid(views)
+                    else:
+                        self.status[row], self.reasons[row] = UNREADABLE, "its features do not fit float16"
+                waiting = []
