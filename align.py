@@ -1,14 +1,17 @@
-"""Alignment losses: do the text and the photo of a post belong together? Torch alone: copy the file and use it.
+"""Alignment losses: do the text and the photo of a post belong together?
+
+Torch alone: copy the file and use it.
 
     from align import ALIGNMENTS
     loss = ALIGNMENTS["contrastive"](text_dim=768, region_dim=2048)
     losses = loss(text, text_mask, regions, region_mask, photos)    # [B]
 
-text [B, T, D], regions [B, R, Dv], masks [B, T] and [B, R] (True = real; text_mask: of the post's own words), photos [B]:
-numbers that posts share exactly if they share a photo. Each loss is one number a post. A post without photo has 0, is
-nobody's negative, and what it holds changes nothing; two posts with one photo are no negatives of each other. Everything is
-computed in float32. Under torch.distributed the negatives are the posts of all processes, of which each holds a part
-[rank::processes] of the batch, so that any number of processes gives the losses of one.
+text [B, T, D], regions [B, R, Dv], masks [B, T] and [B, R] (True = real; text_mask: of the post's own words),
+photos [B]: numbers that posts share exactly if they share a photo. Each loss is one number a post. A post
+without photo has 0, is nobody's negative, and what it holds changes nothing; two posts with one photo are no
+negatives of each other. Everything is computed in float32. Under torch.distributed the negatives are the
+posts of all processes, of which each holds a part [rank::processes] of the batch, so that any number of
+processes gives the losses of one.
 """
 
 import torch
@@ -17,7 +20,8 @@ from torch import nn
 
 
 def masked_mean(states, mask):
-    """The mean [B, D] of states [B, N, D] where mask [B, N] is True; 0 where it nowhere is. Masked states may hold NaN."""
+    """The mean [B, D] of states [B, N, D] where mask [B, N] is True; 0 where it nowhere is.
+    Masked states may hold NaN."""
     kept = torch.where(mask[..., None], states, 0)
     return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -28,7 +32,8 @@ def projection(width, to):
 
 
 def from_all(*parts):
-    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch), gradients and all.
+    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch),
+    gradients and all.
 
     Parts of unequal size are filled up with zeros, so that a mask is False there.
     """
@@ -57,7 +62,8 @@ def gather_plain(part, processes):
 
 
 def comparable(places, real, photos):
-    """[B, N] bool: which of N posts may be compared with each of the B at `places`: itself, and those of other photos.
+    """[B, N] bool: which of N posts may be compared with each of the B at `places`: itself,
+    and those of other photos.
 
     real [N]: whether a post has a photo; photos [N].
     """
@@ -66,7 +72,8 @@ def comparable(places, real, photos):
 
 
 def match(scores, allowed, places):
-    """Cross entropy [B] of scores [B, N] with the place of each itself as the answer, over what is allowed."""
+    """Cross entropy [B] of scores [B, N] with the place of each itself as the answer,
+    over what is allowed."""
     return F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), places, reduction="none")
 
 
@@ -82,7 +89,9 @@ class Alignment(nn.Module):
 
 
 class Contrastive(Alignment):
-    """Whole post against whole photo, both ways (Radford et al. 2021; MAF, Xu et al., WSDM 2022, has tau .179, lambda .7).
+    """Whole post against whole photo, both ways (Radford et al. 2021).
+
+    MAF (Xu et al., WSDM 2022) has tau .179, lambda .7.
 
     S = p_t p_v^T / tau of the projected means; loss_i = lambda CE(S_i, i) + (1 - lambda) CE(S^T_i, i).
     """
@@ -98,15 +107,16 @@ class Contrastive(Alignment):
         places, all_t, all_v, all_real, all_photos = from_all(t, v, real, photos)
         allowed = comparable(places, all_real, all_photos)
         to_images, to_texts = t @ all_v.T / self.temperature, v @ all_t.T / self.temperature
-        return self.of_text * match(to_images, allowed, places) + (1 - self.of_text) * match(to_texts, allowed, places)
+        of_text, of_photo = match(to_images, allowed, places), match(to_texts, allowed, places)
+        return self.of_text * of_text + (1 - self.of_text) * of_photo
 
 
 class Local(Alignment):
     """Words against places (GLoRIA, Huang et al., ICCV 2021, with the length of a post taken out).
 
-    Each word of post i looks at the regions of photo j: a = softmax_r(w.r / t1), c = sum_r a r. Z_ij = t2 (logsumexp_t
-    cos(w, c) / t2 - log n_i) / tau over the n_i words of i, so |Z| <= 1 / tau whatever n_i; cross entropy over Z both
-    ways. Of one process only: it would need all states of all posts.
+    Each word of post i looks at the regions of photo j: a = softmax_r(w.r / t1), c = sum_r a r. Z_ij = t2
+    (logsumexp_t cos(w, c) / t2 - log n_i) / tau over the n_i words of i, so |Z| <= 1 / tau whatever n_i;
+    cross entropy over Z both ways. Of one process only: it would need all states of all posts.
     """
 
     def __init__(self, text_dim, region_dim, width=128, temperature=0.1, of_regions=0.25, of_words=0.2):
@@ -116,7 +126,9 @@ class Local(Alignment):
 
     def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ValueError("the local alignment loss needs all posts in one process: run it without torchrun")
+            raise ValueError(
+                "the local alignment loss needs all posts in one process: run it without torchrun"
+            )
         words = F.normalize(self.text(torch.where(text_mask[..., None], text, 0)), dim=-1)  # [B, T, d]
         places = F.normalize(self.image(torch.where(region_mask[..., None], regions, 0)), dim=-1)  # [B, R, d]
         scores = torch.einsum("itd,jrd->ijtr", words, places) / self.of_regions
@@ -134,11 +146,13 @@ class Local(Alignment):
 
 
 class Matching(Alignment):
-    """Does this photo belong to this post (MMIB, Cui et al. 2023)? softplus(-f(t_i, v_i)) + softplus(f(t_i, v_next)), v_next
-    the next other photo of the batch; 0 where there is none.
+    """Does this photo belong to this post (MMIB, Cui et al. 2023)?
 
-    f is bilinear. A linear layer over [t; v], as published, gives right and wrong pairs one mean score, so its loss cannot
-    fall under 2 log 2, whatever the encoders do.
+    softplus(-f(t_i, v_i)) + softplus(f(t_i, v_next)), v_next the next other photo of the batch; 0 where there
+    is none.
+
+    f is bilinear. A linear layer over [t; v], as published, gives right and wrong pairs one mean score, so
+    its loss cannot fall under 2 log 2, whatever the encoders do.
     """
 
     def __init__(self, text_dim, region_dim, width=128):
@@ -160,10 +174,11 @@ class Matching(Alignment):
 
 
 class Supervised(Alignment):
-    """Posts of one class near each other (Khosla et al., NeurIPS 2020, L_out), by one vector a post from both means.
+    """Posts of one class near each other (Khosla et al., NeurIPS 2020, L_out),
+    by one vector a post from both means.
 
-    z = unit(W GELU(W' [t; v])); loss_i = -mean over the others of its class of log softmax_a(z_i . z_a / tau) over all
-    others; 0 without another of its class. `classes` [B]: whole numbers.
+    z = unit(W GELU(W' [t; v])); loss_i = -mean over the others of its class of log softmax_a(z_i . z_a / tau)
+    over all others; 0 without another of its class. `classes` [B]: whole numbers.
     """
 
     def __init__(self, text_dim, region_dim, width=128, temperature=0.1):
@@ -178,7 +193,8 @@ class Supervised(Alignment):
         itself = torch.arange(len(all_real), device=z.device) == places[:, None]
         others = comparable(places, all_real, all_photos) & ~itself
         partners = others & (classes[:, None] == all_classes)
-        scores = (z @ all_z.T / self.temperature).masked_fill(~others & others.any(1, keepdim=True), -torch.inf)
+        hidden = ~others & others.any(1, keepdim=True)
+        scores = (z @ all_z.T / self.temperature).masked_fill(hidden, -torch.inf)
         log_shares = scores.log_softmax(-1).masked_fill(~partners, 0)
         return -log_shares.sum(1) / partners.sum(1).clamp(min=1)
 

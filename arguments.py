@@ -1,4 +1,4 @@
-"""The arguments of train.py: what they mean, which go together, and the published systems that are a set of them."""
+"""The arguments of train.py: what they mean, which go together, which published systems are a set of them."""
 
 import argparse
 from pathlib import Path
@@ -10,22 +10,24 @@ from fusion import FUSIONS
 from model import SYSTEMS, WORDED, TextRegions
 from notes import EXTRAS, reads_relevance
 
-# In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of each. A flag
-# that is given wins.
+# In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
+# each. A flag that is given wins.
 PRESETS = {
     "minige": {  # Kong, Liu et al., Neural Networks 2025
-        "model": "bert-resnet50", "fusion": "saliency", "bottleneck": 0.1, "align": {"matching": 0.9}, "decoder": "crf",
+        "model": "bert-resnet50", "fusion": "saliency", "bottleneck": 0.1, "align": {"matching": 0.9},
+        "decoder": "crf",
     },
     "tia": {  # Zeng et al., Neurocomputing 2025
         "model": "bert-resnet50", "fusion": "cross-attention", "extra": "post", "relevance": "given",
         "align": {"supervised": 0.1}, "decoder": "crf",
     },
     "icka": {  # Zeng et al., Expert Systems with Applications 2024
-        "model": "bert-resnet50", "fusion": "prefix", "extra": "photo", "align": {"contrastive": 0.1}, "decoder": "crf",
+        "model": "bert-resnet50", "fusion": "prefix", "extra": "photo", "align": {"contrastive": 0.1},
+        "decoder": "crf",
     },
     "coatt": {  # co-attention of Zhang et al., AAAI 2018, over the phrases of a scene graph
-        "model": "bert-phrases", "fusion": "co-attention", "relevance": "predicted", "align": {"contrastive": 0.1},
-        "decoder": "crf",
+        "model": "bert-phrases", "fusion": "co-attention", "relevance": "predicted",
+        "align": {"contrastive": 0.1}, "decoder": "crf",
     },
     "dha": {  # Wang et al., Applied Sciences 2025
         "model": "bert-resnet50", "fusion": "pyramid", "align": {"contrastive": 0.1, "local": 0.1},
@@ -57,43 +59,51 @@ def make_parser(description):
     )
     # fmt: off
     add = parser.add_argument_group("what is trained").add_argument
-    add("--dataset", type=dataset_name, default="twitter2017", help=f"{', '.join(DATASETS)} or a folder of your own")
-    add("--system", choices=PRESETS, help="a published system: sets the flags it is made of, those given excepted")
-    add("--model", choices=SYSTEMS, help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
+    add("--dataset", type=dataset_name, default="twitter2017",
+        help=f"{', '.join(DATASETS)} or a folder of your own")
+    add("--system", choices=PRESETS,
+        help="a published system: sets the flags it is made of, those given excepted")
+    add("--model", choices=SYSTEMS,
+        help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
     add("--text-encoder", help="hub name or local folder; default: the model's own")
-    add("--max-len", type=bounded(int, 1), help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
-    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the labels of a"
-        " post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
-    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0, help="train on this share of its posts, drawn with"
-        " --seed")
+    add("--max-len", type=bounded(int, 1),
+        help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
+    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
+        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
+    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
+        help="train on this share of its posts, drawn with --seed")
 
     add = parser.add_argument_group("the photo").add_argument
-    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo that the"
-        " text encoder reads; default: film. blip and vilt bring their own")
-    add("--heads", type=bounded(int, 1), help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
-    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1, help="share of training posts shown no photo")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="train on all views of a photo")
-    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always: the control"
-        " that tells what the photos are worth")
-    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the labels' that"
-        " pull text and photo of a post together (align.py): contrastive, local, matching, and, by the relevance in"
-        " --notes, supervised; or none")
-    add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion as far as its"
-        " photo belongs to it: by --notes, where they say, or always as the model sees it")
-    add("--relevance-loss", type=bounded(float, 0), help="weight of the loss that teaches the model the relevance in"
-        " --notes; default: 0.5")
-    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and photo in"
-        " place of both, before --align and --fusion (stages.py); what it says of them is a loss of this weight; 0 = none")
-    add("--generated", metavar="FEATURES", help="feature file of second pictures, generated from the texts; for"
-        " --fusion saliency")
+    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
+        " that the text encoder reads; default: film. blip and vilt bring their own")
+    add("--heads", type=bounded(int, 1),
+        help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
+    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1,
+        help="share of training posts shown no photo")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="train on all views of a photo")
+    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
+        " the control that tells what the photos are worth")
+    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"
+        " labels' that pull text and photo of a post together (align.py): contrastive, local, matching, and,"
+        " by the relevance in --notes, supervised; or none")
+    add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion"
+        " as far as its photo belongs to it: by --notes, where they say, or always as the model sees it")
+    add("--relevance-loss", type=bounded(float, 0),
+        help="weight of the loss that teaches the model the relevance in --notes; default: 0.5")
+    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and"
+        " photo in place of both, before --align and --fusion (stages.py); what it says of them is a loss of"
+        " this weight; 0 = none")
+    add("--generated", metavar="FEATURES",
+        help="feature file of second pictures, generated from the texts; for --fusion saliency")
 
     add = parser.add_argument_group("what others say of a post").add_argument
     add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
-    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the post: what was"
-        " said of the post, of the photo, or both")
+    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the"
+        " post: what was said of the post, of the photo, or both")
     add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
-    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control that tells"
-        " what --extra post is worth")
+    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control"
+        " that tells what --extra post is worth")
 
     add = parser.add_argument_group("how it is trained").add_argument
     add("--seed", type=bounded(int, 0, 2**32), default=1337)
@@ -101,34 +111,38 @@ def make_parser(description):
     add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
     add("--eval-batch-size", type=bounded(int, 1), default=12)
     add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
-    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3, help="of what starts from scratch: fusion, head")
+    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3,
+        help="of what starts from scratch: fusion, head")
     add("--weight-decay", type=bounded(float, 0), default=0.01)
-    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1, help="share of the steps, then linear decay to 0")
+    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1,
+        help="share of the steps, then linear decay to 0")
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs that have"
-        " it, from Ampere on")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on GPUs that have it, from Ampere on")
     add("--device", default=default_device())
 
     add = parser.add_argument_group("where things are").add_argument
     add("--data-dir", default="data")
-    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are compared, by"
-        " name and size, with those the features were made of")
+    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are"
+        " compared, by name and size, with those the features were made of")
     add("--cache-dir", default="features", help="where feature files are")
-    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to; default: 224,"
-        " 384 for blip and vilt")
+    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to;"
+        " default: 224, 384 for blip and vilt")
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or with flags"
-        " of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
+    add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or"
+        " with flags of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
     add("--overwrite", action="store_true", help="delete what is in the run folder first")
-    add("--resume", action="store_true", help="go on with the run in the run folder where it was stopped, if it was")
-    add("--save-every", type=bounded(float, 0), default=600, help="seconds from one state to resume from to the next")
+    add("--resume", action="store_true",
+        help="go on with the run in the run folder where it was stopped, if it was")
+    add("--save-every", type=bounded(float, 0), default=600,
+        help="seconds from one state to resume from to the next")
     # fmt: on
     return parser
 
 
 def parse_args(argv, description=None):
-    """The arguments of train.py, defaults and presets filled in. Exits with one line for those that do not go together."""
+    """The arguments of train.py, defaults and presets filled in; exits with one line if some do not fit."""
     parser = make_parser(description)
     args = parser.parse_args(argv)
     if args.system:
@@ -156,14 +170,15 @@ def parse_args(argv, description=None):
 
 
 def mistake(args, task, system, regions):
-    """What of the arguments does not go together, in one line, or ""; `regions`: whether the model reads cached regions
-    through a fusion to choose."""
+    """What of the arguments does not go together, in one line, or ""; `regions`: whether the model reads
+    cached regions through a fusion to choose."""
     named = f"--fusion {args.fusion}" if args.fusion else args.model
     if args.system and task != "ner" and args.decoder != "softmax":
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
     if args.fusion and not regions:
         return f"{named}: {args.model} has a fusion of its own and no other; leave it out"
-    if args.heads and args.fusion not in ("cross-attention", "bimodal", "pyramid", "prefix") and not args.bottleneck:
+    headed = args.fusion in ("cross-attention", "bimodal", "pyramid", "prefix") or args.bottleneck
+    if args.heads and not headed:
         return f"--heads: {args.fusion or args.model} has none to choose; leave it out"
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
@@ -175,7 +190,8 @@ def mistake(args, task, system, regions):
     if args.shuffle_photos and args.fusion == args.extra == "none":
         return "--shuffle-photos: --fusion none is shown no photo; leave one of them out"
     if args.decoder != "softmax" and task != "ner":
-        return f"--decoder {args.decoder}: labels of words are decoded together, a relation is one label; leave it out"
+        said = "labels of words are decoded together, a relation is one label"
+        return f"--decoder {args.decoder}: {said}; leave it out"
     if args.decoder == "visual-crf" and (not regions or args.fusion == "none"):
         return f"--decoder visual-crf: {named} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
@@ -184,9 +200,11 @@ def mistake(args, task, system, regions):
         return f"--bottleneck: {named} takes no codes of regions; leave it out"
     readers = [name for name, layer in FUSIONS.items() if "generated" in layer.reads]
     if args.generated and args.fusion not in readers:
-        return f"--generated: {named} reads no second picture; choose --fusion {' or '.join(readers)}, or leave it out"
+        choice = f"choose --fusion {' or '.join(readers)}, or leave it out"
+        return f"--generated: {named} reads no second picture; {choice}"
     if args.relevance != "none" and args.generated:
-        return "--relevance and --generated: it says how much of the photo is used, not of a second picture; leave one out"
+        said = "it says how much of the photo is used, not of a second picture"
+        return f"--relevance and --generated: {said}; leave one out"
     if args.relevance != "none" and args.fusion in (None, "none", "prefix"):
         return f"--relevance: {named} has no layer behind the encoder to weigh; leave it out"
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
@@ -198,7 +216,10 @@ def mistake(args, task, system, regions):
         made = f"write_notes.py --dataset {args.dataset} makes one"
         return f"{' and '.join(needs)}: taken from notes; add --notes FILE ({made})"
     if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
-        return "--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for one"
+        return (
+            "--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for"
+            " one"
+        )
     if args.shuffle_notes and args.extra not in ("post", "both"):
         return "--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post"
     if args.extra != "none" and system.checkpoint:
@@ -211,12 +232,13 @@ def mistake(args, task, system, regions):
 
 
 def run_name(args, dataset, system):
-    """The run folder's name: what makes another model of it, or the system's where all that it sets is as it sets it."""
+    """The run folder's name: what makes another model of it, or the system's where all of that is as set."""
+    usual = args.text_encoder == system.text_encoder
     taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
     taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts = {
         "model": args.model,
-        "text_encoder": Path(args.text_encoder).absolute().name if args.text_encoder != system.text_encoder else "",
+        "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
         "train_share": f"train{args.train_share:g}" if args.train_share < 1 else "",
         "align": "-".join(f"{name}{weight:g}" for name, weight in args.align.items()),

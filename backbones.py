@@ -1,31 +1,31 @@
 """Frozen backbones: a photo -> the pixels of its views -> region features; or its caption -> token states.
 
     backbone = load_backbone("clip")  # or resnet50, blip, pixels
-    views, status, reason = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0).read(0)  # [V, 3, H, W]
+    photos = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0)  # loading.py
+    views, status, reason = photos.read(0)  # uint8 [V, 3, H, W]
     regions = backbone.regions(views)  # [V, n, D]
 
-A backbone is one loader and one row of `BACKBONES`. How a transformers model wants its photos resized, cropped and
-normalised is read from its own image processor's configuration.
+A backbone is one loader and one row of `BACKBONES`. How a transformers model wants its photos resized,
+cropped and normalised is read from its own image processor's configuration.
 
-The caption backbone sees no pixel: the regions of a photo are the states of the tokens of its caption, as much as
-alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The phrases backbone has one region a
-phrase: objects, the triples of a scene graph, or a caption cut into phrases.
+The caption backbone sees no pixel: the regions of a photo are the states of the tokens of its caption, as
+much as alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The phrases backbone has one
+region a phrase: objects, the triples of a scene graph, or a caption cut into phrases.
 """
 
 import hashlib
 import json
 import os
 import re
-import warnings
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -33,27 +33,27 @@ from torchvision import transforms as T
 
 from commands import first_line
 from encoding import special_ends
-from features import MISSING, OK, UNREADABLE
+from loading import Captions, Photos, upright  # noqa: F401 (new_posts.py, attention_maps.py)
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
 
-# ---------------------------------------------------------------------------------------------------- backbones
+COMPILE_FROM = 8000  # images: up to 20 ms an image are gained, against 4 to 40 s of compiling
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A frozen model and how it wants its photos: all that decides what becomes of a photo.
 
-    `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole (a class
-    token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to [B, n, D]; of
-    phrases ids [1, P, n] to [1, P, D].
+    `regions` maps uint8 photos of one size [B, 3, H, W] to [B, n, D]: what it keeps of the photo as a whole
+    (a class token), if anything, then the photo's places, row by row. Of captions, it maps ids [B, n] to
+    [B, n, D]; of phrases ids [1, P, n] to [1, P, D].
     """
 
     regions: nn.Module
     # PIL photo -> its plain view, uint8 [3, H, W]; caption -> ids [n], phrases -> ids [P, n], and what is cut
     prepare: object
     resample: int  # the interpolation of `prepare`, as PIL numbers them
-    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride) places; 0 = there are no places
+    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride); 0 = no places
     shape: tuple  # (most regions of a photo, D)
     same_size: bool  # whether all photos come out in one size, so that several can share a forward pass
     settings: dict  # what else the features depend on: weights, img_size, resizing, mean, std
@@ -67,7 +67,7 @@ class Backbone:
 
 
 class Frozen(nn.Module):
-    """uint8 photos [B, 3, H, W] -> regions [B, n, D] float16: normalised, then the `states` of a vision model."""
+    """uint8 photos [B, 3, H, W], normalised -> regions [B, n, D] float16: `states` of a vision model."""
 
     def __init__(self, model, states, mean, std):
         super().__init__()
@@ -81,10 +81,10 @@ class Frozen(nn.Module):
 
 
 class Compiled(nn.Module):
-    """What `regions` of a backbone does, compiled by torch's inductor for batches of exactly `shape`, (B, 3, H, W).
+    """What `regions` of a backbone does, compiled by torch's inductor for batches of one shape, (B, 3, H, W).
 
-    Smaller batches are filled up: another shape would be compiled anew, for longer than it saves. The weights are frozen
-    into the code. ValueError where torch cannot compile.
+    Smaller batches are filled up: another shape would be compiled anew, for longer than it saves. The weights
+    are frozen into the code. ValueError where torch cannot compile.
     """
 
     def __init__(self, regions, shape, device):
@@ -95,13 +95,26 @@ class Compiled(nn.Module):
                 self.regions(torch.zeros(shape, dtype=torch.uint8, device=device))  # compiles
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"the forward pass cannot be compiled here ({first_line(error)[:150]}); it takes a C++ compiler:"
-                " --no-compile --overwrite does without"
+                f"the forward pass cannot be compiled here ({first_line(error)[:150]}); it takes a C++"
+                " compiler: --no-compile --overwrite does without"
             ) from None
 
     def forward(self, photos):
         filled = F.pad(photos, (0, 0, 0, 0, 0, 0, 0, self.size - len(photos)))
         return self.regions(filled)[: len(photos)]
+
+
+def pick_engine(asked, name, device, images):
+    """What runs the forward pass of a backbone: inductor, as `Compiled`, or eager.
+
+    `asked`: whether to compile, None where it pays: for ResNet50 on a CPU from `COMPILE_FROM` images on.
+    """
+    compiling = asked
+    if asked is None and name == "resnet50" and device == "cpu" and images >= COMPILE_FROM:
+        compiling = shutil.which(os.environ.get("CXX", "g++")) is not None
+        if not compiling:
+            print("no C++ compiler here: the forward pass is not compiled")
+    return "inductor" if compiling else "eager"
 
 
 def fold_batch_norms(module):
@@ -122,21 +135,23 @@ def state_hash(module):
 
 
 def frozen_backbone(model, states, weights, prepare, resample, stride, shape, settings):
-    """The `Backbone` of a model; `weights` is their name, "file" and "random" get the first digits of their SHA-256."""
-    digest = state_hash(model)
+    """The `Backbone` of a model; `weights`: their name, "file" and "random" get digits of their SHA-256."""
+    digest, parameters = state_hash(model), sum(p.numel() for p in model.parameters())
     weights = f"{weights}-{digest[:12]}" if weights in ("file", "random") else weights
-    return Backbone(
-        Frozen(model.eval(), states, settings["mean"], settings["std"]), prepare, resample, stride, shape, True,
-        {"weights": weights, **settings}, "float16", digest, sum(p.numel() for p in model.parameters()),
-    )  # fmt: skip
+    regions = Frozen(model.eval(), states, settings["mean"], settings["std"])
+    settings = {"weights": weights, **settings}
+    return Backbone(regions, prepare, resample, stride, shape, True, settings, "float16", digest, parameters)
 
 
 def read_state_dict(path):
     """The tensors of a .safetensors or torch.save file, read as data alone: no pickled code is run."""
     try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        safe = path.endswith(".safetensors")
+        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path") from None
+        raise ValueError(
+            f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path"
+        ) from None
     except Exception as error:  # a broken file raises whatever the reader stumbles over
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
         raise ValueError(f"--weights {path}: not a state dict that loads as data alone ({reason})") from None
@@ -147,44 +162,53 @@ def read_state_dict(path):
 def load_resnet50(weights, img_size, seed):
     """ResNet50 (He et al. 2016): the places of its last convolutional map.
 
-    `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a .pth or .safetensors state dict.
+    `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a state dict's .pth or
+    .safetensors file.
     """
     size, stride = img_size or 224, 32
     if size < stride:
         raise ValueError(f"--img-size {size}: resnet50 needs at least {stride}")
     torch.manual_seed(seed)
-    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every residual branch
-    # at zero the blocks start as identities, and pictures stay apart.
+    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every
+    # residual branch at zero the blocks start as identities, and pictures stay apart.
     model = torchvision.models.resnet50(zero_init_residual=True)
     published = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}.get(weights)
     if published:
+        source = torchvision.models.ResNet50_Weights[published]
         try:
-            state = torchvision.models.ResNet50_Weights[published].get_state_dict(progress=True, check_hash=True)
+            state = source.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {published} ({error}); give a local file with --weights PATH") from None
+            raise ValueError(
+                f"cannot download {published} ({error}); give a local file with --weights PATH"
+            ) from None
     else:
         state = model.state_dict() if weights == "random" else read_state_dict(weights)
+    unlike = f"--weights {weights}: not ResNet50's"
     try:
-        missing, _ = model.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")}, strict=False)
+        body = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        missing, _ = model.load_state_dict(body, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"--weights {weights}: not ResNet50's ({str(error).splitlines()[-1].strip()})") from None
+        raise ValueError(f"{unlike} ({str(error).splitlines()[-1].strip()})") from None
     if missing := [key for key in missing if not key.startswith("fc.")]:
-        raise ValueError(f"--weights {weights}: not ResNet50's, {len(missing)} tensors missing (first: {missing[0]})")
+        raise ValueError(f"{unlike}, {len(missing)} tensors missing (first: {missing[0]})")
+    settings = {"img_size": size, "resizing": f"bilinear to {size} x {size}"}
+    settings |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     backbone = frozen_backbone(
         nn.Sequential(*list(model.children())[:-2]),  # without the average pool and the classifier
         lambda body, pixels: body(pixels).flatten(2).transpose(1, 2),
         published or ("random" if weights == "random" else "file"),
-        T.Compose([T.Resize((size, size)), T.PILToTensor()]), Image.Resampling.BILINEAR.value, stride,
+        T.Compose([T.Resize((size, size)), T.PILToTensor()]),
+        Image.Resampling.BILINEAR.value,
+        stride,
         ((-(-size // stride)) ** 2, 2048),
-        {"img_size": size, "resizing": f"bilinear to {size} x {size}", "mean": [0.485, 0.456, 0.406],
-         "std": [0.229, 0.224, 0.225]},
-    )  # fmt: skip
+        settings,
+    )
     fold_batch_norms(backbone.regions)
     return backbone
 
 
 class ProcessorResize:
-    """PIL photo -> uint8 [3, H, W], resized and cropped as a transformers image processor does, not yet normalised."""
+    """PIL photo -> uint8 [3, H, W], resized and cropped as an image processor does, not yet normalised."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -195,13 +219,13 @@ class ProcessorResize:
 
 
 def load_processor(source, img_size):
-    """A model's own image processor as (`Backbone.prepare`, `Backbone.resample`, `Backbone.settings` less weights)."""
+    """A model's own image processor as a `Backbone`'s (prepare, resample, settings less weights)."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(
-            f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local folder with a"
-            " preprocessor_config.json"
+            f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local"
+            " folder with a preprocessor_config.json"
         ) from None
     config = json.loads(processor.to_json_string())
     size = config["size"].get("shortest_edge") or config["size"]["height"]
@@ -215,33 +239,38 @@ def load_processor(source, img_size):
 
 
 def vision_transformer(model, states, class_token, source, img_size):
-    """The `Backbone` of a transformers vision model that keeps `class_token` (0 or 1) states besides its patches'."""
+    """The `Backbone` of a vision model that keeps `class_token` (0 or 1) states besides its patches'."""
     resize, resample, settings = load_processor(source, img_size)
     size, patch = model.config.image_size, model.config.patch_size
     made = tuple(resize(Image.new("RGB", (size, size))).shape[1:])
     if made != (size, size):
-        raise ValueError(f"--weights {source}: its processor makes {made} pixels, the model takes {size} x {size}")
-    return frozen_backbone(
-        model, states, "file" if os.path.isdir(source) else source, resize, resample, patch,
-        ((size // patch) ** 2 + class_token, model.config.hidden_size), settings,
-    )  # fmt: skip
+        raise ValueError(
+            f"--weights {source}: its processor makes {made} pixels, the model takes {size} x {size}"
+        )
+    weights = "file" if os.path.isdir(source) else source
+    shape = (size // patch) ** 2 + class_token, model.config.hidden_size
+    return frozen_backbone(model, states, weights, resize, resample, patch, shape, settings)
 
 
 def load_clip(weights, img_size, seed):
     """CLIP's vision tower (Radford et al. 2021): the last states of its patches."""
     model = load_pretrained(transformers.CLIPVisionModel, weights, "--weights")
-    return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state[:, 1:], 0, weights, img_size)
+
+    def states(model, pixels):
+        return model(pixel_values=pixels).last_hidden_state[:, 1:]
+
+    return vision_transformer(model, states, 0, weights, img_size)
 
 
 def load_blip(weights, img_size, seed):
-    """BLIP's vision model (Li et al. 2022): all the states its text encoder attends to, the class token's first."""
+    """BLIP's vision model (Li et al. 2022): all states its text encoder reads, the class token's first."""
     # BlipVisionModel.from_pretrained would find none of its weights under their names in this checkpoint.
     model = load_pretrained(transformers.BlipForImageTextRetrieval, weights, "--weights", part="vision_model")
     return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state, 1, weights, img_size)
 
 
 class Patches(nn.Module):
-    """uint8 photos [B, 3, H, W] -> [B, H / side * W / side, 3 * side * side]: square patches, channels first."""
+    """uint8 photos [B, 3, H, W] -> patches [B, H / side * W / side, 3 * side * side], channels first."""
 
     def __init__(self, side):
         super().__init__()
@@ -253,22 +282,22 @@ class Patches(nn.Module):
 
 
 def load_pixels(weights, img_size, seed):
-    """No model, but the pixels as ViLT's image processor resizes them (Kim et al. 2021), cut into ViLT's patches.
+    """No model, but the pixels as ViLT's processor resizes them (Kim et al. 2021), cut into ViLT's patches.
 
-    It keeps the aspect ratio, so photos differ in how many patches they have. Of `weights` only the processor counts.
+    It keeps the aspect ratio, so photos differ in how many patches they have. Of `weights` only the processor
+    counts.
     """
     resize, resample, settings = load_processor(weights, img_size)
     side, short = getattr(resize.processor, "size_divisor", None), settings["img_size"]
     if not side:
         raise ValueError(f"--weights {weights}: its image processor is not ViLT's: it has no size_divisor")
-    most = (short // side) * (int(1333 / 800 * short) // side)  # 1333 : 800 is the longest shape the processor makes
-    return Backbone(
-        Patches(side), resize, resample, side, (most, 3 * side**2), False, {"weights": "none", **settings}, "uint8"
-    )
+    most = (short // side) * (int(1333 / 800 * short) // side)  # 1333 : 800: the longest the processor makes
+    settings = {"weights": "none", **settings}
+    return Backbone(Patches(side), resize, resample, side, (most, 3 * side**2), False, settings, "uint8")
 
 
 class CaptionStates(nn.Module):
-    """Ids [B, n] of captions of one length -> the last states of their tokens [B, n, D] float16, [CLS] and such left out."""
+    """Ids [B, n] of captions of one length -> the last states of their tokens [B, n, D] float16, no [CLS]."""
 
     def __init__(self, encoder, prefix, suffix):
         super().__init__()
@@ -377,119 +406,9 @@ BACKBONES = {  # name: (loader, default of --weights)
 def load_backbone(name, weights=None, img_size=None, seed=1337):
     """A row of `BACKBONES`: `weights` and `img_size` default to its own; `seed` is that of random weights.
 
-    `weights`: what `load_resnet50` says; for the others a hub's name or a local folder. ValueError says what is wrong.
+    `weights`: what `load_resnet50` says; for the others a hub's name or a local folder. ValueError says what
+    is wrong.
     """
     torch.backends.cudnn.allow_tf32 = False  # on CUDA its rounding would show in float16
     load, default = BACKBONES[name]
     return load(weights or default, img_size, seed)
-
-
-# ------------------------------------------------------------------------------------------------------- photos
-
-
-def check_picture(file):
-    """The open picture, unless it has more pixels than Pillow thinks safe (over 1 GB to decode and turn), or is an EPS, which
-    Pillow would hand to Ghostscript to run: ValueError."""
-    if file.format == "EPS":
-        raise ValueError("an EPS, which another program would have to run; save it as PNG")
-    if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{file.width} x {file.height} pixels are too many")
-    return file
-
-
-def upright(file):
-    """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first picture.
-
-    ValueError as `check_picture` says.
-    """
-    check_picture(file)
-    ImageOps.exif_transpose(file, in_place=True)  # in place, and converted only if need be: each copy may be 270 MB
-    if file.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
-        file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
-    return file if file.mode == "RGB" else file.convert("RGB")
-
-
-class Photos:
-    """Decodes batches of photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason).
-
-    `paths`: {image id: path, or an opened PIL image, or None}; `reasons`: {image id: what `find_photos` says of a photo that is missing, or has another name}.
-    """
-
-    def __init__(self, image_ids, paths, backbone, views, seed, reasons=None):
-        self.image_ids, self.paths, self.views, self.seed, self.reasons = image_ids, paths, views, seed, reasons or {}
-        self.prepare, self.resample = backbone.prepare, backbone.resample  # not the model: workers get a copy of this
-
-    def augmented(self, photo, height, width):
-        """A random part of at least 0.6 of the photo, perhaps mirrored, its colours shifted. uint8 [3, H, W]"""
-        aspect = width / height
-        return T.Compose([
-            T.RandomResizedCrop((height, width), (0.6, 1.0), (3 / 4 * aspect, 4 / 3 * aspect), self.resample),
-            T.RandomHorizontalFlip(),
-            T.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            T.PILToTensor(),
-        ])(photo)  # fmt: skip
-
-    def all_views(self, photo, image_id):
-        """View 0 is plain; the others depend on (seed, image id, view) and on nothing else. uint8 [V, 3, H, W]"""
-        views = [self.prepare(photo)]
-        for view in range(1, self.views):
-            digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-                views.append(self.augmented(photo, *views[0].shape[1:]))
-        return torch.stack(views)
-
-    def read(self, row):
-        image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if isinstance(path, Image.Image):  # open already, and not ours to change
-            return self.decode(lambda: check_picture(path).copy(), image_id)
-        if path is None or not os.path.lexists(path):
-            return None, MISSING, self.reasons.get(image_id, "no such file")
-        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
-            return None, UNREADABLE, "not a file"
-        views, status, reason = self.decode(lambda: Image.open(path), image_id)
-        return views, status, reason.replace(f"{path.parent}{os.sep}", "")  # the same on every machine
-
-    def decode(self, open_file, image_id):
-        """What `read` gives, of the picture that `open_file()` opens."""
-        try:
-            with warnings.catch_warnings(action="ignore"), open_file() as file:  # too large: `upright` says so
-                return self.all_views(upright(file), image_id), OK, self.reasons.get(image_id, "")
-        except Exception as error:  # decoders meet files of any kind and raise of any kind; the reason is recorded
-            return None, UNREADABLE, f"{type(error).__name__}: {error}"
-
-    def __getitem__(self, rows):
-        return [self.read(row) for row in rows]
-
-    def __len__(self):
-        return len(self.image_ids)
-
-
-class Captions:
-    """What `Photos` is, for captions: item (list of rows) -> list of (ids [1, n] or None, status, reason).
-
-    `captions`: {image id: caption or None}. One equal to `placeholder` says nothing of the photo, which counts as missing.
-    For phrases, `kind`, ids are [1, P, n], of a list of phrases or a caption that is cut into some; no
-    phrases are missing.
-    """
-
-    def __init__(self, image_ids, captions, backbone, placeholder=None, kind="caption"):
-        self.image_ids, self.captions, self.placeholder, self.kind = image_ids, captions, placeholder, kind
-        self.prepare = backbone.prepare
-
-    def read(self, row):
-        caption = self.captions[self.image_ids[row]]
-        if caption is None or (self.kind == "phrases" and not caption):
-            return None, MISSING, f"no {self.kind}"
-        if caption == self.placeholder:
-            return None, MISSING, "caption of a placeholder picture"
-        ids, cut = self.prepare(caption)
-        if not len(ids):
-            return None, UNREADABLE, f"empty {self.kind}"
-        return ids[None], OK, cut
-
-    def __getitem__(self, rows):
-        return [self.read(row) for row in rows]
-
-    def __len__(self):
-        return len(self.image_ids)

@@ -137,9 +137,9 @@ class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
     The key is that in the environment variable OPENAI_API_KEY, if it is set. ValueError at once for what the
-    server refuses (4xx but for 408 and 429), and for any other failure once `retries` more requests failed too.
-    A chat that it refuses for what stands in it (400, 413, 422: a filter, a length), while it answers another, is
-    answered "refused: " and what it says; an answer without content (null: a refusal too) is "".
+    server refuses (4xx but for 408 and 429), and for any other failure once `retries` more requests failed
+    too. A chat that it refuses for what stands in it (400, 413, 422: a filter, a length), while it answers
+    another, is answered "refused: " and what it says; an answer without content (null: a refusal too) is "".
     """
 
     def __init__(self, url, model, most, retries, timeout=TIMEOUT):

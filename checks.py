@@ -1,4 +1,5 @@
-"""Checks that tell whether to believe a score: is a difference more than chance, do metadata or notes tell labels?
+"""Checks that tell whether to believe a score: is a difference more than chance,
+do metadata or notes tell labels?
 
 None needs a model. The last check, whether a run uses its photos, is `evaluate.image_check`.
 """
@@ -15,7 +16,7 @@ from notes import EXTRAS, note_text
 from photos import find_photos
 from scores import entity_spans, gold_fingerprint, mentions
 
-# ------------------------------------------------------------------------------------------------- comparing runs
+# --------------------------------------------------------------------------------------------- comparing runs
 
 
 def f1_of(counts):
@@ -30,7 +31,8 @@ def accuracy_of(counts):
 
 
 def weighted_f1_of(counts):
-    """F1 of each label, weighted by its share of gold, from each label's correct, predicted, gold [..., 3 * labels]."""
+    """F1 of each label, weighted by its share of gold, from each label's correct, predicted,
+    gold [..., 3 * labels]."""
     by_label = counts.reshape(*counts.shape[:-1], -1, 3)
     gold = by_label[..., 2]
     return (f1_of(by_label) * gold).sum(-1) / np.maximum(gold.sum(-1), 1)
@@ -42,8 +44,8 @@ SCORES = {"f1": f1_of, "strict-f1": f1_of, "accuracy": accuracy_of, "weighted-f1
 def post_counts(records, name, labels):
     """What adds up over posts to the score `name`: [posts, K], as its function of `SCORES` takes it.
 
-    f1: of entities, lenient, or micro without `None`; strict-f1: of entities, strict IOB2; accuracy and weighted-f1: of
-    tokens, or rows, over all `labels`.
+    f1: of entities, lenient, or micro without `None`; strict-f1: of entities, strict IOB2; accuracy and
+    weighted-f1: of tokens, or rows, over all `labels`.
     """
     rows = []
     for record in records:
@@ -68,20 +70,25 @@ def post_counts(records, name, labels):
 
 
 def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
-    """Is system A better than B on the same posts? Paired bootstrap (Efron & Tibshirani 1993; Koehn, EMNLP 2004).
+    """Is system A better than B on the same posts?
 
-    `a_runs`, `b_runs`: the records of each seed's run; a system's score is the mean over its seeds, all of them scored
-    on the same resampled posts (photos for relations, since rows that share a photo are not independent). Returns a
-    dict: a, b, difference, low and high (95% percentile interval of a - b), p (two-sided: twice the smaller share of
-    resamples on either side of 0), units, resamples, and a_seeds, b_seeds, the score of each seed. What differs between
-    seeds is averaged, not resampled.
+    Paired bootstrap (Efron & Tibshirani 1993; Koehn, EMNLP 2004).
+
+    `a_runs`, `b_runs`: the records of each seed's run; a system's score is the mean over its seeds, all of
+    them scored on the same resampled posts (photos for relations, since rows that share a photo are not
+    independent). Returns a dict: a, b, difference, low and high (95% percentile interval of a - b), p
+    (two-sided: twice the smaller share of resamples on either side of 0), units, resamples, and a_seeds,
+    b_seeds, the score of each seed. What differs between seeds is averaged, not resampled.
     ValueError if the runs were not scored on the same posts with the same gold.
     """
     order = [record["id"] for record in a_runs[0]]
     everything = [{record["id"]: record for record in run} for run in (*a_runs, *b_runs)]
+    gold = gold_fingerprint(a_runs[0])
     for run in everything:
-        if run.keys() != everything[0].keys() or gold_fingerprint(run.values()) != gold_fingerprint(a_runs[0]):
-            raise ValueError("the runs were scored on other posts or other gold labels; compare runs of one split")
+        if run.keys() != everything[0].keys() or gold_fingerprint(run.values()) != gold:
+            raise ValueError(
+                "the runs were scored on other posts or other gold labels; compare runs of one split"
+            )
     relations = not isinstance(a_runs[0][0]["gold"], list)
     keys = [record.get("image_id") or record["id"] if relations else record["id"] for record in a_runs[0]]
     unit = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -102,18 +109,20 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
     a, b = np.mean(a_seeds).item(), np.mean(b_seeds).item()
     rng, drawn = np.random.default_rng(seed), []
     for start in range(0, resamples, 500):  # a slice at a time: [500, units] in memory
-        sides = both(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), min(500, resamples - start)))
+        size = min(500, resamples - start)
+        sides = both(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), size))
         drawn.append(sides[0].mean(0) - sides[1].mean(0))
     drawn = np.concatenate(drawn)
     low, high = np.percentile(drawn, (2.5, 97.5))
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return {
-        "score": name, "a": a, "b": b, "a_seeds": a_seeds, "b_seeds": b_seeds, "difference": a - b, "low": float(low), "high": float(high),
+        "score": name, "a": a, "b": b, "a_seeds": a_seeds, "b_seeds": b_seeds,
+        "difference": a - b, "low": float(low), "high": float(high),
         "p": min(1.0, 2 * float(tail + 1) / (resamples + 1)), "units": len(unit), "resamples": resamples,
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ metadata
+# --------------------------------------------------------------------------------------------------- metadata
 
 PHOTO_COLUMNS = ("has a photo", "width", "height", "bytes", "files named after it")
 TEXT_COLUMNS = ("words", "characters")
@@ -136,7 +145,8 @@ def files_named_after(image_ids, folders):
 
 
 def metadata(examples, paths, counts):
-    """What is known of posts without reading a word or seeing a pixel: [posts, columns], -1 where there is no photo."""
+    """What is known of posts without reading a word or seeing a pixel: [posts, columns],
+    -1 where there is no photo."""
     rows, sizes = [], {}
     for example in examples:
         path = paths.get(example.image_id)  # None: the post names no photo
@@ -153,7 +163,8 @@ def metadata(examples, paths, counts):
 
 
 def leak_targets(examples):
-    """{what could be given away: [posts] of bool}: a post's relation, or whether it has an entity of each type."""
+    """{what could be given away: [posts] of bool}: a post's relation,
+    or whether it has an entity of each type."""
     if not hasattr(examples[0], "labels"):
         labels = [{example.label} for example in examples]
     else:
@@ -165,14 +176,16 @@ def leak_targets(examples):
 def leak_check(dataset, split, folders):
     """How well labels are predicted from metadata alone: {target: {"posts", "photo", "text", "column"}}.
 
-    "photo" and "text" are (AUC, half of its 95% interval) on `split` of boosted trees trained on train, from what is
-    known of the photo's files and from the text's length; 0.5 is chance. "column": the photo column with the highest
-    AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left out.
+    "photo" and "text" are (AUC, half of its 95% interval) on `split` of boosted trees trained on train, from
+    what is known of the photo's files and from the text's length; 0.5 is chance. "column": the photo column
+    with the highest AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left
+    out.
     """
-    from sklearn.ensemble import GradientBoostingClassifier  # takes most of a second, which only this check should wait
+    from sklearn.ensemble import GradientBoostingClassifier  # most of a second, which only this should wait
 
     ids = dataset.image_ids()
-    paths, counts = find_photos(ids, folders) if folders else dict.fromkeys(ids), files_named_after(ids, folders)
+    paths = find_photos(ids, folders) if folders else dict.fromkeys(ids)
+    counts = files_named_after(ids, folders)
     tables = {name: metadata(dataset.examples[name], paths, counts) for name in ("train", split)}
     goals = {name: leak_targets(dataset.examples[name]) for name in ("train", split)}
     photo = len(PHOTO_COLUMNS)
@@ -200,7 +213,7 @@ def auc(gold, scores):
     return area, 1.96 * (max(variance, 0) / (positive * negative)) ** 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- notes
+# ------------------------------------------------------------------------------------------------------ notes
 
 
 def stands_in(words, text):
@@ -216,8 +229,9 @@ def note_leaks(dataset, split, notes):
     """How much of the gold of train and of `split` stands in what `notes`, a `Notes`, say of its posts.
 
     {"about_post" or "about_photo", where a post has it: {"train" or `split`: {"gold" or "unseen": (standing,
-    all)}}}. gold: every entity, or every row of relations, and then head and tail must both stand there; unseen:
-    the entities that are no `mentions` of train, none for relations. Nothing is said of a post without a note.
+    all)}}}. gold: every entity, or every row of relations, and then head and tail must both stand there;
+    unseen: the entities that are no `mentions` of train, none for relations. Nothing is said of a post
+    without a note.
     """
     known, found = mentions(dataset.examples["train"]), {}
     for key in EXTRAS["both"]:

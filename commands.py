@@ -1,4 +1,5 @@
-"""What all command lines share: types of arguments, devices, processes under torchrun, locks, errors of one line."""
+"""What all command lines share: types of arguments, devices, processes under torchrun, locks,
+errors of one line."""
 
 import argparse
 import contextlib
@@ -36,8 +37,8 @@ def first_line(error):
 
 
 def progress_bar(total, unit, short=False, **more):
-    """tqdm's bar: twice a second on a terminal, a line a minute elsewhere; a `short` one only if it takes that long, and
-    gone when it is done."""
+    """tqdm's bar: twice a second on a terminal, a line a minute elsewhere;
+    a `short` one only if it takes that long, and gone when it is done."""
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
     return tqdm(total=total, unit=unit, mininterval=every, delay=every * short, leave=not short, **more)
 
@@ -52,11 +53,13 @@ def check_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason}); try cpu") from None
 
 
 def pick_precision(precision, device):
-    """`precision`, where it is auto the one for a device: bfloat16 on GPUs that compute in it, from capability 8.0 on."""
+    """`precision`, where it is auto the one for a device: bfloat16 on GPUs that compute in it,
+    from capability 8.0 on."""
     if precision != "auto":
         return precision
     fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -64,10 +67,11 @@ def pick_precision(precision, device):
 
 
 def join_processes(device):
-    """(rank, number of processes, device) of this process among those torchrun started; (0, 1, device) without torchrun.
+    """(rank, number of processes, device) of this process among those torchrun started;
+    (0, 1, device) without torchrun.
 
-    Each process on cuda gets a GPU of its own, and touches no other: even a look costs memory there. ValueError if the
-    device cannot be used. Only rank 0 prints; errors are everyone's to say.
+    Each process on cuda gets a GPU of its own, and touches no other: even a look costs memory there.
+    ValueError if the device cannot be used. Only rank 0 prints; errors are everyone's to say.
     """
     together = "TORCHELASTIC_RUN_ID" in os.environ
     if together and device == "cuda":
@@ -91,7 +95,8 @@ def wait_for_all(processes):
 
 
 def gather(part, processes):
-    """What each process has of a list, each a part [rank::processes] of it -> the whole list, in every process."""
+    """What each process has of a list, each a part [rank::processes] of it -> the whole list,
+    in every process."""
     if processes == 1:
         return part
     parts = [None] * processes
@@ -103,7 +108,8 @@ def gather(part, processes):
 
 
 def lock(path, flags=os.O_RDONLY):
-    """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks. ValueError if another has."""
+    """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks.
+    ValueError if another has."""
     fd = os.open(path, flags, 0o644)
     try:
         hold(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,14 +120,15 @@ def lock(path, flags=os.O_RDONLY):
 
 
 def hold(fd, path, how):
-    """Lock an open file or folder; said, and gone on without, where the file system knows no locks (some network drives)."""
+    """Lock an open file or folder; said, and gone on without,
+    where the file system knows no locks (some network drives)."""
     try:
         fcntl.flock(fd, how)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
-        print(f"WARNING: {path}: no locks on this file system ({error.strerror}); see to it that no other process writes there",
-              file=sys.stderr)  # fmt: skip
+        said = f"{path}: no locks on this file system ({error.strerror})"
+        print(f"WARNING: {said}; see to it that no other process writes there", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -155,7 +162,8 @@ def command_line(main, lower="use another --device"):
         if os.environ.get("TRACEBACK"):  # to find a bug of ours behind such a line
             raise
         # What the system says of a file, without its number and with the name in front.
-        said = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
+        of_file = getattr(error, "strerror", None) and error.filename
+        said = f"{error.filename}: {error.strerror}" if of_file else error
         sys.exit(f"{Path(sys.argv[0]).name}: error: {said}")
     except (RuntimeError, MemoryError) as error:
         if os.environ.get("TRACEBACK") or not out_of_memory(error):

@@ -1,8 +1,8 @@
 """Data set files -> examples.
 
-Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases unpack
-to, and a folder of your own of either kind. Needs numpy only, and nothing else of this project: copy the file and
-use it.
+Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases
+unpack to, and a folder of your own of either kind. Needs numpy only, and nothing else of this project: copy
+the file and use it.
 """
 
 import argparse
@@ -22,10 +22,11 @@ import numpy as np
 NONE = "None"  # the relation that means "no relation"
 RELATIONS = (
     NONE, "/loc/loc/contain", "/misc/loc/held_on", "/misc/misc/part_of", "/org/loc/locate_at",
-    "/org/org/alternate_names", "/org/org/subsidiary", "/per/loc/place_of_birth", "/per/loc/place_of_residence",
-    "/per/misc/awarded", "/per/misc/nationality", "/per/misc/present_in", "/per/misc/race", "/per/misc/religion",
-    "/per/org/member_of", "/per/per/alternate_names", "/per/per/alumi", "/per/per/charges", "/per/per/couple",
-    "/per/per/neighbor", "/per/per/parent", "/per/per/peer", "/per/per/siblings",
+    "/org/org/alternate_names", "/org/org/subsidiary", "/per/loc/place_of_birth",
+    "/per/loc/place_of_residence", "/per/misc/awarded", "/per/misc/nationality", "/per/misc/present_in",
+    "/per/misc/race", "/per/misc/religion", "/per/org/member_of", "/per/per/alternate_names",
+    "/per/per/alumi", "/per/per/charges", "/per/per/couple", "/per/per/neighbor", "/per/per/parent",
+    "/per/per/peer", "/per/per/siblings",
 )  # fmt: skip
 
 
@@ -50,8 +51,8 @@ TEXT_PLACES = [
     for folder in ("{d}", "{d}/{d}_txt", "{d}_txt", "{d}/txt")
     for name in ("{s}.txt", "{d}_{s}.txt", "{d}_{s} .txt", "ours_{s}.txt")
 ]
-SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}  # ours -> the names files use
-# SHA-256 (first 16 digits) of the files as released: scores on two variants of one data set are not comparable.
+SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}  # ours -> the files'
+# SHA-256 (16 digits) of the files as released: scores on two variants of one data set are not comparable.
 VARIANTS = {
     "a6246e37aa1c8acd": "Twitter-2015 train, UMT release",
     "9dcc7f9df7331de3": "Twitter-2015 valid, UMT release",
@@ -71,12 +72,13 @@ VARIANTS = {
 LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can take all memory
 
 
-# ---------------------------------------------------------------------------------------------- files -> examples
+# ------------------------------------------------------------------------------------------ files -> examples
 
 
 @dataclass(frozen=True)
 class NerExample:
-    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo, if it has one."""
+    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo,
+    if it has one."""
 
     id: str
     image_id: str | None
@@ -97,7 +99,8 @@ class RelationExample:
 
 
 def read_lines(path):
-    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names a line that is not UTF-8, or too long."""
+    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names a line that is not UTF-8,
+    or too long."""
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
         text = raw.decode()
@@ -108,7 +111,8 @@ def read_lines(path):
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
     for number, line in lines:
         if len(line) > LONGEST_LINE:
-            raise ValueError(f"{path}:{number}: a line of {len(line):,} characters; no post has one so long, correct the file")
+            said = f"a line of {len(line):,} characters; no post has one so long"
+            raise ValueError(f"{path}:{number}: {said}, correct the file")
     return lines
 
 
@@ -120,9 +124,12 @@ def check_image_id(image_id, where):
 
 
 def check_label(label, allowed, where):
-    """The label if it is one of `allowed`, or any BIO label where that is None; else a ValueError that shows what is."""
+    """The label if it is one of `allowed`, or any BIO label where that is None;
+    else a ValueError that shows what is."""
     if allowed is None and not re.fullmatch(r"O|[BI]-\S+", label):
-        raise ValueError(f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO labels")
+        raise ValueError(
+            f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO labels"
+        )
     if allowed is not None and label not in allowed:
         raise ValueError(f"{where}: unknown label {label!r}; expected one of: {' '.join(allowed)}")
     return label
@@ -136,14 +143,16 @@ def goes_on(before, label):
 def label_scheme(path, posts):
     """The scheme of a file's labels: BIO, IOB1, BIOES or BILOU. `posts`: [(line of the first word, labels)].
 
-    An I that begins an entity speaks for IOB1 only if each B in the file parts two touching entities of one type:
-    Twitter-2015 has such I, and is BIO. In BIOES and BILOU every entity ends as such; else a ValueError says where not.
+    An I that begins an entity speaks for IOB1 only if each B in the file parts two touching entities of one
+    type: Twitter-2015 has such I, and is BIO. In BIOES and BILOU every entity ends as such; else a ValueError
+    says where not.
     """
     prefixes = {label[0] for _, labels in posts for label in labels}
     if not prefixes & set("ESLU"):
         pairs = [pair for _, labels in posts for pair in pairwise(["O", *labels])]
         begins = any(label[0] == "I" and not goes_on(before, label) for before, label in pairs)
-        parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in pairs if label[0] == "B")
+        opened = [pair for pair in pairs if pair[1][0] == "B"]
+        parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in opened)
         return "IOB1" if begins and parts else "BIO"
     scheme = "BILOU" if prefixes & set("LU") else "BIOES"
     for first, labels in posts:
@@ -151,8 +160,8 @@ def label_scheme(path, posts):
             if label[0] not in scheme or (label[0] in "BI" and not goes_on(label, after)):
                 odd = next(y for _, others in posts for y in others if y[0] in "ESLU")
                 raise ValueError(
-                    f"{path}:{number}: {label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in the file is"
-                    " not BIO; convert the file to BIO labels"
+                    f"{path}:{number}: {label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in"
+                    " the file is not BIO; convert the file to BIO labels"
                 )
     return scheme
 
@@ -163,24 +172,29 @@ def to_bio(labels):
 
 
 def read_ner(path, allowed, notes=None):
-    """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines, then a blank line or the end.
+    """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines,
+    then a blank line or the end.
 
-    `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye. With None,
-    for files of one's own, any BIO label may, and spaces separate where there is no tab. A post whose id has occurred
-    before gets its line number into its `id`. In a file without any IMGID line posts have no photo; IOB1, BIOES and
-    BILOU become BIO; `notes` is a list that is told of it. Raises ValueError with file and line.
+    `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye.
+    With None, for files of one's own, any BIO label may, and spaces separate where there is no tab. A post
+    whose id has occurred before gets its line number into its `id`. In a file without any IMGID line posts
+    have no photo; IOB1, BIOES and BILOU become BIO; `notes` is a list that is told of it. Raises ValueError
+    with file and line.
     """
     lines, notes = read_lines(path), [] if notes is None else notes
     photoless = not any(line.startswith("IMGID:") for _, line in lines)
     posts, documents = {}, 0  # id: (photo's id, words, labels, line of the first word)
-    image_id, opened, words, labels = None, 0, [], []  # opened: the line at which the post begins, 0 = none is open
+    image_id, words, labels = None, [], []
+    opened = 0  # the line at which the post begins, 0 = none is open
     for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
         where, (named, _, rest) = f"{path}:{number}", line.partition("\t")
-        starts_post = named.startswith("IMGID:") and rest.strip() in ("", "O")  # some files label the photo's line too
+        # Some files label the photo's line too.
+        starts_post = named.startswith("IMGID:") and rest.strip() in ("", "O")
         starts_document = re.match(r"-DOCSTART-(\s|$)", line)
         if (starts_post or starts_document or not line.strip()) and opened:
             if not words:
-                raise ValueError(f"{path}:{opened}: post {image_id} has no words; remove it or give it its words")
+                post = f"{path}:{opened}: post {image_id}"
+                raise ValueError(f"{post} has no words; remove it or give it its words")
             post_id = f"line {opened}" if photoless else image_id
             while post_id in posts:
                 post_id += f"@{opened}"
@@ -196,10 +210,14 @@ def read_ner(path, allowed, notes=None):
             fields[1:] = [field.strip(" ") if allowed is None else field for field in fields[1:]]
             if len(fields) != 2:
                 cut = f"cut {'-d' + repr(' ') if spaced else ''} -f1,{len(fields)}".replace("  ", " ")
-                found = f"{len(fields)} columns, {str(fields)[1:-1][:80]}; keep the word and one label, as {cut} does"
-                raise ValueError(f"{where}: expected word<TAB>label, found {found if fields[1:] else repr(line[:80])}")
+                columns = f"{len(fields)} columns, {str(fields)[1:-1][:80]}"
+                kept = f"{columns}; keep the word and one label, as {cut} does"
+                found = kept if fields[1:] else repr(line[:80])
+                raise ValueError(f"{where}: expected word<TAB>label, found {found}")
             if not opened and not photoless:
-                raise ValueError(f"{where}: a word with no IMGID:<id> line before it; each post starts with one")
+                raise ValueError(
+                    f"{where}: a word with no IMGID:<id> line before it; each post starts with one"
+                )
             if not re.fullmatch(r"O|[BIESLU]-\S+", fields[1]):
                 check_label(fields[1], allowed, where)
             opened = opened or number
@@ -220,7 +238,8 @@ def read_ner(path, allowed, notes=None):
 
 
 def parse_row(text):
-    """The value of one line: JSON, or else a Python literal (parsed as data, never run). ValueError says why neither.
+    """The value of one line: JSON, or else a Python literal (parsed as data, never run).
+    ValueError says why neither.
 
     JSON first: as a Python literal, its "\\/" and "\\ud83d\\ude00" would be other text.
     """
@@ -233,12 +252,14 @@ def parse_row(text):
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         if re.match(r'\{\s*"', text) and isinstance(not_json, json.JSONDecodeError):
             raise ValueError(f"not JSON: {not_json.msg} at character {not_json.colno}") from None
-        said = re.sub("( on line 1)?(: <ast| [(]<unknown).*", "", str(error), flags=re.DOTALL)  # no address in memory
+        # No address in memory.
+        said = re.sub("( on line 1)?(: <ast| [(]<unknown).*", "", str(error), flags=re.DOTALL)
         raise ValueError(f"{type(error).__name__}: {said or 'not readable'}") from None
 
 
 def read_rows(path):
-    """(where, number, text or value) of each row of a file: of one row a line, or of one JSON array of all rows."""
+    """(where, number, text or value) of each row of a file: of one row a line,
+    or of one JSON array of all rows."""
     lines = read_lines(path)
     text = "\n".join(line for _, line in lines)
     if not text.lstrip().startswith("["):
@@ -248,7 +269,9 @@ def read_rows(path):
         count = len(json.loads(text))
     except (ValueError, RecursionError) as error:
         line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "too deep")
-        raise ValueError(f"{path}:{line}: not a JSON array of rows ({reason}); correct it, or write a row a line") from None
+        raise ValueError(
+            f"{path}:{line}: not a JSON array of rows ({reason}); correct it, or write a row a line"
+        ) from None
     decoder, counted, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
     for number in range(1, count + 1):  # once more, for the lines they are on
         start = re.compile(r"[\s,]*").match(text, end).end()
@@ -258,21 +281,24 @@ def read_rows(path):
 
 
 def fold(name):
-    """A name as it is compared where it is not there exactly: composed (macOS decomposes), lower case, no outer space."""
+    """A name as it is compared where it is not there exactly: composed (macOS decomposes), lower case,
+    no outer space."""
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
 def same_text(name, words):
-    """Whether an entity's name is its words: in the real files it is exactly so; spaces and case are not compared."""
+    """Whether an entity's name is its words: in the real files it is exactly so;
+    spaces and case are not compared."""
     return fold("".join(str(name).split())) == fold("".join("".join(words).split()))
 
 
 def read_mnre(path, allowed, notes=None):
     """Rows of an MNRE file: one Python dict literal or JSON object a line, or one JSON array of rows.
 
-    A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Where head and tail have a name, it must be their
-    words. With `allowed` None, for files of one's own, any relation may occur, `NA` and `no_relation` become `None`,
-    and rows may be without img_id; `notes` is a list that is told of it. Raises ValueError with file and line.
+    A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Where head and tail have a name, it must
+    be their words. With `allowed` None, for files of one's own, any relation may occur, `NA` and
+    `no_relation` become `None`, and rows may be without img_id; `notes` is a list that is told of it. Raises
+    ValueError with file and line.
     """
     examples, notes, renamed = [], [] if notes is None else notes, Counter()
     for where, number, row in read_rows(path):
@@ -285,21 +311,28 @@ def read_mnre(path, allowed, notes=None):
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
+                f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}}"
+                f" ({reason[:120]})"
             ) from None
         if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
             raise ValueError(f"{where}: 'token' must be a list of words")
-        if half := [word for word in words if re.search("[\ud800-\udfff]", word)]:  # a str to Python, but no text
-            raise ValueError(f"{where}: the word {half[0]!r} holds half a character (a lone surrogate); correct it")
+        # A str to Python, but no text.
+        if half := [word for word in words if re.search("[\ud800-\udfff]", word)]:
+            raise ValueError(
+                f"{where}: the word {half[0]!r} holds half a character (a lone surrogate); correct it"
+            )
         for end, (start, stop) in spans.items():
             name, inside = names[end], type(start) is type(stop) is int and 0 <= start <= stop <= len(words)
             whole = inside and name not in (None, "") and same_text(name, words[start : stop + 1])
             hint = f"; is the end inclusive? It is to be exclusive: [{start}, {stop + 1}]" if whole else ""
             if not inside or start == stop:
-                raise ValueError(f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words{hint}")
+                raise ValueError(
+                    f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words{hint}"
+                )
             if name not in (None, "") and not same_text(name, words[start:stop]):
-                held, hint = " ".join(words[start:stop]), hint or "; correct one of them (the end is exclusive)"
-                raise ValueError(f"{where}: '{end}' is named {name!r}, but pos [{start}, {stop}] holds {held!r}{hint}")
+                held = f"pos [{start}, {stop}] holds {' '.join(words[start:stop])!r}"
+                hint = hint or "; correct one of them (the end is exclusive)"
+                raise ValueError(f"{where}: '{end}' is named {name!r}, but {held}{hint}")
         blind = image_id is None and allowed is None
         if not (isinstance(relation, str) and (blind or isinstance(image_id, str))):
             raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
@@ -350,15 +383,18 @@ def dataset_name(text):
     """argparse type: one of `DATASETS`, or a folder of the user's own data."""
     if text not in DATASETS and not Path(text).is_dir():
         held = "; name the folder that holds its files" if Path(text).is_file() else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}{held}")
+        known = ", ".join(DATASETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {known}{held}")
     path = Path(text).resolve()
     if text not in DATASETS and path.name in DATASETS:  # its labels and layouts are known by that name
-        raise argparse.ArgumentTypeError(f"for the data set in {text} type {path.name}, and --data-dir {path.parent}")
+        known = f"{path.name}, and --data-dir {path.parent}"
+        raise argparse.ArgumentTypeError(f"for the data set in {text} type {known}")
     return text if text in DATASETS else str(Path(text).resolve())
 
 
 def locate(name, data_dir):
-    """(name, parent folder) of a data set: one of `DATASETS` under `data_dir`, or the user's own folder `name`."""
+    """(name, parent folder) of a data set: one of `DATASETS` under `data_dir`,
+    or the user's own folder `name`."""
     path = Path(name).resolve()
     return (name, data_dir) if name in DATASETS else (path.name, path.parent)
 
@@ -370,7 +406,8 @@ def first_existing(places, name, data_dir, split_names=("",)):
 
 
 def data_task(name, data_dir="data"):
-    """The task, "ner" or "relation", of one of `DATASETS` or of a folder of the user's own, whose train file tells."""
+    """The task, "ner" or "relation", of one of `DATASETS` or of a folder of the user's own,
+    whose train file tells."""
     if name in DATASETS:
         return DATASETS[name][0]
     path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS["train"])
@@ -379,7 +416,8 @@ def data_task(name, data_dir="data"):
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = next((line.strip() for line in file if line.strip()), "")
     # A word may be a bracket; then a label ends the line.
-    return "relation" if first.startswith(("{", "[")) and not re.search(r"[\t ](O|[A-Z]-\S+)$", first) else "ner"
+    labelled = re.search(r"[\t ](O|[A-Z]-\S+)$", first)
+    return "relation" if first.startswith(("{", "[")) and not labelled else "ner"
 
 
 def look_alike(names):
@@ -395,9 +433,9 @@ def look_alike(names):
 def load_dataset(name, data_dir="data"):
     """Read all splits of a data set, one of `DATASETS` under `data_dir` or a folder of the user's own.
 
-    Train and valid must be there; FileNotFoundError says where they were sought. Labels are those of the release,
-    whether train has them all or not; of one's own, those of train. ValueError for what cannot be read, for labels of
-    one's own that train does not have, and for a Twitter-2015 of two releases.
+    Train and valid must be there; FileNotFoundError says where they were sought. Labels are those of the
+    release, whether train has them all or not; of one's own, those of train. ValueError for what cannot be
+    read, for labels of one's own that train does not have, and for a Twitter-2015 of two releases.
     """
     task, known = data_task(name, data_dir), DATASETS[name][1] if name in DATASETS else None
     name, data_dir = locate(name, data_dir)
@@ -406,8 +444,8 @@ def load_dataset(name, data_dir="data"):
         if files[split] is None:
             plain = Path(data_dir) / name / f"{split}.txt"
             raise FileNotFoundError(
-                f"no {split} file of {name} under {data_dir}/: put it at {plain} (docs/DATA.md lists the other"
-                " layouts read) or point --data-dir at its parent folder"
+                f"no {split} file of {name} under {data_dir}/: put it at {plain} (docs/DATA.md lists the"
+                " other layouts read) or point --data-dir at its parent folder"
             )
     files = {split: path for split, path in files.items() if path is not None}
     examples, notes, used = {}, [], {}
@@ -417,7 +455,7 @@ def load_dataset(name, data_dir="data"):
         notes += [f"{split}: {note}" for note in said]
         if not examples[split]:
             raise ValueError(f"{path}: no posts in it; the {split} split cannot be empty")
-        used[split] = {y for example in examples[split] for y in (example.labels if task == "ner" else [example.label])}
+        used[split] = {y for e in examples[split] for y in (e.labels if task == "ner" else [e.label])}
     labels = known
     if known is None and task == "ner":
         labels = bio_labels(sorted({label[2:] for label in used["train"] - {"O"}}))
@@ -428,8 +466,8 @@ def load_dataset(name, data_dir="data"):
                 for kind in ("OTHER", "MISC")}  # fmt: skip
         if says["OTHER"] and says["MISC"]:
             raise ValueError(
-                f"{says['MISC'][-1]}: says MISC as the relabelled release does, {says['OTHER'][0]} says OTHER as the"
-                " original; take all files from one of them"
+                f"{says['MISC'][-1]}: says MISC as the relabelled release does, {says['OTHER'][0]} says OTHER"
+                " as the original; take all files from one of them"
             )
         if not says["OTHER"] and not says["MISC"]:
             notes.append("neither OTHER nor MISC occurs: taken for the original release, which says OTHER")
@@ -438,8 +476,8 @@ def load_dataset(name, data_dir="data"):
     alike, unseen = look_alike(kinds) if known is None else [], [y for y in labels if y not in used["train"]]
     for split, found in used.items():
         if new := found - set(labels):
-            said = "; ".join([f"labels that train does not have: {' '.join(sorted(new))}; correct them", *alike])
-            raise ValueError(f"{files[split]}: {said}")
+            unknown = f"labels that train does not have: {' '.join(sorted(new))}"
+            raise ValueError(f"{files[split]}: {'; '.join([f'{unknown}; correct them', *alike])}")
     if known and unseen:
         notes.append(f"train never shows {len(unseen)} of the {len(labels)} labels: {' '.join(unseen)}")
     return Dataset(name, task, files, examples, labels, (*notes, *alike))

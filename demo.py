@@ -45,9 +45,10 @@ PLAIN = {
     "MISC": ("Super Bowl", "Star Wars", "Grammys", "World Cup", "Game of Thrones"),
 }
 TEMPLATES = (
-    "so excited about {} today !", "RT @fan : {} again", "can not stop thinking about {}", "this is why I love {} <3",
-    "my photo of {} from last night", "{} , what a day", "good morning {} !", "throwback : {} in 2016",
-    "no words for {} 😍", "nobody told me about {}", "{} and {} this weekend", "first {} , then {} .",
+    "so excited about {} today !", "RT @fan : {} again", "can not stop thinking about {}",
+    "this is why I love {} <3", "my photo of {} from last night", "{} , what a day", "good morning {} !",
+    "throwback : {} in 2016", "no words for {} 😍", "nobody told me about {}", "{} and {} this weekend",
+    "first {} , then {} .",
 )  # fmt: skip
 BACKGROUNDS = {"PER": (224, 176, 128), "LOC": (96, 168, 232), "ORG": (176, 40, 48), "MISC": (40, 16, 72)}
 
@@ -61,7 +62,8 @@ KINDS = {"PER": "person", "LOC": "place", "ORG": "organisation", "MISC": "other"
 
 
 def draw_scene(kind, rng):
-    """A 160 x 120 picture that stands for an entity type: its colours are what a random backbone can tell apart."""
+    """A 160 x 120 picture that stands for an entity type:
+    its colours are what a random backbone can tell apart."""
 
     def near(colour, spread=16):
         return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in colour)
@@ -91,7 +93,8 @@ def draw_scene(kind, rng):
 
 
 def make_post(rng):
-    """(words, labels, type of the scene): one to two names in a template, the first ambiguous in 3 posts of 4."""
+    """(words, labels, type of the scene): one to two names in a template,
+    the first ambiguous in 3 posts of 4."""
     template = rng.choice(TEMPLATES)
     scene = rng.choice(list(BACKGROUNDS))
     names = []
@@ -132,9 +135,11 @@ def make_noted_post(rng, own):
 
 
 def build_models(words, folder, width=64, layers=2, image=96, patch=16):
-    """Save small models with random weights, each as its published kind: encoder/ (BERT), clip/, blip/ and vilt/.
+    """Save small models with random weights, each as its published kind: encoder/ (BERT), clip/,
+    blip/ and vilt/.
 
-    Their one WordPiece tokenizer has `words`, uncased, as its vocabulary; photos are `image` pixels, ViLT's shorter side.
+    Their one WordPiece tokenizer has `words`, uncased, as its vocabulary; photos are `image` pixels,
+    ViLT's shorter side.
     """
     known = sorted({word.lower() for word in words})
     letters = sorted({letter for word in known for letter in word})
@@ -145,10 +150,13 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    size = {"num_hidden_layers": layers, "num_attention_heads": 4, "hidden_size": width, "intermediate_size": 2 * width}
+    tokens = "pad_token", "unk_token", "cls_token", "sep_token", "mask_token"
+    names = dict(zip(tokens, special, strict=True))
+    size = {"num_hidden_layers": layers, "num_attention_heads": 4}
+    size |= {"hidden_size": width, "intermediate_size": 2 * width}
     text = {"vocab_size": len(vocabulary), **size}
-    vision = {"image_size": image, "patch_size": patch, "initializer_range": 0.02, **size}  # BLIP's own is 1e-10
+    # BLIP's own initializer_range is 1e-10.
+    vision = {"image_size": image, "patch_size": patch, "initializer_range": 0.02, **size}
     square = {"height": image, "width": image}
     torch.manual_seed(0)
     for name, model, processor in (
@@ -156,7 +164,8 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
         ("clip", CLIPVisionModel(CLIPVisionConfig(**vision)),
          CLIPImageProcessor(size={"shortest_edge": image}, crop_size=square)),
         ("blip", BlipForImageTextRetrieval(BlipConfig(
-            text_config={**text, "encoder_hidden_size": width, "bos_token_id": 2, "sep_token_id": 3}, vision_config=vision
+            text_config={**text, "encoder_hidden_size": width, "bos_token_id": 2, "sep_token_id": 3},
+            vision_config=vision,
         )), BlipImageProcessor(size=square)),
         ("vilt", ViltForMaskedLM(ViltConfig(max_position_embeddings=40, **text | vision)),
          ViltImageProcessor(size={"shortest_edge": image}, size_divisor=patch)),

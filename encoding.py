@@ -1,7 +1,8 @@
 """Examples -> tokenised rows -> batches, for any tokenizer of transformers.
 
     rows, counts = encode(tokenizer, examples, labels, max_len=128)
-    batch = collate(rows[:8], tokenizer.pad_token_id)    # input_ids, attention_mask [B, T], word_starts, labels [B, W]
+    batch = collate(rows[:8], tokenizer.pad_token_id)
+    # input_ids, attention_mask [B, T], word_starts, labels [B, W]
 
 Needs torch and numpy only, and nothing else of this project: copy the file and use it.
 """
@@ -14,8 +15,9 @@ IGNORE = -100  # label of what the loss leaves out: padding and words that have 
 
 # Words that tell whether a tokenizer gives a list of words the pieces that they have in a sentence.
 PROBE = (
-    "Kevin DURANT 's 30pts @ Oracle 😍 #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 ) http://t.co/Ab1 GO!!".split()
-)
+    "Kevin DURANT 's 30pts @ Oracle 😍 #WarriorsWin2016 , don't café ... they’re 2-0 ( x2 )"
+    " http://t.co/Ab1 GO!!"
+).split()
 
 
 def word_pieces(tokenizer, sentences):
@@ -31,23 +33,28 @@ def word_pieces(tokenizer, sentences):
 
 
 def takes_words(tokenizer):
-    """Whether words one by one have the pieces of the sentence; others (ModernBERT's, Qwen's) lose the spaces between."""
-    return word_pieces(tokenizer, [PROBE])[0][0] == tokenizer(" ".join(PROBE), add_special_tokens=False)["input_ids"]
+    """Whether words one by one have the pieces of the sentence; others (ModernBERT's, Qwen's) lose spaces."""
+    sentence = tokenizer(" ".join(PROBE), add_special_tokens=False)["input_ids"]
+    return word_pieces(tokenizer, [PROBE])[0][0] == sentence
 
 
 def split_pieces(tokenizer, sentences):
     """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
 
-    The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are mapped to words by
-    their place in the sentence; one that begins with the space belongs to the word after it.
+    The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are
+    mapped to words by their place in the sentence; one that begins with the space belongs to the word after
+    it.
     """
     if takes_words(tokenizer):
         return word_pieces(tokenizer, sentences)
     rows = []
     for words in sentences:
         if getattr(tokenizer, "is_fast", False):
-            encoded = tokenizer(" ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True)
-            owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]  # of each character
+            encoded = tokenizer(
+                " ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True
+            )
+            # Of each character.
+            owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]
             word_of = [owner[start] for start, _ in encoded["offset_mapping"]]
         else:  # no offsets: a word ends where the pieces of the sentence up to it do
             texts = (" ".join(words[:end]) for end in range(1, len(words) + 1))
@@ -59,7 +66,8 @@ def split_pieces(tokenizer, sentences):
 
 
 def special_ends(tokenizer):
-    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP]); two empty lists if none."""
+    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP]);
+    two empty lists if none."""
     bare, full = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     if start is None:
@@ -82,10 +90,11 @@ def mark_entities(example):
 
 
 def window(length, spans, limit):
-    """Which of `length` pieces to keep, at most `limit`, for the sake of two `spans` (first, last piece) of them.
+    """Which of `length` pieces to keep, at most `limit`, for the sake of two `spans` (first, last piece)
+    of them.
 
-    One run around both spans where that fits; else half of the room from the start of each on, so that both starts are
-    kept, and both spans whole unless one is longer than that.
+    One run around both spans where that fits; else half of the room from the start of each on, so that both
+    starts are kept, and both spans whole unless one is longer than that.
     """
     (first, first_end), (second, second_end) = sorted(spans)
     last, half = max(first_end, second_end), limit // 2
@@ -103,11 +112,11 @@ def window(length, spans, limit):
 def encode(tokenizer, examples, labels, max_len):
     """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
 
-    `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special ones; named
-    entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none or was cut off) and
-    `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`, `tail_index` (index of the start markers)
-    and `labels`, one number. A relation too long for max_len keeps a `window` with both entities. Counts: `cut_words` (and
-    `cut_posts`), `words_without_piece`.
+    `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special
+    ones; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none
+    or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
+    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps
+    a `window` with both entities. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
     """
     prefix, suffix = special_ends(tokenizer)
     room = max_len - len(prefix) - len(suffix)
@@ -124,23 +133,27 @@ def encode(tokenizer, examples, labels, max_len):
         for piece, word in enumerate(word_of):
             first_piece.setdefault(word, piece)
         if relations:
-            spans = [tuple(first_piece[marker[m]] for m in pair) for pair in (("[E1]", "[/E1]"), ("[E2]", "[/E2]"))]
+            pairs = ("[E1]", "[/E1]"), ("[E2]", "[/E2]")
+            spans = [tuple(first_piece[marker[m]] for m in pair) for pair in pairs]
             kept = window(len(ids), spans, room)
         else:
             kept = range(min(len(ids), room))
         place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
         starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
-        cut = [word for word in first_piece if starts[word] < 0 and not (relations and words[word] in MARKERS)]
+        ours = MARKERS if relations else ()
+        cut = [word for word in first_piece if starts[word] < 0 and words[word] not in ours]
         counts["cut_words"] += len(cut)
         counts["cut_posts"] += bool(cut)
         counts["words_without_piece"] += len(words) - len(first_piece)
-        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix, "own": (len(prefix), len(prefix) + len(kept))}
+        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
+        row |= {"own": (len(prefix), len(prefix) + len(kept))}
         if relations:
             row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
             row["labels"] = label_id[example.label]
         else:
             row["word_starts"] = starts
-            row["labels"] = [label_id[y] if s >= 0 else IGNORE for y, s in zip(example.labels, starts, strict=True)]
+            labelled = zip(example.labels, starts, strict=True)
+            row["labels"] = [label_id[label] if start >= 0 else IGNORE for label, start in labelled]
         rows.append(row)
     return rows, counts
 
@@ -148,8 +161,8 @@ def encode(tokenizer, examples, labels, max_len):
 def length_batches(lengths, batch_size, rng=None):
     """Lists of indices, at most `batch_size` each, of posts of similar length; each post once.
 
-    With a numpy Generator the order is random: posts are shuffled, sorted by length within pools of 50 batches, and
-    the batches shuffled. Without, longest first, so that running out of memory shows at once.
+    With a numpy Generator the order is random: posts are shuffled, sorted by length within pools of 50
+    batches, and the batches shuffled. Without, longest first, so that running out of memory shows at once.
     """
     lengths = np.asarray(lengths)
     if rng is None:
@@ -190,7 +203,8 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     if "word_starts" in rows[0]:
         batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
     else:
-        batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("head_index", "tail_index", "labels")}
+        keys = "head_index", "tail_index", "labels"
+        batch |= {key: torch.tensor([row[key] for row in rows]) for key in keys}
     if cache is not None:
         batch |= cache.read(photos, views)
     return batch

@@ -1,4 +1,4 @@
-"""The feature file: one HDF5 file of the region features of a data set's photos; made, filled row by row, read and checked.
+"""The feature file: an HDF5 file of the region features of a data set's photos; made, filled, read, checked.
 
     cache = FeatureCache("features/twitter2017-resnet50-224.h5")
     batch = cache.read(["17_06_4705", None])    # regions [B, R, D], region_mask [B, R] (True = real), ...
@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,26 +25,40 @@ REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
 
 
+def unfinished(path):
+    """The name of the feature file `path`, a Path, until all its rows are done."""
+    return path.with_name(path.name + ".partial")
+
+
 def read_attrs(file):
-    """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length UTF-8 bytes."""
+    """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length bytes."""
     values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in file.attrs.items()}
     return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
 
 
+def read_photo_bytes(file):
+    """[N] bytes of each photo of an open feature file; 0 = unknown, as in files of earlier versions."""
+    return file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(file["status"]), np.int64)
+
+
 def row_crc32(regions, image_id, num_regions, grid, status, reason):
-    """[V] checksums of a row of a feature file, a view each, over its regions [V, R, D] and all its other columns."""
-    about = zlib.crc32(json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason]).encode())
-    return [zlib.crc32(np.ascontiguousarray(view).view(np.uint8), about) for view in regions]
+    """[V] checksums of a row of a feature file, one a view: of its regions [V, R, D], all other columns."""
+    about = json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason])
+    start = zlib.crc32(about.encode())
+    return [zlib.crc32(np.ascontiguousarray(view).view(np.uint8), start) for view in regions]
 
 
 def attrs_crc32(attrs):
     """Checksum of how a feature file was made, itself left out."""
-    return zlib.crc32(json.dumps({k: v for k, v in attrs.items() if k != "attrs_crc32"}, sort_keys=True).encode())
+    others = {key: value for key, value in attrs.items() if key != "attrs_crc32"}
+    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
 def photo_bytes(paths):
     """The size of each photo at `paths`, {image id: path or None}, in bytes; 0 where there is none."""
-    return [os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()]
+    return [
+        os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()
+    ]
 
 
 def photos_sha256(image_ids, sizes):
@@ -52,19 +67,31 @@ def photos_sha256(image_ids, sizes):
 
 
 def refuse_other_photos(path, attrs, image_ids, sizes, paths):
-    """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` in bytes (0 = unknown) of a feature file's."""
+    """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` of a feature file's.
+
+    Sizes are in bytes, 0 = unknown.
+    """
     here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
     other = [image_id for image_id, a, b in zip(image_ids, sizes, here, strict=True) if a and b and a != b]
     if other:
         raise ValueError(
-            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]}; it was made from"
-            f" {attrs.get('made_from', 'an unknown folder')}); make it anew with extract_features.py --overwrite, or name the"
-            " right one with --features or --cache-dir, the right photos with --images"
+            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]};"
+            f" it was made from {attrs.get('made_from', 'an unknown folder')}); make it anew with"
+            " extract_features.py --overwrite, or name the right one with --features or --cache-dir, the"
+            " right photos with --images"
         )
 
 
+def require_room(path, size):
+    """ValueError if the disk has no room for `size` bytes at `path`, less what a file there holds already."""
+    needed = size - (path.stat().st_blocks * 512 if path.exists() else 0)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise ValueError(f"{path.parent}: {needed:,} bytes needed, {free:,} free; make room or lower --views")
+
+
 def reserve(path, size):
-    """Take disk space for a file of `size` bytes at `path`, made if need be; OSError if there is not so much."""
+    """Take `size` bytes on disk for a file at `path`, made if need be; OSError if there is not so much."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -72,9 +99,10 @@ def reserve(path, size):
         else:
             os.ftruncate(fd, max(size, os.fstat(fd).st_size))
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take no space ahead
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take none ahead
             return os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-        raise OSError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}); make room or lower --views") from None
+        reason = f"no room for {size:,} bytes ({error.strerror})"
+        raise OSError(f"{path.parent}: {reason}; make room or lower --views") from None
     finally:
         os.close(fd)
 
@@ -82,16 +110,17 @@ def reserve(path, size):
 def create_file(path, image_ids, sizes, shape, kind, attrs):
     """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
 
-    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that cannot be
-    opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a disk that is too
-    small for it is noticed now and not after hours.
+    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that
+    cannot be opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a
+    disk that is too small for it is noticed now and not after hours.
     """
     rows, views = shape[:2]
     names = np.array([image_id.encode() for image_id in image_ids])
     columns = {
         "regions": (shape, kind), "num_regions": ((rows,), "uint16"), "grid": ((rows, 2), "uint16"),
-        "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"), "reason": ((rows,), f"S{REASON_WIDTH}"),
-        "crc32": ((rows, views), "uint32"), "photo_bytes": ((rows,), "int64"),
+        "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"),
+        "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "uint32"),
+        "photo_bytes": ((rows,), "int64"),
     }  # fmt: skip
     known = {"image_id": names, "photo_bytes": sizes}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -109,7 +138,7 @@ def create_file(path, image_ids, sizes, shape, kind, attrs):
                     file[name][:] = known.get(name, np.zeros(size, dtype))
             attrs = attrs | {"photos_sha256": photos_sha256(image_ids, sizes)}
             attrs |= {"attrs_crc32": attrs_crc32(attrs)}
-            for key, value in attrs.items():  # as fixed-length bytes: h5py would store str as a variable-length object
+            for key, value in attrs.items():  # h5py would store a str as a variable-length object
                 file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
         reserve(temporary, temporary.stat().st_size)
         os.replace(temporary, path)
@@ -120,7 +149,8 @@ def create_file(path, image_ids, sizes, shape, kind, attrs):
 class FeatureWriter:
     """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others.
 
-    `fd`: the file, open for writing; it is closed with the writer. Several may fill one file, each other rows.
+    `fd`: the file, open for writing; it is closed with the writer. Several may fill one file, each other
+    rows.
     """
 
     def __init__(self, path, fd, settings, image_ids):
@@ -129,8 +159,9 @@ class FeatureWriter:
             self.attrs = refuse_other_settings(path, settings)
             with h5py.File(path, "r", locking=False) as file:  # a lock would be the caller's
                 self.status = file["status"][:]
-                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(image_ids), np.int64)
-                self.columns = {name: (file[name].id.get_offset(), file[name].dtype, file[name].shape) for name in file}
+                self.photo_bytes = read_photo_bytes(file)
+                columns = file.items()
+                self.columns = {name: (c.id.get_offset(), c.dtype, c.shape) for name, c in columns}
         except ValueError:
             self.close()
             raise
@@ -147,11 +178,12 @@ class FeatureWriter:
             try:
                 written = os.pwrite(self.fd, raw, at)
             except OSError as error:
-                raise OSError(f"{self.path}: {error.strerror}; make room, and the same command goes on") from None
+                reason = f"{self.path}: {error.strerror}"
+                raise OSError(f"{reason}; make room, and the same command goes on") from None
             raw, at = raw[written:], at + written
 
     def write(self, row, regions, grid, status, reason):
-        """One photo: regions [V, n, D] or None, their (rows, columns) and the rest, its status last of all."""
+        """One photo: regions [V, n, D] or None, their (rows, columns), the rest, its status last of all."""
         _, kind, (_, views, most, dim) = self.columns["regions"]
         regions = np.zeros((views, 0, dim), kind) if regions is None else regions
         count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
@@ -164,6 +196,12 @@ class FeatureWriter:
         self.put("reason", row, reason.encode())
         self.put("status", row, status)
         self.status[row] = status
+
+    def undo(self, rows):
+        """Mark rows of a finished file as not done; first it loses its name, not to stand over them."""
+        os.replace(self.path, unfinished(self.path))
+        for row in rows:
+            self.put("status", row, 0)
 
 
 def refuse_other_settings(path, settings):
@@ -180,8 +218,8 @@ def refuse_other_settings(path, settings):
     ]
     if differing:
         raise ValueError(
-            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, another --cache-dir"
-            " keeps both"
+            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, another"
+            " --cache-dir keeps both"
         )
     return made
 
@@ -189,13 +227,13 @@ def refuse_other_settings(path, settings):
 class FeatureCache:
     """Read side of a feature file made by extract_features.py.
 
-    The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied before
-    it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn alike. A view is
-    compared with its checksum when it is first read.
+    The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied
+    before it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn
+    alike. A view is compared with its checksum when it is first read.
 
     Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
-    `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row
-    by row; regions before them (BLIP's class token) are of the photo as a whole.
+    `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand
+    for, row by row; regions before them (BLIP's class token) are of the photo as a whole.
     Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
     """
 
@@ -204,27 +242,27 @@ class FeatureCache:
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.exists():
-            hint = " (an unfinished one is there: run the same command again to resume it)"
-            unfinished = self.path.with_name(self.path.name + ".partial").exists()
+            begun = unfinished(self.path).exists()
+            hint = " (an unfinished one is there: run the same command again to resume it)" if begun else ""
             raise FileNotFoundError(
-                f"no feature file {path}{hint if unfinished else ''}; make it with extract_features.py,"
-                " name another with --features, or train without photos: --fusion none"
+                f"no feature file {path}{hint}; make it with extract_features.py, name another with"
+                " --features, or train without photos: --fusion none"
             )
         try:
             with h5py.File(self.path, "r", locking=False) as file:  # network drives may know no locks
                 self.attrs = read_attrs(file)
                 columns = [file.get(name) for name in COLUMNS]
-                if self.attrs.get("format") != FORMAT or not all(isinstance(c, h5py.Dataset) for c in columns):
-                    found = self.attrs.get("format", "none")
+                found = self.attrs.get("format", "none")
+                if found != FORMAT or not all(isinstance(column, h5py.Dataset) for column in columns):
                     raise ValueError(
                         f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
                     )
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
                 self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
                 ids = [name.decode() for name in file["image_id"][:]]
-                # Files of earlier versions have none.
-                self.photo_bytes = file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(self.status), np.int64)
-                told = "photo_bytes" not in file or photos_sha256(ids, self.photo_bytes) == self.attrs.get("photos_sha256")
+                self.photo_bytes = read_photo_bytes(file)
+                photos = photos_sha256(ids, self.photo_bytes)
+                told = "photo_bytes" not in file or photos == self.attrs.get("photos_sha256")
                 self.reasons = [reason.decode() for reason in file["reason"][:]]
                 regions = file["regions"]
                 self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
@@ -233,15 +271,22 @@ class FeatureCache:
             raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
         if (self.status == 0).any():
             raise ValueError(
-                f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py --overwrite"
+                f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py"
+                " --overwrite"
             )
-        # Mapping past the end of a file is a bus error at first touch, not an exception: compare the lengths first.
+        # Mapping past the end of a file is a bus error at first touch, no exception: compare lengths first.
         if offset is None:
-            raise ValueError(f"{path}: its regions are not one contiguous block; make it anew with extract_features.py")
+            raise ValueError(
+                f"{path}: its regions are not one contiguous block; make it anew with extract_features.py"
+            )
         if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
-            raise ValueError(f"{path}: shorter than its {self.shape} regions need; it was cut off, make it anew")
+            needs = f"its {self.shape} regions need"
+            raise ValueError(f"{path}: shorter than {needs}; it was cut off, make it anew")
         if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not told:
-            raise ValueError(f"{path}: what it says of itself is damaged; make it anew with extract_features.py --overwrite")
+            raise ValueError(
+                f"{path}: what it says of itself is damaged; make it anew with extract_features.py"
+                " --overwrite"
+            )
         self.ids = ids
         self.rows = {image_id: row for row, image_id in enumerate(ids)}
         self.checked = np.zeros(self.shape[:2], bool)
@@ -253,7 +298,7 @@ class FeatureCache:
         return hashlib.sha256(self.crc32.tobytes()).hexdigest()
 
     def __reduce__(self):
-        return FeatureCache, (self.path,)  # a pickled map would carry all its bytes; a worker opens the file itself
+        return FeatureCache, (self.path,)  # a worker opens the file: a pickled map would carry all its bytes
 
     @property
     def views(self):
@@ -292,13 +337,14 @@ class FeatureCache:
             self.resident[row] = torch.from_numpy(self.regions[row].copy())
 
     def require(self, image_ids, dataset):
-        """ValueError if the file lacks photos of a data set: it was made for another, or for a part of this one."""
+        """ValueError if the file lacks photos of a data set: it is another's, or of a part of this one."""
         absent = [image_id for image_id in image_ids if image_id is not None and image_id not in self.rows]
         if absent:
             raise ValueError(
-                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]}); it was"
-                f" made for {self.attrs.get('dataset')}. Was the text another, or --limit set? Name {dataset}'s own file, or"
-                f" make it: extract_features.py --dataset {dataset}"
+                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
+                f" {absent[0]}); it was made for {self.attrs.get('dataset')}. Was the text another, or"
+                f" --limit set? Name {dataset}'s own file, or make it: extract_features.py"
+                f" --dataset {dataset}"
             )
 
     def compare_photos(self, paths):
@@ -307,38 +353,39 @@ class FeatureCache:
         ValueError if some that are have another size: they are of another folder, or were replaced since.
         """
         refuse_other_photos(self.path, self.attrs, self.ids, self.photo_bytes, paths)
-        return sum(size > 0 and paths.get(image_id) is None for image_id, size in zip(self.ids, self.photo_bytes, strict=True))
+        made_of = [image_id for image_id, size in zip(self.ids, self.photo_bytes, strict=True) if size > 0]
+        return sum(paths.get(image_id) is None for image_id in made_of)
 
     def read(self, photos, views=None):
-        """What a batch holds of its photos, given as image ids or None for no photo; `views`: which to read, default 0.
+        """What a batch holds of its photos, image ids or None for none; `views`: which to read, default 0.
 
-        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows, columns), photo_row
-        [B], which photo it is, -1 for none.
+        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows,
+        columns), photo_row [B], which photo it is, -1 for none.
         """
-        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # a row for None, hidden below
+        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
         views = np.zeros(len(photos), int) if views is None else np.asarray(views)
         shown = np.array([photo is not None for photo in photos])
-        for i in np.flatnonzero(shown & ~self.checked[rows, views]):  # of missing photos too: their status may be damaged
+        # Of missing photos too: their status may be damaged.
+        for i in np.flatnonzero(shown & ~self.checked[rows, views]):
             if not self.whole(rows[i], slice(views[i], views[i] + 1)):
                 raise self.damaged(photos[i], f"view {views[i]}")
             self.checked[rows[i], views[i]] = True
         real = shown & (self.status[rows] == OK)
         mask = real[:, None] & (np.arange(self.shape[2]) < self.num_regions[rows, None])
         grid = np.where(real[:, None], self.grid[rows], 0).astype(np.int64)
-        about = {"region_mask": torch.from_numpy(mask), "region_grid": torch.from_numpy(grid),
-                 "photo_row": torch.from_numpy(np.where(real, rows, -1))}  # fmt: skip
+        about = {"region_mask": mask, "region_grid": grid, "photo_row": np.where(real, rows, -1)}
+        about = {key: torch.from_numpy(values) for key, values in about.items()}
         if self.resident is None:
-            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]: numpy's fastest way to copy rows
-            values = flat.take(rows * self.views + views, 0)
+            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]
+            values = flat.take(rows * self.views + views, 0)  # numpy's fastest way to copy rows
             values[~real] = 0
             return {"regions": torch.from_numpy(values)} | about
-        places = {"rows": torch.from_numpy(rows), "views": torch.from_numpy(views), "real": torch.from_numpy(real)}
-        about, places = (
-            {key: value.to(self.resident.device, non_blocking=True) for key, value in batch.items()}  # a few kB
-            for batch in (about, places)
+        device = self.resident.device
+        about = {key: value.to(device, non_blocking=True) for key, value in about.items()}  # a few kB
+        rows, views, real = (
+            torch.from_numpy(values).to(device, non_blocking=True) for values in (rows, views, real)
         )
-        values = self.resident[places["rows"], places["views"]]
-        return {"regions": values.masked_fill(~places["real"][:, None, None], 0)} | about
+        return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
 
     def read_generated(self, photos, views=None):
         """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""

@@ -9,10 +9,10 @@ All layers share one call, `fusion(text, text_mask, regions, region_mask, return
     text_mask    [B, T]      True = a real token, False = padding
     regions      [B, R, Dv]  region features of any floating type and scale, in any order
     region_mask  [B, R]      True = a real region; a row of False is a post without photo
-    returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R], averaged
-                             over heads and zero for a post without photo (None from layers that have no such weights);
-                             read them in eval mode, dropout may act on them in training; those of padding tokens
-                             mean nothing
+    returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R],
+                             averaged over heads and zero for a post without photo (None from layers that
+                             have no such weights); read them in eval mode, dropout may act on them in
+                             training; those of padding tokens mean nothing
 
 A layer that looks at more of a post names it in `reads` and takes it by that name:
 
@@ -33,21 +33,24 @@ from torch import nn
 
 
 def unit_length(regions):
-    """Centre each vector over its channels and scale it to length 1. [..., Dv] -> [..., Dv] float32; zeros stay zeros.
+    """Centre each vector over its channels and scale it to length 1. [..., Dv] -> [..., Dv] float32;
+    zeros stay zeros.
 
-    Length 1, not variance 1: an Adam step of rate r then moves a projection's output by at most r * sqrt(Dv), so the
-    layers train at rates of 1e-3 whatever the width of the backbone.
+    Length 1, not variance 1: an Adam step of rate r then moves a projection's output by at most r * sqrt(Dv),
+    so the layers train at rates of 1e-3 whatever the width of the backbone.
     """
     return F.layer_norm(regions.float(), regions.shape[-1:], eps=1e-12) / regions.shape[-1] ** 0.5
 
 
 def clean(values, mask):
-    """`values` [B, N, C] with zeros where `mask` [B, N] is False, so that nothing there can leak, NaN included."""
+    """`values` [B, N, C] with zeros where `mask` [B, N] is False, so that nothing there can leak,
+    NaN included."""
     return values.masked_fill(~mask[..., None], 0)
 
 
 def masked_softmax(scores, mask):
-    """Softmax over the last dimension among the True of `mask`; all zeros, with finite gradients, where none is."""
+    """Softmax over the last dimension among the True of `mask`; all zeros, with finite gradients,
+    where none is."""
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~mask, 0)
 
@@ -109,11 +112,12 @@ def pyramid_levels(regions, region_mask, region_grid):
 
 
 class RegionStates(nn.Module):
-    """Regions at the scale of token states, for layers that attend to them: [B, R, Dv] -> [B, R, D], zero where masked.
+    """Regions at the scale of token states, for layers that attend to them: [B, R, Dv] -> [B, R, D],
+    zero where masked.
 
-    Weights of variance 1 make states of variance 1 out of vectors of length 1. With torch's own start, variance 1 / (3 Dv),
-    keys come out at some 0.02: attention then begins exactly uniform, and the gradients it would learn from are of the
-    size of AdamW's eps.
+    Weights of variance 1 make states of variance 1 out of vectors of length 1. With torch's own start,
+    variance 1 / (3 Dv), keys come out at some 0.02: attention then begins exactly uniform, and the gradients
+    it would learn from are of the size of AdamW's eps.
     """
 
     def __init__(self, region_dim, text_dim):
@@ -135,7 +139,8 @@ def start_at_zero(linear):
 def check_heads(text_dim, heads):
     """ValueError unless the token states divide evenly among the heads."""
     if heads < 1 or text_dim % heads:
-        raise ValueError(f"{heads} heads do not divide token states of width {text_dim}; choose a number that does")
+        states = f"token states of width {text_dim}"
+        raise ValueError(f"{heads} heads do not divide {states}; choose a number that does")
 
 
 class Fusion(nn.Module):
@@ -155,7 +160,8 @@ class NoFusion(Fusion):
 
 
 class Film(Fusion):
-    """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta, channel by channel.
+    """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta,
+    channel by channel.
 
     A linear generator makes gamma = 1 + delta and beta from the mean of the real regions; it starts at zero.
     """
@@ -174,11 +180,12 @@ class Film(Fusion):
 
 
 class Attention(Fusion):
-    """Additive attention (Bahdanau et al., ICLR 2015) of each token over the regions, joined by a gated residual.
+    """Additive attention (Bahdanau et al., ICLR 2015) of each token over the regions,
+    joined by a gated residual.
 
     Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r), the `additive_scores`.
-    Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t. v: the
-    `RegionStates`. One head, `heads` is not used.
+    Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t.
+    v: the `RegionStates`. One head, `heads` is not used.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -196,7 +203,8 @@ class Attention(Fusion):
         image, words = self.regions(regions, region_mask), clean(text, text_mask)
         scores = additive_scores(self.score, self.token(words)[:, :, None], self.region(image)[:, None])
         weights = masked_softmax(scores, region_mask[:, None])  # [B, T, R]
-        # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting them after.
+        # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting
+        # them after.
         context = self.dropout(self.context(weights.to(image.dtype) @ image))  # [B, T, D]
         gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
         fused = where_photo(words + gate * context, text, text_mask, region_mask)
@@ -204,10 +212,12 @@ class Attention(Fusion):
 
 
 class CrossAttention(Fusion):
-    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries, `RegionStates` keys and values.
+    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries,
+    `RegionStates` keys and values.
 
-    x = h + attention(h, v); output x + FFN(LayerNorm(x)); the last projections of both are zero at the start. The
-    residual path is free of norms, so that a post with photo and one without reach the head on the same scale.
+    x = h + attention(h, v); output x + FFN(LayerNorm(x)); the last projections of both are zero at the start.
+    The residual path is free of norms, so that a post with photo and one without reach the head on the same
+    scale.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -234,12 +244,12 @@ class CrossAttention(Fusion):
 class Bimodal(Fusion):
     """Attention in both directions, joined by a gated multimodal unit.
 
-    "Bimodal" has no single meaning in the literature. This is: one multi-head affinity between tokens and regions, read
-    both ways as in dynamic coattention (Xiong et al., ICLR 2017, section 2.2). Regions attend over tokens, which tells
-    each region what the post says of it; tokens attend over regions so enriched. A gated multimodal unit (Arevalo et
-    al. 2017, section 3.1) weighs that context x_v against the token x_t: z = sigmoid(W_z [x_v; x_t]), unit =
-    z tanh(W_v x_v) + (1 - z) tanh(W_t x_t), W_v and W_t zero at the start. The unit is added to the token. Regions: the
-    `RegionStates`.
+    "Bimodal" has no single meaning in the literature. This is: one multi-head affinity between tokens and
+    regions, read both ways as in dynamic coattention (Xiong et al., ICLR 2017, section 2.2). Regions attend
+    over tokens, which tells each region what the post says of it; tokens attend over regions so enriched. A
+    gated multimodal unit (Arevalo et al. 2017, section 3.1) weighs that context x_v against the token x_t: z
+    = sigmoid(W_z [x_v; x_t]), unit = z tanh(W_v x_v) + (1 - z) tanh(W_t x_t), W_v and W_t zero at the start.
+    The unit is added to the token. Regions: the `RegionStates`.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -369,8 +379,9 @@ class Pyramid(Fusion):
 
 
 class Saliency(Fusion):
-    """Text-guided recombination in the manner of MINIGE (Kong, Liu et al. 2025), of a photo and, with pictures=2, a second
-    picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL 2020).
+    """Text-guided recombination in the manner of MINIGE (Kong, Liu et al. 2025), of a photo and, with
+    pictures=2, a second picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL
+    2020).
 
     Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W v_r)); weights: softmax over r of
     (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest

@@ -1,6 +1,7 @@
 """Text encoder + fusion + head, and the table of systems.
 
-A system is one row of `SYSTEMS`: the text encoder it starts from, the backbone whose features it reads, its class.
+A system is one row of `SYSTEMS`: the text encoder it starts from, the backbone whose features it reads,
+its class.
 """
 
 import json
@@ -29,8 +30,8 @@ class Head(nn.Module):
     """Dropout and a linear layer over the token states of what is labelled; softmax decides or, for named
     entities, a `Crf`, with "visual-crf" one whose transitions have a `PhotoBias`.
 
-    Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini Soares et
-    al., ACL 2019, "entity start").
+    Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini
+    Soares et al., ACL 2019, "entity start").
     """
 
     def __init__(self, width, config):
@@ -42,12 +43,14 @@ class Head(nn.Module):
         self.photo_bias = PhotoBias(config["region_dim"], labels) if decoder == "visual-crf" else None
 
     def forward(self, states, batch):
-        """states [B, T, D] -> logits [B, W, labels] or [B, labels]. Those of a word with `word_starts` -1 mean nothing."""
+        """states [B, T, D] -> logits [B, W, labels] or [B, labels].
+        Those of a word with `word_starts` -1 mean nothing."""
         rows = torch.arange(len(states), device=states.device)
         if "word_starts" in batch:
             states = states[rows[:, None], batch["word_starts"].clamp(min=0)]  # [B, W, D]
         else:
-            states = torch.cat([states[rows, batch["head_index"]], states[rows, batch["tail_index"]]], -1)  # [B, 2 D]
+            ends = [states[rows, batch[key]] for key in ("head_index", "tail_index")]
+            states = torch.cat(ends, -1)  # [B, 2 D]
         return self.linear(self.dropout(states))
 
     def bias(self, batch):
@@ -59,12 +62,13 @@ class Head(nn.Module):
         labels = batch["labels"]
         if self.crf is not None:
             return self.crf.loss(logits, batch["word_starts"] >= 0, labels, self.bias(batch))
-        loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        logits = logits.float().flatten(0, -2)
+        loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
         return loss.view(len(labels), -1).sum(1)
 
     def answer(self, logits, batch):
-        """(number of the label, its probability), [B, W] or [B] each: the most probable label or, of a CRF, the label in the
-        most probable sequence and its marginal probability."""
+        """(number of the label, its probability), [B, W] or [B] each: the most probable label or, of a CRF,
+        the label in the most probable sequence and its marginal probability."""
         if self.crf is not None:
             return self.crf.decode(logits, batch["word_starts"] >= 0, self.bias(batch))
         best = logits.float().softmax(-1).max(-1)
@@ -74,20 +78,23 @@ class Head(nn.Module):
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
-    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads, region_dim,
-    features_made, and what `BEFORE` lists). Its `states` takes a batch of `encoding.collate`, return_weights and a dict to
-    put losses of its own in, or None, and gives states [B, T, D] and, if asked, each token's attention to the regions [B, T, R], zero for
-    a post without photo (None where there is no such thing). For a post without photo, and without a second
-    picture, the states depend on no image state at all.
+    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads,
+    region_dim, features_made, and what `BEFORE` lists). Its `states` takes a batch of `encoding.collate`,
+    return_weights and a dict to put losses of its own in, or None, and gives states [B, T, D] and, if asked,
+    each token's attention to the regions [B, T, R], zero for a post without photo (None where there is no
+    such thing). For a post without photo, and without a second picture, the states depend on no image state
+    at all.
     """
 
-    loss_weights = {"labels": 1.0}  # of what `forward` gives as losses; "labels" count by the word, others by the post
+    # Of what `forward` gives as losses; "labels" count by the word, others by the post.
+    loss_weights = {"labels": 1.0}
 
     def forward(self, batch, return_weights=False, losses=False):
-        """logits (see `Head`); with return_weights also the weights of `states`, with losses also {name: loss [B]}.
+        """logits (see `Head`); with return_weights also the weights of `states`,
+        with losses also {name: loss [B]}.
 
-        Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere. Each is 0 where
-        it does not apply.
+        Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere.
+        Each is 0 where it does not apply.
         """
         own = {} if losses else None
         states, weights = self.states(batch, return_weights, own)
@@ -97,30 +104,35 @@ class Model(nn.Module):
         return (logits, weights) if return_weights else logits
 
     def total(self, sums, words, posts):
-        """What is minimised: the weighted losses, from their sums over a batch, by the word ("labels") or by the post."""
-        weights = self.loss_weights.items()
-        return sum(s * (w / max(1, words if name == "labels" else posts)) for s, (name, w) in zip(sums, weights, strict=True))
+        """What is minimised: the weighted losses, from their sums over a batch, by the word ("labels")
+        or by the post."""
+        counts = {name: words if name == "labels" else posts for name in self.loss_weights}
+        shares = [weight / max(1, counts[name]) for name, weight in self.loss_weights.items()]
+        return sum(loss * share for loss, share in zip(sums, shares, strict=True))
 
     def answer(self, batch):
         """What `Head.answer` says of a batch."""
         return self.head.answer(self(batch), batch)
 
 
-PICTURES = {"regions": ("region_mask", "photo_row"), "generated": ("generated_mask", "generated_row")}  # of a batch
+# Of a batch.
+PICTURES = {"regions": ("region_mask", "photo_row"), "generated": ("generated_mask", "generated_row")}
 
 
 class TextRegions(Model):
     """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
 
-    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. With a `Bottleneck`
-    all that follows gets its codes in place of text states and regions. `ALIGNMENTS` come before the fusion. With
-    --relevance a post has the share of the fusion that its photo's relevance, given or `Relevance`'s, says.
+    With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. With a
+    `Bottleneck` all that follows gets its codes in place of text states and regions. `ALIGNMENTS` come before
+    the fusion. With --relevance a post has the share of the fusion that its photo's relevance, given or
+    `Relevance`'s, says.
     """
 
     def __init__(self, encoder, config):
         super().__init__()
         config, width = BEFORE | config, encoder.config.hidden_size
-        layer, region_dim, sizes = config["fusion"], config["region_dim"], (config["heads"], config["dropout"])
+        layer, region_dim = config["fusion"], config["region_dim"]
+        sizes = config["heads"], config["dropout"]
         self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
         if layer == "prefix":
             self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *sizes)
@@ -150,9 +162,10 @@ class TextRegions(Model):
         return states[:, : batch["input_ids"].shape[1]], weights
 
     def aligned(self, text, batch, given):
-        """{name: loss [B]} of --align: the mean over the pictures there are, of `local` before a pyramid over its two
-        finer scales."""
-        made, shown = {}, [(batch[name], *(batch[key] for key in PICTURES[name])) for name in PICTURES if name in batch]
+        """{name: loss [B]} of --align: mean over pictures, of `local` before a pyramid over 2 scales."""
+        made, own = {}, batch["own_mask"]
+        keys = [(name, *more) for name, more in PICTURES.items() if name in batch]
+        shown = [[batch[key] for key in picture] for picture in keys]
         for name, alignment in self.align.items():
             pictures, classes = shown, None
             if name == "local" and "region_grid" in self.fusion.reads:
@@ -162,7 +175,7 @@ class TextRegions(Model):
                 pictures = [(values, real & (given >= 0)[:, None], rows) for values, real, rows in shown[:1]]
                 classes = (given >= self.median).long()
             losses = [
-                alignment(text, batch["own_mask"], unit_length(clean(values.float(), real)), real, rows, classes)
+                alignment(text, own, unit_length(clean(values.float(), real)), real, rows, classes)
                 for values, real, rows in pictures
             ]
             made[name] = sum(losses) / len(losses)
@@ -170,10 +183,12 @@ class TextRegions(Model):
 
     def states(self, batch, return_weights, losses):
         text, weights = self.read(batch, return_weights)
-        mask = batch.get("text_mask", batch["attention_mask"]).bool()  # no token of a second segment reaches the fusion
+        # No token of a second segment reaches the fusion.
+        mask = batch.get("text_mask", batch["attention_mask"]).bool()
         if self.bottleneck is not None:
             pictures = [name for name in PICTURES if name in batch]
-            text, codes, divergence = self.bottleneck(text, mask, *((batch[p], batch[PICTURES[p][0]]) for p in pictures))
+            looked_at = [(batch[name], batch[PICTURES[name][0]]) for name in pictures]
+            text, codes, divergence = self.bottleneck(text, mask, *looked_at)
             batch = batch | dict(zip(pictures, codes, strict=True))
             if losses is not None:
                 losses["bottleneck"] = divergence
@@ -183,14 +198,15 @@ class TextRegions(Model):
         if losses is not None and self.align:
             losses |= self.aligned(text, batch, given)
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
-        fused = self.fusion(text, mask, batch.get("regions"), batch.get("region_mask"), return_weights, **more)
+        regions = batch.get("regions"), batch.get("region_mask")
+        fused = self.fusion(text, mask, *regions, return_weights, **more)
         if return_weights:
             fused, looked = fused
             weights = looked if self.prefix is None else weights
         if self.relevance is not None:
             logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
             share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
-            share = torch.where(batch["region_mask"].any(1), share, 1)  # there is no photo whose share it could be
+            share = torch.where(batch["region_mask"].any(1), share, 1)  # no photo whose share it could be
             # Not text + share * (fused - text): that is not exactly `fused` at 1.
             fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
             if losses is not None and "relevance" in self.loss_weights:
@@ -199,28 +215,32 @@ class TextRegions(Model):
 
 
 class Blip(Model):
-    """BLIP (Li et al., ICML 2022): its text encoder, each layer of which attends to the cached states of its vision
-    model, and a head. The weights returned are the mean over layers and heads."""
+    """BLIP (Li et al., ICML 2022): its text encoder, each layer of which attends to the cached states of its
+    vision model, and a head. The weights returned are the mean over layers and heads."""
 
     def __init__(self, encoder, config):
         super().__init__()
         width = encoder.config.encoder_hidden_size
         if config["region_dim"] != width:
             raise ValueError(
-                f"--text-encoder {config['text_encoder']} attends to image states of width {width}, the feature file"
-                f" has {config['region_dim']}; extract with --backbone blip and the same model as --weights"
+                f"--text-encoder {config['text_encoder']} attends to image states of width {width}, the"
+                f" feature file has {config['region_dim']}; extract with --backbone blip and the same model"
+                " as --weights"
             )
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
 
     def states(self, batch, return_weights, losses):
-        # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23 drops this
-        # mask on the way. States of zero say nothing whatever the weights.
+        # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23
+        # drops this mask on the way. States of zero say nothing whatever the weights.
         states = clean(batch["regions"].float(), batch["region_mask"])
         made = self.encoder(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], encoder_hidden_states=states,
-            encoder_attention_mask=batch["region_mask"].long(), output_attentions=return_weights,
-        )  # fmt: skip
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            encoder_hidden_states=states,
+            encoder_attention_mask=batch["region_mask"].long(),
+            output_attentions=return_weights,
+        )
         if not return_weights:
             return made.last_hidden_state, None
         weights = torch.stack(made.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
@@ -230,8 +250,8 @@ class Blip(Model):
 class Vilt(Model):
     """ViLT (Kim et al., ICML 2021): one transformer over the words and the pixels of the photo, and a head.
 
-    The regions are the photo's patches, uint8; embedding them is what `ViltModel` does with pixels, all of it trained.
-    The weights returned are the mean over layers and heads; what is missing to 1 went to words.
+    The regions are the photo's patches, uint8; embedding them is what `ViltModel` does with pixels, all of it
+    trained. The weights returned are the mean over layers and heads; what is missing to 1 went to words.
     """
 
     def __init__(self, encoder, config):
@@ -239,8 +259,8 @@ class Vilt(Model):
         width = 3 * encoder.config.patch_size**2
         if config["region_dim"] != width:
             raise ValueError(
-                f"--text-encoder {config['text_encoder']} takes patches of {width} values, the feature file has"
-                f" {config['region_dim']}; extract with --backbone pixels and the same model as --weights"
+                f"--text-encoder {config['text_encoder']} takes patches of {width} values, the feature file"
+                f" has {config['region_dim']}; extract with --backbone pixels and the same model as --weights"
             )
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
@@ -248,21 +268,26 @@ class Vilt(Model):
             self.register_buffer(name, torch.tensor(config["features_made"][name])[:, None], persistent=False)
 
     def embed(self, regions, mask, grid):
-        """uint8 patches [B, R, 3 * P * P], mask [B, R], (rows, columns) [B, 2] -> [B, 1 + R, D], zero where masked.
+        """uint8 patches [B, R, 3 * P * P], mask [B, R], (rows, columns) [B, 2] -> [B, 1 + R, D],
+        zero where masked.
 
-        Position embeddings are a square table, read at the photo's own rows and columns with bilinear interpolation:
-        `ViltEmbeddings.visual_embed` without its loop over photos and without its random order.
+        Position embeddings are a square table, read at the photo's own rows and columns with bilinear
+        interpolation: `ViltEmbeddings.visual_embed` without its loop over photos and without its random
+        order.
         """
         embeddings, count = self.encoder.embeddings, len(regions)
-        conv, table = embeddings.patch_embeddings.projection, embeddings.position_embeddings[0]  # [1 + side * side, D]
+        conv = embeddings.patch_embeddings.projection
+        table = embeddings.position_embeddings[0]  # [1 + side * side, D]
         pixels = (regions.unflatten(-1, (3, -1)).float() / 255 - self.mean) / self.std
         states = F.linear(pixels.flatten(-2), conv.weight.flatten(1), conv.bias)  # [B, R, D]
         rows, columns = grid.clamp(min=1)[:, None].unbind(-1)  # [B, 1]
         index = torch.arange(regions.shape[1], device=grid.device)
-        x, y = index % columns / (columns - 1).clamp(min=1), index // columns / (rows - 1).clamp(min=1)  # [B, R], 0 to 1
+        x = index % columns / (columns - 1).clamp(min=1)  # [B, R], 0 to 1, as y
+        y = index // columns / (rows - 1).clamp(min=1)
         side = self.encoder.config.image_size // self.encoder.config.patch_size
         square = table[1:].T.unflatten(1, (side, side)).expand(count, -1, -1, -1)  # [B, D, side, side]
-        places = F.grid_sample(square, torch.stack((x, y), -1)[:, None] * 2 - 1, align_corners=True)  # [B, D, 1, R]
+        at = torch.stack((x, y), -1)[:, None] * 2 - 1
+        places = F.grid_sample(square, at, align_corners=True)  # [B, D, 1, R]
         cls = (embeddings.cls_token[0] + table[:1]).expand(count, 1, -1)
         states = torch.cat((cls, states + places.squeeze(2).mT), 1)
         return clean(embeddings.dropout(states), with_cls(mask))
@@ -275,7 +300,9 @@ class Vilt(Model):
             output_attentions=return_weights,
         )  # fmt: skip
         length = batch["input_ids"].shape[1]
-        weights = torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :] if return_weights else None
+        if not return_weights:
+            return made.last_hidden_state[:, :length], None
+        weights = torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :]
         return made.last_hidden_state[:, :length], weights
 
 
@@ -316,7 +343,7 @@ def autocast(device, precision):
 
 
 def precision_on(device, config):
-    """In what a finished run answers on a device: in its own precision on a GPU; on a CPU bfloat16 would take 6 times as long."""
+    """In what a finished run answers: its own precision on a GPU; on a CPU bfloat16 takes 6 times as long."""
     return config["precision"] if torch.device(device).type == "cuda" else "float32"
 
 
@@ -328,13 +355,15 @@ def save_weights(model, run_dir):
         temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
         os.replace(temporary, Path(run_dir) / "model.safetensors")
     except SafetensorError as error:
-        raise OSError(f"{temporary}: cannot be written ({first_line(error)}); make room, then --resume") from None
+        reason = f"cannot be written ({first_line(error)})"
+        raise OSError(f"{temporary}: {reason}; make room, then --resume") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_run(run_dir, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a run, from its folder alone. ValueError if a part of it is broken."""
+    """(model in eval mode, tokenizer, config) of a run, from its folder alone.
+    ValueError if a part of it is broken."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "model.safetensors").exists():
@@ -354,19 +383,19 @@ def load_run(run_dir, device="cpu"):
     return model.eval().to(device), tokenizer, config
 
 
-# What two runs of one system may differ in: their seed, where things lie, how a run is written, and the machine. Of the
-# features also the last bits, which another machine computes differently.
+# What two runs of one system may differ in: their seed, where things lie, how a run is written, and the
+# machine. Of the features also the last bits, which another machine computes differently.
 PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
 WRITING = {"overwrite", "resume", "save_every", "system"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
-RUN_FORMAT = 2  # raised when training itself changes, so that runs of before and after are not taken for one system
+RUN_FORMAT = 2  # raised when training itself changes: runs of before and after are not of one system
 
 
 # What runs of before an option are: as it is when left out.
-BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None, "shuffle_notes": False,
-          "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5, "relevance_median": None,
-          "generated": None, "generated_made": None, "bottleneck": 0.0}
+BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
+          "shuffle_notes": False, "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5,
+          "relevance_median": None, "generated": None, "generated_made": None, "bottleneck": 0.0}
 
 
 def flat(config, prefix=""):
@@ -378,8 +407,8 @@ def flat(config, prefix=""):
 
 
 def system_settings(config):
-    """All of a run's configuration but its seed, paths, how it was written and the machine, as {"a.b.c": value}: runs that
-    share it are one system."""
+    """All of a run's configuration but its seed, paths, how it was written and the machine:
+    as {"a.b.c": value}. Runs that share it are one system."""
     # The median is of the posts that --train-share drew with the seed.
     left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
     kept = {key: value for key, value in config.items() if key not in left_out}
@@ -403,7 +432,9 @@ def read_config(run_dir):
     """A run's config.json as a dict."""
     path = Path(run_dir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/")
+        raise FileNotFoundError(
+            f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,12 +4,14 @@ second segment, and, as `relevance`, to what weighs the photo.
 A notes file has one JSON object a line, such as write_notes.py makes:
 
     {"id": "17_06_4705", "about_post": "Kevin Durant (person); Oakland (place)",
-     "about_photo": "two players under a hoop", "relevance": 0.83, "phrases": ["man", "ball"], "with_photo": false}
+     "about_photo": "two players under a hoop", "relevance": 0.83, "phrases": ["man", "ball"],
+     "with_photo": false}
 
-`id` is a post's or row's own (`<image id>@<line>` for relations) or its photo's, the first of which wins; `<split>/<id>` where
-one id is several posts'. All else may be missing. `with_photo`: the whole note was written with the photo in view. Other
-keys are left alone. What was written with the photo in view, `about_photo`, `relevance`, `phrases` and with `with_photo`
-also `about_post`, is the photo's: it moves and hides with it, or "no photo" would not be without.
+`id` is a post's or row's own (`<image id>@<line>` for relations) or its photo's, the first of which wins;
+`<split>/<id>` where one id is several posts'. All else may be missing. `with_photo`: the whole note was
+written with the photo in view. Other keys are left alone. What was written with the photo in view,
+`about_photo`, `relevance`, `phrases` and with `with_photo` also `about_post`, is the photo's: it moves and
+hides with it, or "no photo" would not be without.
 """
 
 import hashlib
@@ -31,8 +33,10 @@ def is_text(value):
 
 
 # What is taken of a note: the values of train.py --extra.
-EXTRAS = {"none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo")}
-MOST_PIECES = 100_000  # texts whose sub-tokens are remembered: all of a data set's, some of an endless stream's
+EXTRAS = {
+    "none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo"),
+}  # fmt: skip
+MOST_PIECES = 100_000  # texts whose sub-tokens are remembered: all of a data set's, some of a stream's
 OF_PHOTO = ("about_photo", "relevance", "phrases")
 # Per key of a note, beside its id: whether a value is one, and what it has to be.
 KEYS = {
@@ -50,7 +54,8 @@ def reads_relevance(config):
 
 
 def check_note(note, keys=tuple(KEYS)):
-    """{key: value} of those of `keys` that a note has; null is nothing. ValueError for a value of the wrong kind."""
+    """{key: value} of those of `keys` that a note has; null is nothing.
+    ValueError for a value of the wrong kind."""
     found = {key: note[key] for key in keys if note.get(key) is not None}
     for key, value in found.items():
         fits, wanted = KEYS[key]
@@ -60,7 +65,8 @@ def check_note(note, keys=tuple(KEYS)):
 
 
 def read_notes(path):
-    """{id: note} of a notes file. ValueError with file and line: no JSON object, a wrong value, an id for the second time."""
+    """{id: note} of a notes file. ValueError with file and line: no JSON object, a wrong value,
+    an id for the second time."""
     notes = {}
     for number, line in read_lines(path):
         if not line.strip():
@@ -82,7 +88,8 @@ def read_notes(path):
 
 
 class Notes:
-    """The notes of a data set's posts, as second segments for its text encoder: [CLS] post [SEP] note [SEP] and the like.
+    """The notes of a data set's posts, as second segments for its text encoder:
+    [CLS] post [SEP] note [SEP] and the like.
 
     The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts
     are taken; `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of
@@ -94,7 +101,9 @@ class Notes:
     def __init__(self, path, tokenizer=None, extra="none", length=0, relevance=False):
         self.path, self.extra, self.relevance = Path(path), extra, relevance
         if not self.path.is_file():
-            raise FileNotFoundError(f"no notes file {path}; make it with write_notes.py, or name another with --notes")
+            raise FileNotFoundError(
+                f"no notes file {path}; make it with write_notes.py, or name another with --notes"
+            )
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
         read = tokenizer is not None and extra != "none"
         self.segments = Segments(tokenizer, extra, length) if read else None
@@ -102,7 +111,8 @@ class Notes:
 
     def find(self, example, split):
         """The id of the note of an example, None if there is none."""
-        return next((key for key in (f"{split}/{example.id}", example.id, example.image_id) if key in self.notes), None)
+        keys = f"{split}/{example.id}", example.id, example.image_id
+        return next((key for key in keys if key in self.notes), None)
 
     def attach(self, rows, examples, split):
         """Give each row its post's `note` and `image_id`.
@@ -145,7 +155,8 @@ class Notes:
         return self.tells(self.of_photo.get(image_id, {}))[0]
 
     def shuffle(self, rows, seed):
-        """Give each row that has an `about_post` another's, by one random cycle through them: a control. Returns how many.
+        """Give each row that has an `about_post` another's, by one random cycle through them:
+        a control. Returns how many.
 
         One that was written with a photo in view stays with the photo of the row it comes to.
         """
@@ -160,16 +171,23 @@ class Notes:
         return len(named)
 
     def coverage(self, examples):
-        """Lines that say what the notes tell of each split, {split: examples}. ValueError if none is of any post."""
+        """Lines that say what the notes tell of each split, {split: examples}.
+        ValueError if none is of any post."""
         found = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
         used = {key for keys in found.values() for key in keys} - {None}
         if not used:
-            raise ValueError(f"{self.path}: no note is of any post (first id: {next(iter(self.notes), 'none')}); is it another data set's?")
-        lines = [f"{self.path}: {len(self.notes)} notes, {len(self.notes) - len(used)} of no post here ({self.sha256[:16]})"]
+            first = next(iter(self.notes), "none")
+            raise ValueError(
+                f"{self.path}: no note is of any post (first id: {first}); is it another data set's?"
+            )
+        unused = len(self.notes) - len(used)
+        lines = [f"{self.path}: {len(self.notes)} notes, {unused} of no post here ({self.sha256[:16]})"]
         for split, keys in found.items():
-            said = [self.notes[note_id].items() for note_id in keys if note_id]
-            counts = Counter(key for items in said for key, value in items if value not in ("", [], False) or key == "relevance")
-            lines.append(f"{split}: " + ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key]) + f" of {len(keys)} posts")
+            items = [item for note_id in keys if note_id for item in self.notes[note_id].items()]
+            told = [key for key, value in items if value not in ("", [], False) or key == "relevance"]
+            counts = Counter(told)
+            counted = ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key])
+            lines.append(f"{split}: {counted} of {len(keys)} posts")
         return lines
 
 
@@ -196,7 +214,8 @@ def note_text(note, key):
 
 
 def seen_with(note, of_photo):
-    """What is known of a post that is shown a photo: its own note, but of the photo's note what was written with it in view."""
+    """What is known of a post that is shown a photo: its own note,
+    but of the photo's note what was written with it in view."""
     kept = {key: value for key, value in note.items() if key not in OF_PHOTO}
     if kept.get("with_photo"):
         kept["about_post"] = note_text(of_photo, "about_post")
@@ -226,7 +245,8 @@ class Segments:
             if said not in self.pieces:
                 if len(self.pieces) == MOST_PIECES:
                     self.pieces.clear()
-                self.pieces[said] = self.tokenizer(said, add_special_tokens=False, truncation=False)["input_ids"]
+                made = self.tokenizer(said, add_special_tokens=False, truncation=False)
+                self.pieces[said] = made["input_ids"]
             ids += (self.middle if ids else []) + self.pieces[said]
         if not ids:
             return row
@@ -246,5 +266,7 @@ def pair_ends(tokenizer):
     rest = pair[len(prefix) + len(bare) :]
     start = next((i for i in range(len(rest)) if rest[i : i + len(bare)] == bare), None)
     if pair[: len(prefix) + len(bare)] != prefix + bare or not start:
-        raise ValueError("the tokenizer of this --text-encoder has no form for two texts; leave --notes and --extra out")
+        raise ValueError(
+            "the tokenizer of this --text-encoder has no form for two texts; leave --notes and --extra out"
+        )
     return rest[:start], rest[start + len(bare) :]

@@ -1,4 +1,5 @@
-"""Where the photos of a data set lie, and what a file of captions says of them: found by the ids of the posts."""
+"""Where the photos of a data set lie, and what a file of captions says of them:
+found by the ids of the posts."""
 
 import os
 import re
@@ -8,32 +9,38 @@ from data import SPLITS, fold, locate, read_lines
 
 # Where the public releases put photos, {d} = data set.
 IMAGE_PLACES = (
-    "{d}/images", "{d}_images", "{d}/{d}_images", "{d}/{d}_image", "{d}_image", "{d}/img_org", "{d}_img_org", "img_org",
+    "{d}/images", "{d}_images", "{d}/{d}_images", "{d}/{d}_image", "{d}_image", "{d}/img_org", "{d}_img_org",
+    "img_org",
 )  # fmt: skip
 # Of photos, the first preferred; what a file really is, its content tells.
 ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .heif".split()
-# Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg, x.jpg.1
+# Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg,
+# x.jpg.1
 SIZES = r"[_:](thumb|small|medium|large|orig|\d+x\d+)"
 ADDED = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})+({SIZES}|[?@].*|\.\d+)?$|\?.*$")
 
 
 def image_folders(name, data_dir="data", images=None):
-    """Folders that hold the photos: `images` if given, else all places a release uses, each with its split folders."""
+    """Folders that hold the photos: `images` if given, else all places a release uses,
+    each with its split folders."""
     name, data_dir = locate(name, data_dir)
     places = [place for place in IMAGE_PLACES if "{d}" in place or name == "mnre"]  # a bare img_org is MNRE's
     roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in places]
     parts = ("", *(split for names in SPLITS.values() for split in names))
     folders = [root / part for root in roots for part in parts if (root / part).is_dir()]
     if not folders:
-        raise FileNotFoundError(f"no image folder {roots[0]}: put the photos there or name theirs with --images")
+        raise FileNotFoundError(
+            f"no image folder {roots[0]}: put the photos there or name theirs with --images"
+        )
     return folders
 
 
 def find_photos(image_ids, folders, reasons=None):
     """{image id: path, or None where there is no photo}.
 
-    Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else. `reasons` is a dict
-    that is told, by id, what lies there under a name like a missing photo's, or that a photo has another ending.
+    Looks ids up `by_name` among the names in the folders, so that no id can lead anywhere else. `reasons` is
+    a dict that is told, by id, what lies there under a name like a missing photo's, or that a photo has
+    another ending.
     """
     found, names, below = dict.fromkeys(image_ids), {}, []
     for folder in folders:
@@ -42,7 +49,8 @@ def find_photos(image_ids, folders, reasons=None):
             below += [Path(entry.path)] if entry.is_dir() and Path(entry.path) not in folders else []
             if entry.name.startswith("._"):  # what macOS keeps beside a file, under its name
                 continue
-            if not entry.is_dir() or name_stem(entry.name) != fold(entry.name):  # a folder is no photo, unless named as one
+            # A folder is no photo, unless named as one.
+            if not entry.is_dir() or name_stem(entry.name) != fold(entry.name):
                 there[entry.name] = Path(entry.path)
         found |= by_name([image_id for image_id, path in found.items() if path is None], there)
         names = there | names
@@ -55,10 +63,10 @@ def find_photos(image_ids, folders, reasons=None):
             for name in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
                 near.setdefault(name_stem(name), f"{folder.name}/{name}")
         for image_id, path in found.items():
-            stem = name_stem(image_id)
+            stem, folded = name_stem(image_id), fold(image_id)
             if path is None and stem in near:
                 reasons[image_id] = f"no such file; {near[stem]!r} lies there"
-            elif path is not None and stem != fold(image_id) and not fold(path.name).startswith(fold(image_id)):
+            elif path is not None and stem != folded and not fold(path.name).startswith(folded):
                 reasons[image_id] = f"taken from {path.name!r}"
     return found
 
@@ -73,8 +81,8 @@ def name_stem(name):
 def by_name(image_ids, names):
     """{image id: what `names` has for it, or None}.
 
-    The first there is of: `<id>`, `<id>.jpg` and such in the order of `ENDINGS`; the same `fold`ed; a name of the same
-    stem, with an ending twice, another than the id's, or what downloads add (see `ADDED`).
+    The first there is of: `<id>`, `<id>.jpg` and such in the order of `ENDINGS`; the same `fold`ed; a name of
+    the same stem, with an ending twice, another than the id's, or what downloads add (see `ADDED`).
     """
     folded = {fold(name): value for name, value in reversed(names.items())} | names  # the first of equals
     like = {}
@@ -86,7 +94,8 @@ def by_name(image_ids, names):
     for image_id in image_ids:
         keys = [stem + end for stem in (image_id, fold(image_id)) for end in ("", *ENDINGS)]
         # Of the same stem: what begins as the id first, then by ending.
-        ranked = [(not fold(entry[2]).startswith(fold(image_id)), entry) for entry in like.get(name_stem(image_id), ())]
+        alike = like.get(name_stem(image_id), ())
+        ranked = [(not fold(entry[2]).startswith(fold(image_id)), entry) for entry in alike]
         keys += [min(ranked)[1][2]] if ranked else []
         found[image_id] = next((folded[key] for key in keys if key in folded), None)
     return found

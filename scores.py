@@ -1,8 +1,8 @@
 """Predictions -> scores, with no model: the files of predictions, and what is counted in them.
 
-Two families of scores, always both and always named. Token level: accuracy and weighted precision, recall and F1 over
-all labels, `O` included. Entity level: precision, recall and F1 of whole spans. They differ by 0.1 and more, and
-published tables mix them. For relations: the same over rows, and micro scores without `None`.
+Two families of scores, always both and always named. Token level: accuracy and weighted precision, recall and
+F1 over all labels, `O` included. Entity level: precision, recall and F1 of whole spans. They differ by 0.1
+and more, and published tables mix them. For relations: the same over rows, and micro scores without `None`.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from data import NONE, read_lines
 
-# ------------------------------------------------------------------------------------------------------- scores
+# ----------------------------------------------------------------------------------------------------- scores
 
 
 def entity_spans(labels, strict=False):
     """Entities of one BIO sequence as a set of (type, start, end), end exclusive.
 
-    Lenient, as the CoNLL-2000 evaluation script and seqeval's default mode count: an entity is a run of one type that
-    begins at B, or at an I that does not continue one. Strict IOB2: only B begins an entity; an orphan I is none.
+    Lenient, as the CoNLL-2000 evaluation script and seqeval's default mode count: an entity is a run of one
+    type that begins at B, or at an I that does not continue one. Strict IOB2: only B begins an entity; an
+    orphan I is none.
     """
     spans, kind, start = set(), None, 0
     for i, label in enumerate([*labels, "O"]):
@@ -49,12 +50,14 @@ def ratio_scores(correct, predicted, gold):
 
 
 def mean_f1(types):
-    """Macro F1: the mean of the F1 of each type that gold or predictions have, a rare one as much as a frequent one."""
+    """Macro F1: the mean of the F1 of each type that gold or predictions have,
+    a rare one as much as a frequent one."""
     return sum(kind["f1"] for kind in types.values()) / max(1, len(types))
 
 
 def span_scores(gold, predicted):
-    """Micro scores of whole entities over posts (sets of `entity_spans`), their macro F1, and `types`, the scores of each."""
+    """Micro scores of whole entities over posts (sets of `entity_spans`), their macro F1, and `types`,
+    the scores of each."""
     counts = {"gold": Counter(), "predicted": Counter(), "correct": Counter()}
     for a, b in zip(gold, predicted, strict=True):
         for name, spans in (("gold", a), ("predicted", b), ("correct", a & b)):
@@ -89,7 +92,8 @@ def seen_spans(words, known):
 
 
 def seen_scores(records):
-    """(scores of entities whose words are a mention of train, scores of all others), lenient, from records with `seen`."""
+    """(scores of entities whose words are a mention of train, scores of all others), lenient,
+    from records with `seen`."""
     sides = {True: ([], []), False: ([], [])}
     for record in records:
         seen = set(map(tuple, record["seen"]))
@@ -101,8 +105,11 @@ def seen_scores(records):
 
 
 def label_scores(gold, predicted):
-    """Accuracy, weighted precision, recall and F1 over all labels, and macro F1. Weighted recall is accuracy, by definition."""
-    precision, recall, f1, _ = precision_recall_fscore_support(gold, predicted, average="weighted", zero_division=0)
+    """Accuracy, weighted precision, recall and F1 over all labels, and macro F1.
+    Weighted recall is accuracy, by definition."""
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        gold, predicted, average="weighted", zero_division=0
+    )
     macro = precision_recall_fscore_support(gold, predicted, average="macro", zero_division=0)[2]
     accuracy = sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
     rates = {"precision": precision, "recall": recall, "f1": f1, "macro_f1": macro}
@@ -159,8 +166,8 @@ def one_label_warnings(predicted, main):
     share, found = count / len(predicted), main["predicted"]
     if share >= 0.99 or found < 0.1 * main["gold"]:
         return [
-            f"{share:.1%} of the answers are {label!r}, and {found} entities or relations were answered where gold has"
-            f" {main['gold']}: the accuracy measures the data set, not the model"
+            f"{share:.1%} of the answers are {label!r}, and {found} entities or relations were answered where"
+            f" gold has {main['gold']}: the accuracy measures the data set, not the model"
         ]
     return []
 
@@ -171,7 +178,8 @@ def main_score(metrics):
 
 
 def gold_fingerprint(records):
-    """Digits that two prediction files share exactly when they hold the same posts with the same gold labels."""
+    """Digits that two prediction files share exactly when they hold the same posts with the same gold
+    labels."""
     posts = sorted(json.dumps([r.get(key) for key in ("words", "head", "tail", "gold")]) for r in records)
     return hashlib.sha256("\n".join(posts).encode()).hexdigest()[:16]
 
@@ -180,18 +188,22 @@ def format_scores(metrics, title):
     """The scores as text: both families, per type, beside the majority baseline; warnings last."""
     ner = metrics["task"] == "ner"
     main, level = ("entity", "token") if ner else ("relation", "row")
-    what = f"{metrics['posts']} posts, {metrics['words']} words, {metrics['entity']['gold']} entities" if ner else (
-        f"{metrics['posts']} rows, {metrics['relation']['gold']} not {NONE}")  # fmt: skip
+    gold = metrics[main]["gold"]
+    what = f"{metrics['posts']} rows, {gold} not {NONE}"
+    if ner:
+        what = f"{metrics['posts']} posts, {metrics['words']} words, {gold} entities"
     width = max([38, *(len(kind) + 4 for kind in metrics[main]["types"])])
 
     def line(name, s, accuracy=None):
         shown = f"{accuracy:9.4f}" if accuracy is not None else " " * 9
         macro = f"{s['macro_f1']:10.4f}" if "macro_f1" in s else " " * 10
         count = f"{s['gold']:8d}{s['predicted']:11d}" if "gold" in s else ""
-        return f"{name:<{width}}{shown}{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}{macro}{count}".rstrip()
+        values = f"{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}"
+        return f"{name:<{width}}{shown}{values}{macro}{count}".rstrip()
 
     base = metrics["baseline"]
-    lines = [f"{title}: {what}", f"{'':<{width}} accuracy  precision   recall       F1  macro F1    gold  predicted"]
+    heads = " accuracy  precision   recall       F1  macro F1    gold  predicted"
+    lines = [f"{title}: {what}", f"{'':<{width}}{heads}"]
     if ner:
         lines += [line("entity level, whole spans (lenient)", metrics["entity"])]
         lines += [line(f"    {kind}", s) for kind, s in metrics["entity"]["types"].items()]
@@ -201,19 +213,21 @@ def format_scores(metrics, title):
     else:
         lines += [line(f"relations, micro without {NONE}", metrics["relation"])]
         lines += [line(f"    {kind}", s) for kind, s in metrics["relation"]["types"].items()]
-    lines += [line("token level, weighted, O included" if ner else f"all rows, weighted, {NONE} included",
-                   metrics[level], metrics[level]["accuracy"])]  # fmt: skip
-    lines += [line(f"always {base['label']!r} (its {main} F1: {base['main_f1']:.4f})", base, base["accuracy"])]
+    all_labels = "token level, weighted, O included" if ner else f"all rows, weighted, {NONE} included"
+    lines += [line(all_labels, metrics[level], metrics[level]["accuracy"])]
+    always = f"always {base['label']!r} (its {main} F1: {base['main_f1']:.4f})"
+    lines += [line(always, base, base["accuracy"])]
     if metrics["posts_without_photo"]:
         lines += [f"posts without a photo: {metrics['posts_without_photo']}"]
     if metrics["posts_without_note"]:
         lines += [f"posts without a note: {metrics['posts_without_note']}"]
     if metrics.get("words_answered_without_model"):
-        lines += [f"words cut off or without a sub-token, answered O: {metrics['words_answered_without_model']}"]
+        unseen = metrics["words_answered_without_model"]
+        lines += [f"words cut off or without a sub-token, answered O: {unseen}"]
     return "\n".join(lines + [f"WARNING: {warning}" for warning in metrics["warnings"]])
 
 
-# -------------------------------------------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------------------ predictions
 
 
 def write_text(path, text):
@@ -237,12 +251,13 @@ def write_json_lines(path, records):
 def read_predictions(path):
     """Records {id, words, gold, predicted, ...} from JSON lines as train.py writes them, or from plain CoNLL.
 
-    CoNLL: `word ... gold predicted` a line, tab or spaces between, a blank line between posts, an `IMGID:<id>` line
-    where there is one. Labels are lists for named entities, one string for relations. ValueError with file and line.
+    CoNLL: `word ... gold predicted` a line, tab or spaces between, a blank line between posts, an
+    `IMGID:<id>` line where there is one. Labels are lists for named entities, one string for relations.
+    ValueError with file and line.
     """
     lines = read_lines(path)
     first = next((line for _, line in lines if line.strip()), "")
-    is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace too, but not so and without a tab
+    is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace, but not so and without tab
     records = (json_records if is_json else conll_records)(path, lines)
     if not records:
         raise ValueError(f"{path}: no predictions in it")
@@ -257,14 +272,17 @@ def json_records(path, lines):
         try:
             record = json.loads(line)
             post_id, gold, predicted = record["id"], record["gold"], record["predicted"]
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be written
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not a JSON object with id, gold and predicted ({error})") from None
+            reason = f"not a JSON object with id, gold and predicted ({error})"
+            raise ValueError(f"{path}:{number}: {reason}") from None
         ner, where = isinstance(gold, list), f"{path}:{number}: post {post_id!r}"
         if records and ner != isinstance(records[0]["gold"], list):
             raise ValueError(f"{where}: named entities and relations in one file; split them")
         if not isinstance(predicted, type(gold)) or (ner and len(predicted) != len(gold)):
-            raise ValueError(f"{where}: gold and predicted must be two label lists of one length, or two labels")
+            raise ValueError(
+                f"{where}: gold and predicted must be two label lists of one length, or two labels"
+            )
         for key in ("words", "probability") if ner else ():
             if key in record and not (isinstance(record[key], list) and len(record[key]) == len(gold)):
                 raise ValueError(f"{where}: {key} must be a list as long as gold")

@@ -18,15 +18,17 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 # What kinds of encoders call their rate of dropout.
 DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embd_pdrop", "attn_pdrop",
-    "resid_pdrop",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embd_pdrop",
+    "attn_pdrop", "resid_pdrop",
 )  # fmt: skip
+# What is raised at encoders of kinds that cannot be used.
+UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_pretrained(kind, source, option, config=None, part="", dtype=torch.float32):
-    """The `part` of a transformers model of class `kind` at `source`, a hub's name or a local folder, in `dtype`.
+    """The `part` of a transformers model of class `kind` at `source`, a hub's name or a folder, in `dtype`.
 
-    ValueError names the command line's `option` if it cannot be loaded, or if a weight of the part is missing.
+    ValueError names the command line's `option` if it cannot be loaded, or a weight of the part is missing.
     """
     try:
         # dtype: some are stored as float16
@@ -36,20 +38,23 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
         raise ValueError(f"{option} {source}: {reason}") from None
     missing = [key for key in info["missing_keys"] if key.startswith(part) and "pooler" not in key]
     if missing:
-        raise ValueError(f"{option} {source}: {len(missing)} weights missing (first: {missing[0]}); wrong kind?")
-    for parameter in model.parameters():  # GTE's query, key and value are loaded as views of one block: no file holds such
+        lacks = f"{len(missing)} weights missing (first: {missing[0]})"
+        raise ValueError(f"{option} {source}: {lacks}; wrong kind?")
+    # GTE's query, key and value are loaded as views of one block: no file holds such.
+    for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model.get_submodule(part)
 
 
 def load_tokenizer(source):
-    """The tokenizer at `source`; RoBERTa's kind with a space before each word of a list, as they have it in a sentence."""
+    """The tokenizer at `source`; RoBERTa's kind with a space before each word of a list,
+    as they have it in a sentence."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if takes_words(tokenizer):
         return tokenizer
     spaced = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
-    # Some ignore it (ModernBERT's), or put spaces inside of words too (Qwen's): then `split_pieces` reads the sentence.
+    # Some ignore it (ModernBERT's), or put spaces inside words too (Qwen's): `split_pieces` reads sentences.
     in_sentence = tokenizer(" " + " ".join(PROBE), add_special_tokens=False)["input_ids"]
     return spaced if word_pieces(spaced, [PROBE])[0][0] == in_sentence else tokenizer
 
@@ -57,18 +62,22 @@ def load_tokenizer(source):
 def add_markers(encoder, tokenizer):
     """Teach a tokenizer and its encoder the entity `MARKERS`; those known already stay as they are.
 
-    New ones start at right angles to each other and at the median length of the other embeddings. transformers' own start
-    is so close to the mean embedding that head and tail markers are one vector, and a relation has no direction.
+    New ones start at right angles to each other and at the median length of the other embeddings.
+    transformers' own start is so close to the mean embedding that head and tail markers are one vector, and a
+    relation has no direction.
     """
     known, rows = tokenizer.get_vocab(), len(encoder.get_input_embeddings().weight)
     # In a sentence the space before a marker is the marker's, so that it is no piece of its own.
-    tokenizer.add_tokens([AddedToken(marker, lstrip=True, special=True) for marker in MARKERS], special_tokens=True)
+    markers = [AddedToken(marker, lstrip=True, special=True) for marker in MARKERS]
+    tokenizer.add_tokens(markers, special_tokens=True)
     if len(tokenizer) > rows:
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new, weight = tokenizer.convert_tokens_to_ids([m for m in MARKERS if m not in known]), encoder.get_input_embeddings().weight
+    new = tokenizer.convert_tokens_to_ids([marker for marker in MARKERS if marker not in known])
+    weight = encoder.get_input_embeddings().weight
     if new:
         with torch.no_grad():
-            weight[new] = weight[:rows].norm(dim=1).median() * nn.init.orthogonal_(weight.new_empty(len(new), weight.shape[1]))
+            directions = nn.init.orthogonal_(weight.new_empty(len(new), weight.shape[1]))
+            weight[new] = weight[:rows].norm(dim=1).median() * directions
 
 
 def load_text_encoder(source, system, task, dropout):
@@ -84,7 +93,8 @@ def load_text_encoder(source, system, task, dropout):
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
-    plain = hasattr(config, "hidden_size") and not config.is_encoder_decoder and not hasattr(config, "patch_size")
+    of_text = hasattr(config, "hidden_size") and not hasattr(config, "patch_size")
+    plain = of_text and not config.is_encoder_decoder
     if config.model_type != system.checkpoint if system.checkpoint else not plain:
         wanted = system.checkpoint or "plain text encoder"
         raise ValueError(f"{option} {source}: cannot be loaded (it is a {config.model_type}, not a {wanted})")
@@ -92,13 +102,15 @@ def load_text_encoder(source, system, task, dropout):
     for name in DROPOUTS:
         if isinstance(getattr(text_config, name, None), float):
             setattr(text_config, name, dropout)
-    if system.checkpoint == "blip":  # BlipTextModel.from_pretrained would find none of its weights under their names
-        encoder = load_pretrained(transformers.BlipForImageTextRetrieval, source, option, config, "text_encoder")
+    if system.checkpoint == "blip":  # BlipTextModel.from_pretrained would find no weight under its name
+        kind = transformers.BlipForImageTextRetrieval
+        encoder = load_pretrained(kind, source, option, config, "text_encoder")
     else:
         encoder = load_pretrained(AutoModel, source, option, config)
     drop_pooler(encoder)
     try:
-        vocabulary, rows = len(tokenizer) - len(tokenizer.get_added_vocab()), len(encoder.get_input_embeddings().weight)
+        vocabulary = len(tokenizer) - len(tokenizer.get_added_vocab())
+        rows = len(encoder.get_input_embeddings().weight)
         if not rows / 2 <= vocabulary <= rows:
             raise ValueError(
                 f"its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings);"
@@ -112,7 +124,7 @@ def load_text_encoder(source, system, task, dropout):
             try_out(encoder, tokenizer)
         if tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token; are the tokenizer's files there?")
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except UNUSABLE as error:
         if out_of_memory(error):
             raise
         reason = f"a {config.model_type} cannot be used as a text encoder here ({first_line(error)})"
@@ -121,24 +133,27 @@ def load_text_encoder(source, system, task, dropout):
 
 
 def try_out(encoder, tokenizer):
-    """Run a new encoder, on words and backwards, as training will, and leave it as it was but for four things.
+    """Run a new encoder, on words and backwards, as training will; leave it as it was but for four things.
 
-    Parameters that get no gradient are frozen: they are parts of the encoder that nothing here uses. Whether it reads left
-    to right is seen from which states another last sub-token changes, said, and kept as `left_to_right`. Such a one is
-    padded with its end token if it has no padding: what stands behind a word changes nothing. Raises whatever it raises.
+    Parameters that get no gradient are frozen: they are parts of the encoder that nothing here uses. Whether
+    it reads left to right is seen from which states another last sub-token changes, said, and kept as
+    `left_to_right`. Such a one is padded with its end token if it has no padding: what stands behind a word
+    changes nothing. Raises whatever it raises.
     """
     (prefix, suffix), pieces = special_ends(tokenizer), split_pieces(tokenizer, [PROBE])[0][0]
     if len(pieces) < 4:
         raise ValueError(f"its tokenizer finds {len(pieces)} sub-tokens in {len(PROBE)} words")
     ids, encoder = torch.tensor([prefix + pieces[:16] + suffix] * 2), encoder.eval()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # training draws the same numbers, whatever this draws
+    # Training draws the same numbers, whatever this draws.
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         states = []  # [1, T, D] each: as it is, with another first sub-token, with another last one
         for place in (None, 0, -1):
             changed = ids[:1].clone()
             if place is not None:
                 changed[0, place] = (changed[0, place] + 1) % len(encoder.get_input_embeddings().weight)
             with torch.no_grad():
-                states.append(encoder(input_ids=changed, attention_mask=torch.ones_like(changed)).last_hidden_state)
+                made = encoder(input_ids=changed, attention_mask=torch.ones_like(changed))
+            states.append(made.last_hidden_state)
         left_to_right = torch.allclose(states[2][:, :-1], states[0][:, :-1], 1e-5, 1e-5)
         if left_to_right and torch.allclose(states[1][:, 1:], states[0][:, 1:], 1e-5, 1e-5):
             raise ValueError("on this machine no word's state knows of another word")
@@ -146,7 +161,8 @@ def try_out(encoder, tokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         mask = torch.ones_like(ids)
         mask[1, -2:] = 0
-        states = encoder(input_ids=ids.where(mask > 0, tokenizer.pad_token_id or 0), attention_mask=mask).last_hidden_state
+        padded = ids.where(mask > 0, tokenizer.pad_token_id or 0)
+        states = encoder(input_ids=padded, attention_mask=mask).last_hidden_state
         if states.shape != (*ids.shape, encoder.config.hidden_size):
             raise ValueError(f"{tuple(ids.shape)} sub-tokens give states {tuple(states.shape)}, not one each")
         states[mask > 0].sum().backward()
@@ -156,8 +172,8 @@ def try_out(encoder, tokenizer):
     encoder.left_to_right = left_to_right
     if left_to_right:
         print(
-            f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's start marker, knows"
-            " nothing of what comes after it; expect lower scores"
+            f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's"
+            " start marker, knows nothing of what comes after it; expect lower scores"
         )
 
 
@@ -187,7 +203,8 @@ def check_soft_tokens(encoder, tokenizer, source, count):
 
 
 def drop_pooler(encoder):
-    """Take away the sentence pooler: nothing here reads it. Something has to stand in its place: SqueezeBERT calls it."""
+    """Take away the sentence pooler: nothing here reads it. Something has to stand in its place:
+    SqueezeBERT calls it."""
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = nn.Identity()
 
@@ -197,6 +214,6 @@ def longest_input(encoder, tokenizer):
     positions = getattr(encoder.config, "max_position_embeddings", 0)
     positions = positions if positions > 0 else 10**9  # relative positions: as long as memory lasts
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind counts positions from padding_idx + 1
+    if getattr(table, "padding_idx", None) is not None:  # RoBERTa's kind counts from padding_idx + 1
         positions -= table.padding_idx + 1
     return min(positions, tokenizer.model_max_length)

@@ -1,11 +1,12 @@
-"""Kill each command at random moments, hand it odd files and texts, fuzz its readers, and watch memory over long runs.
+"""Kill each command at random moments, hand it odd files and texts, fuzz its readers,
+and watch memory over long runs.
 
-    python benchmarks/faults.py --kills 50              # some 40 minutes on 2 cores; writes benchmarks/FAULTS.md
+    python benchmarks/faults.py --kills 50    # some 40 minutes on 2 cores; writes benchmarks/FAULTS.md
 
-Every trial kills a command (SIGKILL, its children with it) at a moment drawn by a seeded generator, looks at what stands
-on disk, and starts the same command again: up to four times killed, then left alone. What it ends in must be, byte for
-byte, what an uninterrupted run made. Data, models and photos are those of demo.py, in a temporary folder. Needs
-requirements-dev.txt.
+Every trial kills a command (SIGKILL, its children with it) at a moment drawn by a seeded generator, looks at
+what stands on disk, and starts the same command again: up to four times killed, then left alone. What it ends
+in must be, byte for byte, what an uninterrupted run made. Data, models and photos are those of demo.py, in a
+temporary folder. Needs requirements-dev.txt.
 """
 
 import argparse
@@ -43,18 +44,27 @@ from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
 from scores import read_predictions, write_text  # noqa: E402
 
 FEATURES, RUN = "made/demo-resnet50-64.h5", "runs/run"
-TRAIN = ["--dataset", "demo", "--img-size", "96", "--text-encoder", "data/demo/encoder", "--lr", "1e-3", "--save-every", "0"]
+TRAIN = ["--dataset", "demo", "--img-size", "96", "--text-encoder", "data/demo/encoder", "--lr", "1e-3",
+         "--save-every", "0"]  # fmt: skip
 COMMANDS = {  # name: script and arguments, in a folder that has data/
-    "extract_features.py": ["extract_features.py", "--dataset", "demo", "--weights", "random", "--img-size", "64", "--views",
-                            "2", "--batch-size", "2", "--workers", "1", "--cache-dir", "made"],
+    "extract_features.py": [
+        "extract_features.py", "--dataset", "demo", "--weights", "random", "--img-size", "64", "--views", "2",
+        "--batch-size", "2", "--workers", "1", "--cache-dir", "made",
+    ],
     "train.py": ["train.py", *TRAIN, "--epochs", "4", "--run-dir", RUN, "--resume"],
-    "predict.py": ["predict.py", "--run", "finished/run", "--input", "posts.jsonl", "--output", "answers.jsonl"],
-    "tables.py": ["benchmarks/tables.py", "--only", "demo/none", "demo/film", "--seeds", "1", "--no-controls"],
+    "predict.py": [
+        "predict.py", "--run", "finished/run", "--input", "posts.jsonl", "--output", "answers.jsonl",
+    ],
+    "tables.py": [
+        "benchmarks/tables.py", "--only", "demo/none", "demo/film", "--seeds", "1", "--no-controls",
+    ],
 }  # fmt: skip
 MADE = {  # name: what the command makes
     "extract_features.py": (FEATURES,),
-    "train.py": tuple(f"{RUN}/{name}" for name in ("log.jsonl", "model.safetensors", "predictions-valid.jsonl",
-                      "predictions-test.jsonl", "metrics-valid.json", "metrics-test.json")),
+    "train.py": tuple(f"{RUN}/{name}" for name in (
+        "log.jsonl", "model.safetensors", "predictions-valid.jsonl", "predictions-test.jsonl",
+        "metrics-valid.json", "metrics-test.json",
+    )),
     "predict.py": ("answers.jsonl",),
     "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
                   *(f"runs/demo-roberta-resnet50-encoder-{fusion}-s1/{name}" for fusion in ("none", "film")
@@ -65,8 +75,10 @@ MADE = {  # name: what the command makes
 def start(folder, arguments):
     """The process of a command in a folder, one thread, in a process group of its own."""
     command = [sys.executable, str(PROJECT / arguments[0]), *arguments[1:]]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
 
 
 def finish(folder, arguments):
@@ -83,23 +95,27 @@ def digests(folder, name):
 
 
 def check(folder, whole, name):
-    """AssertionError unless what a killed command left is sound: nothing finished that is not, nothing that cannot be read."""
+    """AssertionError unless what a killed command left is sound: nothing finished that is not,
+    nothing that cannot be read."""
     if name == "extract_features.py":
         finished, partial = folder / FEATURES, folder / f"{FEATURES}.partial"
-        assert not finished.exists() or finished.read_bytes() == (whole / FEATURES).read_bytes(), "finished, but different"
+        if finished.exists():
+            assert finished.read_bytes() == (whole / FEATURES).read_bytes(), "finished, but different"
         if partial.exists():
             reference = FeatureCache(whole / FEATURES)
             with h5py.File(partial, "r", locking=False) as file:
                 done = np.flatnonzero(file["status"][:])
-                assert np.array_equal(file["regions"][:][done], reference.regions[done]), "done, but other bytes"
-                assert np.array_equal(file["crc32"][:][done], reference.crc32[done]), "done, but other checksums"
+                regions, crc32 = file["regions"][:][done], file["crc32"][:][done]
+            assert np.array_equal(regions, reference.regions[done]), "done, but other bytes"
+            assert np.array_equal(crc32, reference.crc32[done]), "done, but other checksums"
     for run in folder.glob("runs/*"):
         reference = whole / run.relative_to(folder)
         for path in (*run.glob("*.json"), *run.glob("*.jsonl")):
             lines = path.read_text().splitlines()
             [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads("\n".join(lines))
         if (run / "log.jsonl").exists():
-            assert (reference / "log.jsonl").read_text().startswith((run / "log.jsonl").read_text()), "another log"
+            whole_log = (reference / "log.jsonl").read_text()
+            assert whole_log.startswith((run / "log.jsonl").read_text()), "another log"
         if (run / "model.safetensors").exists():
             load_file(run / "model.safetensors")
         for path in run.glob("predictions-*.jsonl"):
@@ -110,7 +126,8 @@ def check(folder, whole, name):
 
 
 def kill_again_and_again(name, place, kills, seed=0):
-    """Kill a command `kills` times. Returns a dict: kills, working (kills after it had begun to write), chains, seconds."""
+    """Kill a command `kills` times. Returns a dict: kills,
+    working (kills after it had begun to write), chains, seconds."""
     rng, whole, arguments = random.Random(f"{name}/{seed}"), place / f"{name}-whole", COMMANDS[name]
     shutil.copytree(place / "given", whole, symlinks=True)
     lasts = finish(whole, arguments)
@@ -147,12 +164,16 @@ def prepare(place, posts, finished=True):
         return
     finish(given, ["train.py", *TRAIN, "--save-every", "600", "--epochs", "2", "--run-dir", "finished/run"])
     examples = load_dataset("demo", given / "data").examples["train"]
-    lines = [{"id": i, "words": e.words, "image": f"data/demo/images/{e.image_id}.jpg"} for i, e in enumerate(examples)]
+    lines = [
+        {"id": i, "words": example.words, "image": f"data/demo/images/{example.image_id}.jpg"}
+        for i, example in enumerate(examples)
+    ]
     write_text(given / "posts.jsonl", "".join(json.dumps(line) + "\n" for line in lines * 4))
 
 
 def watch(folder, arguments):
-    """[(MB resident, most so far, open files)] of a command, twice a second while it runs. RuntimeError if it fails."""
+    """[(MB resident, most so far, open files)] of a command, twice a second while it runs.
+    RuntimeError if it fails."""
     process, seen = start(folder, arguments), []
     while process.poll() is None:
         try:
@@ -167,12 +188,13 @@ def watch(folder, arguments):
     return seen
 
 
-# ------------------------------------------------------------------------------------------- odd files and texts
+# ---------------------------------------------------------------------------------------- odd files and texts
 
 
 def write_odd_files(folder, large=True):
-    """Write two data sets of the same posts: `odd`, its photos files of every odd kind, and `clean`, with an RGB PNG of
-    every photo of `odd` that is a picture. A file's name says its kind; `large` adds two of some 90 million pixels."""
+    """Write two data sets of the same posts: `odd`, its photos files of every odd kind, and `clean`, with an
+    RGB PNG of every photo of `odd` that is a picture. A file's name says its kind; `large` adds two of some
+    90 million pixels."""
     odd, clean = folder / "odd" / "images", folder / "clean" / "images"
     for images in (odd, clean):
         images.mkdir(parents=True)
@@ -216,15 +238,16 @@ def write_odd_files(folder, large=True):
     with zipfile.ZipFile(zipped, "w") as file:
         file.writestr("photo.txt", "hello")
     for name, content in (
-        ("cut JPEG", jpeg.getvalue()[:700]), ("cut PNG", whole[:60]), ("empty", b""), ("text", b"this is no picture"),
-        ("HTML", b"<html>not found</html>"), ("zip", zipped.getvalue()),
+        ("cut JPEG", jpeg.getvalue()[:700]), ("cut PNG", whole[:60]), ("empty", b""),
+        ("text", b"this is no picture"), ("HTML", b"<html>not found</html>"), ("zip", zipped.getvalue()),
         ("bomb", whole[:12] + header + zlib.crc32(header).to_bytes(4) + whole[33:]),
     ):  # fmt: skip
         (odd / f"{name}.jpg").write_bytes(content)
     (odd / "folder.jpg").mkdir()
     (odd / "dangling link.jpg").symlink_to("nowhere")
     os.mkfifo(odd / "named pipe.jpg")
-    paths = sorted(odd.iterdir(), key=lambda path: (not (clean / f"{path.stem}.png").exists(), path.name.lower()))
+    pictures = {path.stem for path in clean.iterdir()}
+    paths = sorted(odd.iterdir(), key=lambda path: (path.stem not in pictures, path.name.lower()))
     posts = "".join(f"IMGID:{name}\nphoto\tO\n\n" for name in (*(path.stem for path in paths), "absent"))
     for images in (odd, clean):
         write_text(images.parent / "train.txt", posts)
@@ -232,7 +255,8 @@ def write_odd_files(folder, large=True):
 
 
 def try_files(place):
-    """Rows (file, became, reason, same features as its clean copy?) of extract_features.py, and its peak in MB."""
+    """Rows (file, became, reason, same features as its clean copy?) of extract_features.py,
+    and its peak in MB."""
     write_odd_files(place)
     # One photo a batch: how many share one can change the last bit of a sum.
     how = ["--weights", "random", "--img-size", "64", "--views", "1", "--workers", "0", "--batch-size", "1"]
@@ -243,31 +267,41 @@ def try_files(place):
     for row, image_id in enumerate(odd.ids):
         became = {OK: "ok", MISSING: "missing", UNREADABLE: "unreadable"}[odd.status[row]]
         same = "yes" if np.array_equal(odd.regions[row], clean.regions[row]) else "NO"
-        rows.append((names.get(image_id, image_id), became, odd.reasons[row], same if became == "ok" else "-"))
+        same = same if became == "ok" else "-"
+        rows.append((names.get(image_id, image_id), became, odd.reasons[row], same))
     return rows, max(most for _, most, _ in seen)
 
 
 POSTS = "IMGID:1\nMessi\tB-PER\nscores\tO\n\nIMGID:2\nMiami\tB-LOC\n\n"
-ROW = ("{'token': ['Messi', 'joins', 'Miami'], 'h': {'name': 'Messi', 'pos': [0, 1]},"
-       " 't': {'name': 'Miami', 'pos': [2, 3]}, 'img_id': '1.jpg', 'relation': '/per/org/member_of'}\n")  # fmt: skip
+ROW = (
+    "{'token': ['Messi', 'joins', 'Miami'], 'h': {'name': 'Messi', 'pos': [0, 1]},"
+    " 't': {'name': 'Miami', 'pos': [2, 3]}, 'img_id': '1.jpg', 'relation': '/per/org/member_of'}\n"
+)
 
 
 def write_odd_texts(folder):
-    """Write texts of every odd kind, in the Twitter and (`MNRE ...`) MNRE formats. A file's name says its kind."""
+    """Write texts of every odd kind, in the Twitter and (`MNRE ...`) MNRE formats.
+    A file's name says its kind."""
     texts = {
         "CRLF": POSTS.replace("\n", "\r\n"), "byte order mark": "\ufeff" + POSTS,
         "no final newline": POSTS.rstrip("\n"), "U+00A0 as a word": POSTS.replace("scores", "\u00a0"),
         "zero-width words": POSTS.replace("scores", "\u200b\tO\n\ufe0f"),
-        "emoji": POSTS.replace("scores", "\N{WOMAN}\u200d\N{ROCKET}\tO\n\N{SMILING FACE WITH HEART-SHAPED EYES}"),
-        "right-to-left": POSTS.replace("scores", "\u0645\u0631\u062d\u0628\u0627\tO\n\u200f\u05e9\u05dc\u05d5\u05dd"),
+        "emoji": POSTS.replace(
+            "scores", "\N{WOMAN}\u200d\N{ROCKET}\tO\n\N{SMILING FACE WITH HEART-SHAPED EYES}"
+        ),
+        "right-to-left": POSTS.replace(
+            "scores", "\u0645\u0631\u062d\u0628\u0627\tO\n\u200f\u05e9\u05dc\u05d5\u05dd"
+        ),
         "post of 10,000 words": "IMGID:1\n" + "word\tO\n" * 10_000, "post of one word": "IMGID:1\nword\tO\n",
         "post without words": "IMGID:1\n\n" + POSTS, "one id thrice": "IMGID:1\nword\tO\n\n" * 3,
         "a path as IMGID": POSTS.replace("IMGID:2", "IMGID:../../etc/passwd"),
         "an absolute path as IMGID": POSTS.replace("IMGID:2", "IMGID:/etc/passwd"),
-        "labels in odd case": POSTS.replace("B-PER", "b-Per"), "line of 100 MB": "IMGID:1\n" + "x" * 100_000_000,
+        "labels in odd case": POSTS.replace("B-PER", "b-Per"),
+        "line of 100 MB": "IMGID:1\n" + "x" * 100_000_000,
         "MNRE CRLF, byte order mark": "\ufeff" + ROW.replace("\n", "\r\n") * 2,
         "MNRE no final newline": ROW * 2 + ROW[:-1],
-        "MNRE span out of range": ROW.replace("[2, 3]", "[2, 4]"), "MNRE span swapped": ROW.replace("[2, 3]", "[3, 2]"),
+        "MNRE span out of range": ROW.replace("[2, 3]", "[2, 4]"),
+        "MNRE span swapped": ROW.replace("[2, 3]", "[3, 2]"),
         "MNRE a path as img_id": ROW.replace("1.jpg", "../../etc/passwd"),
         "MNRE code": f"__import__('os').system('touch {folder}/hacked')\n",
         "MNRE code in a row": ROW.replace("'Messi'", f"__import__('os').system('touch {folder}/hacked')", 1),
@@ -279,7 +313,8 @@ def write_odd_texts(folder):
 
 
 def try_texts(folder):
-    """Rows (text, what it became: posts and words read, or the error). AssertionError if code in a text was run."""
+    """Rows (text, what it became: posts and words read, or the error).
+    AssertionError if code in a text was run."""
     rows = []
     for name in write_odd_texts(folder):
         path = folder / f"{name}.txt"
@@ -294,20 +329,23 @@ def try_texts(folder):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------- fuzz
+# ------------------------------------------------------------------------------------------------------- fuzz
 
 READERS = {
     "read_ner": lambda path: read_ner(path, DATASETS["twitter2017"][1]),
     "read_mnre": lambda path: read_mnre(path, DATASETS["mnre"][1]),
     "read_predictions": read_predictions,
 }
-PIECES = [b"\n", b"\r\n", b"\t", b"", b"IMGID:", b"'", b"[", b"}", b"-1", b"1e999", b"\\ud800", b"\xef\xbb\xbf"]
+PIECES = [
+    b"\n", b"\r\n", b"\t", b"", b"IMGID:", b"'", b"[", b"}", b"-1", b"1e999", b"\\ud800", b"\xef\xbb\xbf",
+]  # fmt: skip
 
 
 @st.composite
 def mutated(draw, valid):
     """The bytes of a valid file, up to five times a few of them replaced."""
-    edits = st.tuples(st.integers(0, len(valid)), st.integers(0, 8), st.sampled_from(PIECES) | st.binary(max_size=3))
+    pieces = st.sampled_from(PIECES) | st.binary(max_size=3)
+    edits = st.tuples(st.integers(0, len(valid)), st.integers(0, 8), pieces)
     raw = valid
     for start, size, new in draw(st.lists(edits, max_size=5)):
         raw = raw[:start] + new + raw[start + size :]
@@ -316,9 +354,13 @@ def mutated(draw, valid):
 
 JSON = st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=3), st.lists, max_leaves=4)
 SIDE = st.just(["O"]) | st.just(["B-x"]) | st.text() | st.lists(st.sampled_from(["O", "B", "I-x"]))
-OBJECTS = st.fixed_dictionaries({"id": JSON, "gold": SIDE, "predicted": SIDE}) | st.dictionaries(st.just("gold"), JSON)
+RECORDS = st.fixed_dictionaries({"id": JSON, "gold": SIDE, "predicted": SIDE})
+OBJECTS = RECORDS | st.dictionaries(st.just("gold"), JSON)
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n")), min_size=1)
-CONLL = ["a", "IMGID:", "\t", " ", "\n", "\r", "O", "\tO\tI-LOC\n", " O B-PER\n", "\u00a0", "\x85", "\x00", "\ufeff"]
+CONLL = [
+    "a", "IMGID:", "\t", " ", "\n", "\r", "O", "\tO\tI-LOC\n", " O B-PER\n", "\u00a0", "\x85", "\x00",
+    "\ufeff",
+]  # fmt: skip
 CONTENTS = {  # reader: kinds of what a file may hold
     "read_ner": {
         "mutated": mutated((POSTS * 2).encode()), "bytes": st.binary(max_size=80),
@@ -334,7 +376,9 @@ CONTENTS = {  # reader: kinds of what a file may hold
         "words": WORDS.map(lambda words: "".join(f"{word}\tO\tB-x\n" for word in words).encode()),
         "bytes": st.binary(), "text": st.text().map(str.encode),
         "brace": st.text().map(lambda text: f'{{"{text}'.encode()),
-        "json": st.lists(OBJECTS, min_size=1).map(lambda objects: "\n".join(map(json.dumps, objects)).encode()),
+        "json": st.lists(OBJECTS, min_size=1).map(
+            lambda objects: "\n".join(map(json.dumps, objects)).encode()
+        ),
         "conll": st.lists(st.sampled_from(CONLL)).map(lambda pieces: "".join(pieces).encode()),
     },
 }  # fmt: skip
@@ -347,7 +391,8 @@ def check_read(reader, found, raw):
         return
     assert len({example.id for example in found}) == len(found)
     if reader == "read_ner":  # no word is lost
-        lines = [line for line in raw.decode().removeprefix("\ufeff").split("\n") if "\t" in line and line.strip()]
+        lines = raw.decode().removeprefix("\ufeff").split("\n")
+        lines = [line for line in lines if "\t" in line and line.strip()]
         words = [word for example in found for word in example.words if not word.startswith("IMGID:")]
         assert len(words) == sum(not line.startswith("IMGID:") for line in lines)
         assert {label for example in found for label in example.labels} <= set(DATASETS["twitter2017"][1])
@@ -358,8 +403,9 @@ def check_read(reader, found, raw):
 def fuzz(reader, kind, examples):
     """Read up to so many generated files of a kind of `CONTENTS`. Returns counts: inputs, read, refused.
 
-    A refusal is a ValueError of one line that begins with the file and, from `read_ner` and `read_mnre`, the line.
-    Raises anything else that a reader raises, and AssertionError where it read wrongly or refused otherwise.
+    A refusal is a ValueError of one line that begins with the file and, from `read_ner` and `read_mnre`, the
+    line. Raises anything else that a reader raises, and AssertionError where it read wrongly or refused
+    otherwise.
     """
     counts = Counter(inputs=0, read=0, refused=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -385,17 +431,19 @@ def fuzz(reader, kind, examples):
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="of each command; 0 = none")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--posts", type=int, nargs=3, default=(120, 40, 40), help="of train, valid and test")
-    parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True, help="try odd files and texts")
+    parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True,
+                        help="try odd files and texts")  # fmt: skip
     parser.add_argument("--fuzz", type=int, default=20_000, help="generated files for each reader; 0 = none")
-    parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True, help="watch memory too")
+    parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True,
+                        help="watch memory too")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("benchmarks/FAULTS.md"))
     args = parser.parse_args(argv)
     lines = [INTRO]
@@ -418,7 +466,8 @@ def main(argv=None):
             table(KILLS, *header, "ended byte for byte the same")
             for name in args.commands:
                 made = kill_again_and_again(name, place, args.kills)
-                chains = f"{made['chains']} of {made['chains']} chains"  # an assertion stops at one that did not
+                # An assertion stops at a chain that did not.
+                chains = f"{made['chains']} of {made['chains']} chains"
                 row(f"`{name}`", f"{made['seconds']:.1f}", made["kills"], made["working"], chains)
         if args.files:
             rows, peak = try_files(place)
@@ -441,10 +490,14 @@ def main(argv=None):
             write_text(given / "many.jsonl", posts * (20_000 // posts.count("\n") + 1))
             steps = max(1, args.posts[0] // 8)
             for what, arguments in (
-                ("2,000 training steps", ["train.py", *TRAIN, "--save-every", "600", "--epochs", str(2000 // steps + 1),
-                                          "--run-dir", "runs/long"]),
-                ("20,000 posts with photos predicted", ["predict.py", "--run", "finished/run", "--input", "many.jsonl", "--output",
-                                            "many-answers.jsonl"]),
+                ("2,000 training steps", [
+                    "train.py", *TRAIN, "--save-every", "600", "--epochs", str(2000 // steps + 1),
+                    "--run-dir", "runs/long",
+                ]),
+                ("20,000 posts with photos predicted", [
+                    "predict.py", "--run", "finished/run", "--input", "many.jsonl",
+                    "--output", "many-answers.jsonl",
+                ]),
             ):  # fmt: skip
                 seen = watch(given, arguments)
                 working = seen[len(seen) // 4 :]  # the start left out
@@ -459,24 +512,25 @@ INTRO = """# Faults
 Written by `benchmarks/faults.py`, one thread, on the demo data and what it writes itself."""
 KILLS = """## Commands killed
 
-Each command is killed (SIGKILL) at seeded random moments of its life, up to four times in a row, and started again;
-after each kill everything on disk is read: what is marked done must hold the bytes of an uninterrupted run, what has a
-finished name must be finished."""
+Each command is killed (SIGKILL) at seeded random moments of its life, up to four times in a row, and started
+again; after each kill everything on disk is read: what is marked done must hold the bytes of an uninterrupted
+run, what has a finished name must be finished."""
 FILES = """## Files tried
 
-What `extract_features.py` made of photo files of every odd kind, each named for what it is. The clean copy of a picture
-is an RGB PNG of its pixels (upright, without transparency, the first of an animation); its features must be the same,
-bit for bit. The command took {:.0f} MB at most, random ResNet50 included."""
+What `extract_features.py` made of photo files of every odd kind, each named for what it is. The clean copy of
+a picture is an RGB PNG of its pixels (upright, without transparency, the first of an animation); its features
+must be the same, bit for bit. The command took {:.0f} MB at most, random ResNet50 included."""
 TEXTS = """## Texts tried
 
-What the readers of the data sets made of odd text files, each named for what it is: of MNRE's format where it says so,
-else of Twitter-2017's."""
+What the readers of the data sets made of odd text files, each named for what it is: of MNRE's format where it
+says so, else of Twitter-2017's."""
 FUZZ = """## Generated files read
 
-Files generated at random by hypothesis, always the same: valid ones of arbitrary words and with bytes changed, arbitrary
-bytes and text, JSON and CoNLL lines put together at random. What is read is looked at: no word of a Twitter post is
-lost, ids differ, spans lie within the words, labels are those that may occur. A clear error is one line that begins with
-the file's name; anything else stops the program that writes this page."""
+Files generated at random by hypothesis, always the same: valid ones of arbitrary words and with bytes
+changed, arbitrary bytes and text, JSON and CoNLL lines put together at random. What is read is looked at: no
+word of a Twitter post is lost, ids differ, spans lie within the words, labels are those that may occur. A
+clear error is one line that begins with the file's name; anything else stops the program that writes this
+page."""
 LONG = """## Long runs
 
 Memory (resident, MB) and open files of a command, twice a second, its first quarter left out."""

@@ -2,8 +2,9 @@
 
     python benchmarks/feature_file.py
 
-Reads random batches of 8 rows of 2,000 x 49 x 2048 float16 (401 MB): the block through a memory map, the chunks
-through h5py row by row, and the same rows from an array in memory. The file is in the page cache for all three.
+Reads random batches of 8 rows of 2,000 x 49 x 2048 float16 (401 MB): the block through a memory map, the
+chunks through h5py row by row, and the same rows from an array in memory. The file is in the page cache for
+all three.
 """
 
 import tempfile

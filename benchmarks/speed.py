@@ -3,10 +3,11 @@
     python benchmarks/speed.py --images PHOTOS --text-encoder ENCODER      # some 25 minutes on 2 cores
     python benchmarks/speed.py --only extraction memory
 
-Writes benchmarks/speed-<device>.json (parts left out keep what they last measured) and prints it as one table. Text is
-that of Twitter-2017 under --data-dir; encoders have the shape of roberta-base or bert-base-uncased and random weights,
-since time does not depend on weights; --text-encoder gives the tokenizer, so the real lengths, and what start-up loads.
-On a machine that does something else besides, no figure here means anything.
+Writes benchmarks/speed-<device>.json (parts left out keep what they last measured) and prints it as one
+table. Text is that of Twitter-2017 under --data-dir; encoders have the shape of roberta-base or
+bert-base-uncased and random weights, since time does not depend on weights; --text-encoder gives the
+tokenizer, so the real lengths, and what start-up loads. On a machine that does something else besides, no
+figure here means anything.
 """
 
 import argparse
@@ -38,16 +39,17 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
+import inputs  # noqa: E402
 from arguments import PRESETS  # noqa: E402
-from backbones import Compiled, Photos, load_backbone  # noqa: E402
+from backbones import Compiled, load_backbone  # noqa: E402
 from commands import check_device, command_line, default_device  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
-from extract_features import batch_loader, extract  # noqa: E402
+from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
-from inputs import Posts  # noqa: E402
+from loading import Photos, batch_loader  # noqa: E402
 from model import BEFORE, TextRegions, autocast  # noqa: E402
 from notes import Notes  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
@@ -60,7 +62,8 @@ BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
 
 
 def in_turn(cases, rounds, device="cpu"):
-    """{name: [seconds a round]} of functions called one after the other, round by round, so that noise meets them all."""
+    """{name: [seconds a round]} of functions called one after the other, round by round,
+    so that noise meets them all."""
     taken = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, work in cases.items():
@@ -82,12 +85,15 @@ def ratio(above, below):
 def row(what, value, target, note=""):
     """A line of the table; `value` is a number, or (median, lowest, highest) over rounds."""
     made = {"what": what, "target": target, "note": note}
-    return made | (dict(zip(("value", "low", "high"), value, strict=True)) if isinstance(value, tuple) else {"value": value})
+    if not isinstance(value, tuple):
+        return made | {"value": value}
+    return made | dict(zip(("value", "low", "high"), value, strict=True))
 
 
 def peak_anonymous(command, folder):
     """Highest RssAnon, in MB, of a process: what it has allocated, the pages of mapped files left out."""
-    process, peak = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), 0
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process, peak = subprocess.Popen(command, cwd=folder, text=True, **pipes), 0
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):  # it has just ended
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -106,12 +112,14 @@ def run(folder, *command):
     return ended.stdout
 
 
-# ---------------------------------------------------------------------------------------------- what is measured on
+# ---------------------------------------------------------------------------------------- what is measured on
 
 
 def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
-    """A feature file of random regions, as extract_features.py lays it out and train.py takes it for ResNet50's."""
-    attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views, "weights": "none", "parameters": 0}
+    """A feature file of random regions, as extract_features.py lays it out and train.py takes it for
+    ResNet50's."""
+    attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views}
+    attrs |= {"weights": "none", "parameters": 0}
     create_file(path, image_ids, [0] * len(image_ids), (len(image_ids), views, *shape), "float16", attrs)
     values = np.random.default_rng(0).standard_normal(views * shape[0] * shape[1] + 997).astype(np.float16)
     with contextlib.closing(FeatureWriter(path, os.open(path, os.O_RDWR), {}, image_ids)) as writer:
@@ -135,7 +143,8 @@ class Posts:
         self.batches = length_batches(self.lengths, BATCH, np.random.default_rng(0))
 
     def batch(self, number, notes=None, generated=False):
-        """CPU batch `number` of an epoch, as train.py makes it: with `Notes`, and with the photos as second pictures too."""
+        """CPU batch `number` of an epoch, as train.py makes it: with `Notes`,
+        and with the photos as second pictures too."""
         chosen = self.batches[number]
         photos = [self.dataset.examples["train"][i].image_id for i in chosen]
         rows = [self.rows["train"][i] for i in chosen]
@@ -153,7 +162,8 @@ def pad_to(batch, length, pad_id):
 
 
 class Training:
-    """A model of the given text shape, and steps of it as train.py takes them; `more`: of its configuration."""
+    """A model of the given text shape, and steps of it as train.py takes them; `more`:
+    of its configuration."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, **more):
         config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
@@ -181,7 +191,8 @@ def text_encoder(config):
 
 def photos_in(folder, most):
     """Paths of at most so many photos; ValueError if there is none."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:most]
+    endings = ".jpg", ".jpeg", ".png"
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)[:most]
     if not paths:
         raise ValueError(f"{folder}: no photos in it; name a folder with --images")
     return paths
@@ -194,32 +205,43 @@ def fusion(args, place):
     """A step with each fusion over the same step without; and what a step waits for its data."""
     posts, config = Posts(args, place), RobertaConfig()
     encoder, labels = text_encoder(config), posts.dataset.labels  # one encoder for all: half the memory
-    trained = {name: Training(encoder, name, labels, args.device) for name in ("none", *(n for n in FUSIONS if n != "none"))}
+    names = dict.fromkeys(("none", *FUSIONS))
+    trained = {name: Training(encoder, name, labels, args.device) for name in names}
     trained["crf"] = Training(encoder, "none", labels, args.device, decoder="crf")
     rounds = 24 if args.device == "cpu" else 200
     batches = [posts.batch(number) for number in range(rounds + 1)]
     cases = {name: lambda turn, t=training: t.step(batches[turn]) for name, training in trained.items()}
     taken = in_turn(cases, rounds, args.device)
     data = in_turn({"data": posts.batch}, rounds)["data"]
-    checked = in_turn({"checksums": lambda turn: [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]}, rounds)["checksums"]
+
+    def checksums(turn):
+        return [posts.cache.whole(BATCH * turn + i) for i in range(BATCH)]
+
+    checked = in_turn({"checksums": checksums}, rounds)["checksums"]
     targets = {"film": 1.03, "attention": 1.08, "cross-attention": 1.12, "bimodal": 1.15,
                "co-attention": 1.15, "pyramid": 1.2, "saliency": 1.15, "crf": 1.05}  # fmt: skip
     text = statistics.median(taken["none"])
     for name in targets:
         target = f"<= {targets[name] if args.device == 'cpu' else 1.15}"
         yield row(f"training step, {name} / text only", ratio(taken[name], taken["none"]), target,
-                  f"roberta-base's shape, batch {BATCH}, {rounds} batches, text only {text:.3f} s a step")  # fmt: skip
-    yield row("waiting for data / training step (film)", ratio(data, taken["film"]), "< 0.02", "batch made, features read")
-    yield row("checksums at first read / training step (film)", ratio(checked, taken["film"]), "< 0.02", "each row once")
+                  f"roberta-base's shape, batch {BATCH}, {rounds} batches, text only {text:.3f} s"
+                  " a step")  # fmt: skip
+    yield row("waiting for data / training step (film)", ratio(data, taken["film"]), "< 0.02",
+              "batch made, features read")  # fmt: skip
+    yield row("checksums at first read / training step (film)", ratio(checked, taken["film"]), "< 0.02",
+              "each row once")  # fmt: skip
     real = padded = 0
     for epoch in range(1, 6):
         for chosen in length_batches(posts.lengths, BATCH, np.random.default_rng([1337, epoch])):
-            real, padded = real + sum(posts.lengths[i] for i in chosen), padded + len(chosen) * max(posts.lengths[i] for i in chosen)
-    yield row("real / padded tokens", real / padded, ">= 0.90", f"batch {BATCH}, 5 epochs, mean length {np.mean(posts.lengths):.1f}")
+            lengths = [posts.lengths[i] for i in chosen]
+            real, padded = real + sum(lengths), padded + len(lengths) * max(lengths)
+    yield row("real / padded tokens", real / padded, ">= 0.90",
+              f"batch {BATCH}, 5 epochs, mean length {np.mean(posts.lengths):.1f}")  # fmt: skip
 
 
 def systems(args, place):
-    """A step of each published system over the same posts' step text only; tia and icka read eleven words more a post."""
+    """A step of each published system over the same posts' step text only;
+    tia and icka read eleven words more a post."""
     posts, encoder, path = Posts(args, place), text_encoder(RobertaConfig()), place / "notes.jsonl"
     examples, rounds = posts.dataset.examples["train"], 24 if args.device == "cpu" else 200
     with open(path, "w", encoding="utf-8") as file:
@@ -255,19 +277,24 @@ def loop(args, place):
     training = Training(encoder, "film", posts.dataset.labels, args.device)
     resnet = torchvision.models.resnet50().eval().requires_grad_(False).to(args.device)
     body = torch.nn.Sequential(*list(resnet.children())[:-2])
-    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), normalize])
     paths = photos_in(args.images, 320)
 
     def looked_at(batch, turn, photos):
-        """The batch with regions computed in the step, of so many photos a post, read and resized in the step too."""
+        """The batch with regions computed in the step, of so many photos a post,
+        read and resized in the step too."""
         chosen = [paths[(turn * BATCH * photos + i) % len(paths)] for i in range(BATCH * photos)]
         pixels = torch.stack([prepare(Image.open(path).convert("RGB")) for path in chosen]).to(args.device)
         regions = body(pixels).flatten(2).transpose(1, 2)
-        return batch | {"regions": regions[::photos]}  # the fusion gets one photo a post: what is compared is the looking
+        # The fusion gets one photo a post: what is compared is the looking.
+        return batch | {"regions": regions[::photos]}
 
     def usual(turn, photos, pad=True):
         batch = posts.batch(turn)
-        training.step(looked_at(pad_to(batch, 128, posts.tokenizer.pad_token_id) if pad else batch, turn, photos))
+        if pad:
+            batch = pad_to(batch, 128, posts.tokenizer.pad_token_id)
+        training.step(looked_at(batch, turn, photos))
 
     cases = {
         "ours": lambda turn: training.step(posts.batch(turn)),
@@ -278,8 +305,10 @@ def loop(args, place):
     }
     taken = in_turn(cases, 10, args.device)
     note = f"ours {statistics.median(taken['ours']):.3f} s a step, film, bert-base's shape, batch {BATCH}"
-    yield row("usual loop (pad to 128, ResNet50 in the step) / ours", ratio(taken["usual"], taken["ours"]), ">= 5", note)
-    yield row("the same with four photos a post / ours", ratio(taken["usual, 4 photos"], taken["ours"]), "shown")
+    yield row("usual loop (pad to 128, ResNet50 in the step) / ours", ratio(taken["usual"], taken["ours"]),
+              ">= 5", note)  # fmt: skip
+    yield row("the same with four photos a post / ours", ratio(taken["usual, 4 photos"], taken["ours"]),
+              "shown")  # fmt: skip
     yield row("padding to 128 alone / ours", ratio(taken["padded"], taken["ours"]), "shown")
     yield row("ResNet50 in the step alone / ours", ratio(taken["looking"], taken["ours"]), "shown")
 
@@ -308,7 +337,9 @@ def reading(args, place):
             mapped.take(batch, 0)
 
     taken = in_turn({"file": from_file, "rows": rows_alone, "memory": from_memory}, 20)
-    for name, what in (("file", "reading batches from the feature file"), ("rows", "copying their rows from the map alone")):
+    for name, what in (
+        ("file", "reading batches from the feature file"), ("rows", "copying their rows from the map alone"),
+    ):  # fmt: skip
         note = f"{statistics.median(taken[name]) / 50 * 1e3:.3f} ms a batch of {BATCH}"
         yield row(f"memory copy / {what}", ratio(taken["memory"], taken[name]), ">= 0.8", note)
 
@@ -318,12 +349,14 @@ def extraction(args, place):
     paths, workers = photos_in(args.images, 120), min(4, os.cpu_count() or 1)
     resnet = torchvision.models.resnet50().eval()
     body = torch.nn.Sequential(*list(resnet.children())[:-2])
-    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    normalize = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), normalize])
     backbone, per_batch = load_backbone("resnet50", "random"), 8 if args.device == "cpu" else 64
     backbone.regions.to(args.device, memory_format=torch.channels_last)
     engines, compiling = {"eager": backbone}, time.perf_counter()
     if args.device == "cpu":
-        engines["inductor"] = replace(backbone, regions=Compiled(backbone.regions, (per_batch, 3, 224, 224), args.device))
+        compiled = Compiled(backbone.regions, (per_batch, 3, 224, 224), args.device)
+        engines["inductor"] = replace(backbone, regions=compiled)
     compiling = time.perf_counter() - compiling
 
     def naive(turn):
@@ -333,16 +366,22 @@ def extraction(args, place):
                 pixels = prepare(Image.open(path).convert("RGB"))[None].to(args.device)
                 file["regions"][number] = body(pixels).flatten(2).transpose(1, 2)[0].half().cpu().numpy()
 
-    def whole(backbone, views):  # as many images whatever the views, so that the workers' start weighs the same
+    def whole(backbone, views):
+        """As many images whatever the views, so that the workers' start weighs the same."""
         ids = [str(i) for i in range(len(paths) * 4 // views)]
-        reader = Photos(ids, {image_id: paths[i % len(paths)] for i, image_id in enumerate(ids)}, backbone, views, 0)
-        batches = [list(range(i, min(i + per_batch // views, len(ids)))) for i in range(0, len(ids), per_batch // views)]
+        chosen = {image_id: paths[i % len(paths)] for i, image_id in enumerate(ids)}
+        reader = Photos(ids, chosen, backbone, views, 0)
+        rows, size = list(range(len(ids))), per_batch // views
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        shape = (len(ids), views, REGIONS, DIM)
 
         def work(turn):
             path = place / f"extracted-{views}.h5"
-            create_file(path, ids, [0] * len(ids), (len(ids), views, REGIONS, DIM), "float16", {"format": FORMAT})
-            with contextlib.closing(FeatureWriter(path, os.open(path, os.O_RDWR), {}, ids)) as writer, tqdm(disable=True) as progress:
-                extract(backbone, writer, batch_loader(reader, batches, workers), batches, args.device, progress)
+            create_file(path, ids, [0] * len(ids), shape, "float16", {"format": FORMAT})
+            writer = FeatureWriter(path, os.open(path, os.O_RDWR), {}, ids)
+            with contextlib.closing(writer), tqdm(disable=True) as progress:
+                loader = batch_loader(reader, batches, workers)
+                extract(backbone, writer, loader, batches, args.device, progress)
 
         return work
 
@@ -361,19 +400,23 @@ def extraction(args, place):
 
     cases = {"naive": naive}
     for name, engine in engines.items():
-        cases |= {f"{name} forward": forward(engine), f"{name}, 1": whole(engine, 1), f"{name}, 4": whole(engine, 4)}
+        cases |= {f"{name} forward": forward(engine)}
+        cases |= {f"{name}, {views}": whole(engine, views) for views in (1, 4)}
     taken, images = in_turn(cases, 3, args.device), 4 * len(paths)
     naive_rate = len(paths) / statistics.median(taken["naive"])
     for name in engines:
         for views in (1, 4):
-            note = f"{images / statistics.median(taken[f'{name}, {views}']):.1f} images/s, {images} of them, {workers} workers"
+            seconds = taken[f"{name}, {views}"]
+            rate = images / statistics.median(seconds)
             yield row(f"extraction / its forward pass alone, {name}, {views} view{'s' * (views > 1)}",
-                      ratio(taken[f"{name} forward"], taken[f"{name}, {views}"]), ">= 0.88", note)  # fmt: skip
+                      ratio(taken[f"{name} forward"], seconds), ">= 0.88",
+                      f"{rate:.1f} images/s, {images} of them, {workers} workers")  # fmt: skip
     for name, target in (("eager", 1.6), ("inductor", 2.1)):
         if name in engines:
-            note = f"naive {naive_rate:.1f} photos/s, 1 view" + f", compiled in {compiling:.0f} s before" * (name == "inductor")
-            yield row(f"extraction, {name} / naive loop", ratio([4 * s for s in taken["naive"]], taken[f"{name}, 1"]),
-                      f">= {target}", note)  # fmt: skip
+            before = f", compiled in {compiling:.0f} s before" * (name == "inductor")
+            as_many = [4 * seconds for seconds in taken["naive"]]
+            yield row(f"extraction, {name} / naive loop", ratio(as_many, taken[f"{name}, 1"]),
+                      f">= {target}", f"naive {naive_rate:.1f} photos/s, 1 view{before}")  # fmt: skip
 
 
 def memory(args, place):
@@ -384,12 +427,16 @@ def memory(args, place):
         write_features(place / f"{views}.h5", "demo", ids, views)
     for turn in range(3):
         for views in peaks:
-            command = [sys.executable, str(PROJECT / "train.py"), "--dataset", "demo", "--text-encoder", "data/demo/encoder", "--lr",
-                       "1e-3", "--epochs", "3", "--features", f"{views}.h5", "--run-dir", f"runs/{views}-{turn}"]  # fmt: skip
+            command = [
+                sys.executable, str(PROJECT / "train.py"), "--dataset", "demo",
+                "--text-encoder", "data/demo/encoder", "--lr", "1e-3", "--epochs", "3",
+                "--features", f"{views}.h5", "--run-dir", f"runs/{views}-{turn}",
+            ]  # fmt: skip
             peaks[views].append(peak_anonymous(command, place))
     sizes = [f"{(place / f'{views}.h5').stat().st_size / 1e6:.0f}" for views in peaks]
-    yield row("peak anonymous memory, feature file ten times as large", ratio(peaks[10], peaks[1]), "0.95 to 1.05",
-              f"{statistics.median(peaks[1]):.0f} MB with {sizes[0]} MB, {statistics.median(peaks[10]):.0f} with {sizes[1]}")  # fmt: skip
+    small, large = (f"{statistics.median(peaks[views]):.0f}" for views in (1, 10))
+    yield row("peak anonymous memory, feature file ten times as large", ratio(peaks[10], peaks[1]),
+              "0.95 to 1.05", f"{small} MB with {sizes[0]} MB, {large} with {sizes[1]}")  # fmt: skip
 
 
 STARTED = """
@@ -405,7 +452,8 @@ IMPORTS = "import sys, torch, transformers; transformers.AutoModel.from_pretrain
 
 
 def startup(args, place):
-    """train.py until its first step, against a process that imports torch and transformers and loads the same encoder."""
+    """train.py until its first step, against a process that imports torch and transformers and loads the same
+    encoder."""
     encoder, config = place / "encoder", RobertaConfig()
     text_encoder(config).save_pretrained(encoder)
     tokenizer = load_tokenizer(args.text_encoder)
@@ -413,13 +461,18 @@ def startup(args, place):
     config.vocab_size = len(tokenizer)  # as the tokenizer has it
     text_encoder(config).save_pretrained(encoder)
     write_features(place / "start.h5", "twitter2017", load_dataset("twitter2017", args.data_dir).image_ids())
-    flags = ["--data-dir", str(Path(args.data_dir).resolve()), "--text-encoder", str(encoder), "--features", str(place / "start.h5"),
-             "--device", args.device, "--overwrite", "--run-dir", str(place / "runs" / "start")]  # fmt: skip
+    flags = [
+        "--data-dir", str(Path(args.data_dir).resolve()), "--text-encoder", str(encoder),
+        "--features", str(place / "start.h5"), "--device", args.device, "--overwrite",
+        "--run-dir", str(place / "runs" / "start"),
+    ]  # fmt: skip
     ours = [sys.executable, "-c", STARTED.format(project=str(PROJECT)), json.dumps(flags)]
     imports = [sys.executable, "-c", IMPORTS, str(encoder)]
     taken = in_turn({"ours": lambda turn: run(place, *ours), "imports": lambda turn: run(place, *imports)}, 7)
-    yield row("train.py to its first step / imports and loading the encoder", ratio(taken["ours"], taken["imports"]), "<= 1.3",
-              f"{statistics.median(taken['ours']):.1f} s and {statistics.median(taken['imports']):.1f} s, Twitter-2017, film")  # fmt: skip
+    whole, needed = (f"{statistics.median(taken[name]):.1f} s" for name in ("ours", "imports"))
+    yield row("train.py to its first step / imports and loading the encoder",
+              ratio(taken["ours"], taken["imports"]), "<= 1.3",
+              f"{whole} and {needed}, Twitter-2017, film")  # fmt: skip
 
 
 def growth(args, place):
@@ -460,16 +513,19 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        posts = Posts(train, rows, tokenizer.pad_token_id, cache)
+        posts = inputs.Posts(train, rows, tokenizer.pad_token_id, cache)
         predict(training.model, posts, dataset.labels, 12, "cpu", "float32")
-        grown[size] = {"extraction, bookkeeping": written, "start-up, data": start, "evaluation": time.perf_counter() - began,
-                       "one training step": statistics.median(steps)}  # fmt: skip
+        grown[size] = {
+            "extraction, bookkeeping": written, "start-up, data": start,
+            "evaluation": time.perf_counter() - began, "one training step": statistics.median(steps),
+        }  # fmt: skip
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name in grown[sizes[0]]:
         seconds = [grown[size][name] for size in sizes]
         axes.loglog(sizes, seconds, "o-", label=name)
         target = "flat" if name == "one training step" else "linear: <= 10"
-        yield row(f"{name}: 20,000 / 2,000 posts", seconds[2] / seconds[1], target, " ".join(f"{s:.3f}" for s in seconds) + " s")
+        note = " ".join(f"{taken:.3f}" for taken in seconds) + " s"
+        yield row(f"{name}: 20,000 / 2,000 posts", seconds[2] / seconds[1], target, note)
     axes.set(xlabel="posts", ylabel="seconds")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -477,13 +533,15 @@ def growth(args, place):
 
 
 def scores(args, place):
-    """Demo data, film, three seeds each way, stopped early so that scores differ: do the fast ways change them?"""
-    flags = ["--dataset", "demo", "--img-size", "64", "--text-encoder", "data/demo/encoder", "--epochs", "3", "--lr", "1e-3",
-             "--fusion-lr", "1e-3"]  # fmt: skip
+    """Demo data, film, three seeds each way, stopped early so that scores differ:
+    do the fast ways change them?"""
+    flags = ["--dataset", "demo", "--img-size", "64", "--text-encoder", "data/demo/encoder", "--epochs", "3",
+             "--lr", "1e-3", "--fusion-lr", "1e-3"]  # fmt: skip
     run(place, sys.executable, PROJECT / "demo.py")
     for name in ("eager", "inductor"):
         how = ["--compile" if name == "inductor" else "--no-compile", "--cache-dir", name]
-        run(place, sys.executable, PROJECT / "extract_features.py", "--dataset", "demo", "--weights", "random", "--img-size", "64", *how)
+        how += ["--dataset", "demo", "--weights", "random", "--img-size", "64"]
+        run(place, sys.executable, PROJECT / "extract_features.py", *how)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ways = {
         "as it is": ([sys.executable], ["--cache-dir", "eager"]),
@@ -497,39 +555,49 @@ def scores(args, place):
             folder = place / "runs" / f"{number}-{seed}"
             run(place, *launch, PROJECT / "train.py", *flags, *more, "--seed", seed, "--run-dir", folder)
             reached.append(main_score(json.loads((folder / "metrics-test.json").read_text())))
-        yield row(f"demo entity F1, {way}", (statistics.mean(reached), min(reached), max(reached)), "the same",
+        span = statistics.mean(reached), min(reached), max(reached)
+        yield row(f"demo entity F1, {way}", span, "the same",
                   f"film, 3 seeds, standard deviation {statistics.stdev(reached):.4f}")  # fmt: skip
 
 
 def floor(args, place):
-    """What 5 epochs of roberta-base on Twitter-2017 take at least on an H100: arithmetic and bytes, not measured."""
+    """What 5 epochs of roberta-base on Twitter-2017 take at least on an H100: arithmetic and bytes,
+    not measured."""
     posts, config = Posts(args, place), RobertaConfig()
     encoder = text_encoder(config)
     embeddings = sum(p.numel() for p in encoder.embeddings.parameters())
     parameters, tokens = sum(p.numel() for p in encoder.parameters()), sum(posts.lengths) * 5
     steps = 5 * len(posts.batches)
     arithmetic = 6 * (parameters - embeddings) * tokens / 989e12  # forward and backward, dense bfloat16
-    # A step: AdamW reads weight, gradient and two moments and writes three; clipping reads and writes the gradient, the
-    # backward pass writes it; the cast to bfloat16 reads 4 bytes and writes 2, and forward and backward read these. float32.
+    # A step: AdamW reads weight, gradient and two moments and writes three; clipping reads and writes the
+    # gradient, the backward pass writes it; the cast to bfloat16 reads 4 bytes and writes 2, and forward and
+    # backward read these. float32.
     moved = steps * parameters * (7 * 4 + 3 * 4 + 6 + 4) / 3.35e12
-    yield row("floor of 5 epochs, roberta-base, Twitter-2017, one H100, seconds", arithmetic + moved, "measured <= 2.5 times",
-              f"arithmetic {arithmetic:.2f} s (989 TFLOP/s), memory {moved:.2f} s (3.35 TB/s), {steps} steps; no GPU was at hand"
-              " to measure on")  # fmt: skip
+    yield row("floor of 5 epochs, roberta-base, Twitter-2017, one H100, seconds", arithmetic + moved,
+              "measured <= 2.5 times",
+              f"arithmetic {arithmetic:.2f} s (989 TFLOP/s), memory {moved:.2f} s (3.35 TB/s), {steps} steps;"
+              " no GPU was at hand to measure on")  # fmt: skip
 
 
-PARTS = {part.__name__: part for part in (fusion, systems, loop, reading, extraction, memory, startup, growth, scores, floor)}
+PARTS = {
+    part.__name__: part
+    for part in (fusion, systems, loop, reading, extraction, memory, startup, growth, scores, floor)
+}
 
 
 def shown(row):
     digits = 3 if row["value"] > 0.1 else 4
-    value = f"{row['value']:.{digits}f}" + (f" ({row['low']:.{digits}f} to {row['high']:.{digits}f})" if "low" in row else "")
+    value = f"{row['value']:.{digits}f}"
+    if "low" in row:
+        value += f" ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
     return f"| {row['what']} | {value} | {row['target']} | {row['note']} |"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--images", default="data/twitter2017/images", help="folder of real photos, some 160 or more")
+    parser.add_argument("--images", default="data/twitter2017/images",
+                        help="folder of real photos, some 160 or more")  # fmt: skip
     parser.add_argument("--text-encoder", default="roberta-base", help="whose tokenizer splits the text")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", default=default_device())
@@ -537,10 +605,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_device(args.device)
     args.output = args.output or PROJECT / "benchmarks" / f"speed-{args.device}.json"
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n\n| what | median (range) | target | |\n| --- | --- | --- | --- |")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    versions += f", Python {platform.python_version()}"
+    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n")
+    print("| what | median (range) | target | |\n| --- | --- | --- | --- |")
     made = json.loads(args.output.read_text())["parts"] if args.output.exists() else {}
     for name in args.only:
         with tempfile.TemporaryDirectory() as place:
@@ -548,7 +619,8 @@ def main(argv=None):
             for line in PARTS[name](args, Path(place)):
                 rows.append(line)
                 print(shown(line), flush=True)
-        made[name] = {"machine": machine, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
+        made[name] = {"machine": machine, "threads": torch.get_num_threads()}
+        made[name] |= {"versions": versions, "rows": rows}
         write_json(args.output, {"parts": {part: made[part] for part in PARTS if part in made}})
 
 

@@ -4,9 +4,10 @@
     python benchmarks/tables.py --only fusion/              # all rows of the first table, three seeds each
     python benchmarks/tables.py --only systems/ --text-encoder models/mine --lr 1e-4
 
-Run it where data/, features/ and runs/ are. A finished run is not run again, so a table that was stopped goes on where
-it stopped. All tables are written each time, from all runs there are: RESULTS.md, results.csv and results.tex. A row that
-results.csv has of more seeds than there are runs here stays as it is there: runs may be deleted, or lie on another machine.
+Run it where data/, features/ and runs/ are. A finished run is not run again, so a table that was stopped goes
+on where it stopped. All tables are written each time, from all runs there are: RESULTS.md, results.csv and
+results.tex. A row that results.csv has of more seeds than there are runs here stays as it is there: runs may
+be deleted, or lie on another machine.
 """
 
 import argparse
@@ -78,29 +79,34 @@ SYSTEMS = {  # accuracy, precision, recall, F1
         "mnre": (0.6003, 0.6114, 0.6021, 0.6067),
     },
     "vilt": {
-        "twitter2015": (0.8632, 0.8318, 0.8632, 0.8260), "twitter2017": (0.8807, 0.8661, 0.8807, 0.8693), "mnre": (),
+        "twitter2015": (0.8632, 0.8318, 0.8632, 0.8260), "twitter2017": (0.8807, 0.8661, 0.8807, 0.8693),
+        "mnre": (),
     },
 }  # fmt: skip
-# train.py --system: what it is after, its entity F1 on Twitter-2015 and Twitter-2017, what of ours is in its public
-# sources ("certain") and what is our reading ("inferred"), and what is otherwise in the row of this table.
+# train.py --system: what it is after, its entity F1 on Twitter-2015 and Twitter-2017, what of ours is in its
+# public sources ("certain") and what is our reading ("inferred"), and what is otherwise in the row of this
+# table.
 PUBLISHED = {
     "minige": ("MINIGE-MNER (Kong, Liu et al. 2025)", 0.7645, 0.8867,
-               "certain: bottleneck, matching, saliency, gates and CRF with their weights (code of an earlier state);"
-               " inferred: masks of the bottleneck; ours: a bilinear match, a learned query, bound .5 for .1, frozen regions;"
-               " here a caption's tokens as regions and no generated picture"),
+               "certain: bottleneck, matching, saliency, gates and CRF with their weights (code of an"
+               " earlier state); inferred: masks of the bottleneck; ours: a bilinear match, a learned"
+               " query, bound .5 for .1, frozen regions; here a caption's tokens as regions and no"
+               " generated picture"),
     "tia": ("Text-Image Alignment (Zeng et al. 2025)", 0.7532, 0.8665,
-            "certain: a score by a language model sets the share of the photo, key entities join the text, pairs are"
-            " contrasted by score; inferred: every formula, the CRF; here a caption's tokens as regions, scores of a"
-            " ViLT-like estimator, ChatGPT's entities"),
+            "certain: a score by a language model sets the share of the photo, key entities join the text,"
+            " pairs are contrasted by score; inferred: every formula, the CRF; here a caption's tokens as"
+            " regions, scores of a ViLT-like estimator, ChatGPT's entities"),
     "icka": ("ICKA (Zeng et al. 2024)", 0.7542, 0.8712,
-             "certain: cross-modal attention, a vision-language model's knowledge, an instruction of both before the language"
-             " model; inferred: everything with a shape; here BLIP-2's caption is the knowledge and its tokens are regions"),
+             "certain: cross-modal attention, a vision-language model's knowledge, an instruction of both"
+             " before the language model; inferred: everything with a shape; here BLIP-2's caption is the"
+             " knowledge and its tokens are regions"),
     "coatt": ("CoAtt-NER (2024; no paper of that name found)", 0.7625, 0.8731,
-              "certain: adaptive co-attention (Zhang et al. 2018); inferred: that the row means it over a scene graph, with a"
-              " similarity as gate; here phrases cut out of captions"),
+              "certain: adaptive co-attention (Zhang et al. 2018); inferred: that the row means it over a"
+              " scene graph, with a similarity as gate; here phrases cut out of captions"),
     "dha": ("Dual-Enhanced Hierarchical Alignment (Wang et al. 2025)", 0.7742, 0.8879,
-            "certain: a pyramid of three levels, whole and local contrast, gated levels, a CRF that the photo constrains;"
-            " unknown: every equation; here regions of a random ResNet50 of unrelated photos: only that it trains"),
+            "certain: a pyramid of three levels, whole and local contrast, gated levels, a CRF that the"
+            " photo constrains; unknown: every equation; here regions of a random ResNet50 of unrelated"
+            " photos: only that it trains"),
 }  # fmt: skip
 TITLES = {
     "fusion": "Fusion layers, accuracy",
@@ -117,33 +123,39 @@ TITLES = {
 }
 NOTES = {
     "fusion": "With the defaults of `train.py`.",
-    "settings": "The learning rate is `--fusion-lr`, the encoder keeps 3e-5, and the fusion is FiLM, the best of the first"
-    " table: all three are our reading, the tables published name one rate and no fusion.",
-    "systems": "With the defaults of `train.py`; FiLM, the best of the first table, where a system has a fusion to choose.",
-    "published": "Five published systems, none with code that can be run: `train.py --system` builds each in the manner of its"
-    " paper, from what is certain of it and what we infer. The published entity F1 is of base-size encoders with the real photos"
-    " on Twitter-2015 / Twitter-2017; ours has all-MiniLM-L6-v2 (22M) and the inputs that the last column names. Not a reproduction.",
+    "settings": "The learning rate is `--fusion-lr`, the encoder keeps 3e-5, and the fusion is FiLM, the"
+    " best of the first table: all three are our reading, the tables published name one rate and no fusion.",
+    "systems": "With the defaults of `train.py`; FiLM, the best of the first table, where a system has a"
+    " fusion to choose.",
+    "published": "Five published systems, none with code that can be run: `train.py --system` builds each in"
+    " the manner of its paper, from what is certain of it and what we infer. The published entity F1 is of"
+    " base-size encoders with the real photos on Twitter-2015 / Twitter-2017; ours has all-MiniLM-L6-v2"
+    " (22M) and the inputs that the last column names. Not a reproduction.",
     "captions": "The regions of a photo are the token states of its caption under the frozen text encoder"
-    " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel. The placeholder"
-    " picture's caption counts as missing. Text encoder all-MiniLM-L6-v2, at the rate chosen on valid with text only.",
-    "notes": "`--notes` are what ChatGPT said of each post (`post`: its list of key entities) and a caption of its photo (`photo`),"
-    " a second segment of the text; `both`: one after the other; `post and captions`: the list as a second segment, the captions as"
-    " regions of a fusion. No pixel is looked at. The control of `post` and `both` trains on the lists of other posts, of the"
-    " others on the captions of other photos. Whether ChatGPT has seen the data set, nobody here can know.",
-    "base": "Text encoder all-mpnet-base-v2 (110M parameters) at the rate of 3e-5, trained and scored in bfloat16; the CRF is the"
-    " better decoder on valid with the smaller encoder. No other rate was tried.",
+    " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel."
+    " The placeholder picture's caption counts as missing. Text encoder all-MiniLM-L6-v2, at the rate chosen"
+    " on valid with text only.",
+    "notes": "`--notes` are what ChatGPT said of each post (`post`: its list of key entities) and a caption"
+    " of its photo (`photo`), a second segment of the text; `both`: one after the other; `post and"
+    " captions`: the list as a second segment, the captions as regions of a fusion. No pixel is looked at."
+    " The control of `post` and `both` trains on the lists of other posts, of the others on the captions of"
+    " other photos. Whether ChatGPT has seen the data set, nobody here can know.",
+    "base": "Text encoder all-mpnet-base-v2 (110M parameters) at the rate of 3e-5, trained and scored in"
+    " bfloat16; the CRF is the better decoder on valid with the smaller encoder. No other rate was tried.",
     "few-shot": "The posts are drawn with the run's seed, so a seed's rows share them.",
-    "relations": "The features are a random ResNet50's of photos that have nothing to do with the posts: what a fusion layer adds"
-    " here is capacity and noise. 3 epochs of batch 16, text encoder all-MiniLM-L6-v2.",
-    "demo": "Posts, photos and captions that `demo.py` draws, tiny models with random weights: what is shown is that the"
-    " photo is used where it decides, not how good a system is.",
-    "demo-notes": "Posts of `demo.py` where a fifth of the photos are another post's, and the notes know it; beside a"
-    " wrong photo a name of several types is of its usual one. Some names are made up for one post (all mentions"
-    " unseen in train): its photo tells them, or the notes on it. A tiny model with random weights: what is shown is"
-    " what a part is for, not how good a system is. `relevance`: `--relevance given`; `post`, `photo`:"
-    " `--extra`. Features: `extract_features.py --dataset demo-notes --img-size 96 --weights random --views 2`, the same with"
-    " `--images data/demo-notes/generated --cache-dir features/generated`, and `--backbone phrases --captions"
-    " data/demo-notes/notes.jsonl --weights data/demo-notes/encoder`.",
+    "relations": "The features are a random ResNet50's of photos that have nothing to do with the posts:"
+    " what a fusion layer adds here is capacity and noise. 3 epochs of batch 16, text encoder"
+    " all-MiniLM-L6-v2.",
+    "demo": "Posts, photos and captions that `demo.py` draws, tiny models with random weights: what is shown"
+    " is that the photo is used where it decides, not how good a system is.",
+    "demo-notes": "Posts of `demo.py` where a fifth of the photos are another post's, and the notes know it;"
+    " beside a wrong photo a name of several types is of its usual one. Some names are made up for one post"
+    " (all mentions unseen in train): its photo tells them, or the notes on it. A tiny model with random"
+    " weights: what is shown is what a part is for, not how good a system is. `relevance`: `--relevance"
+    " given`; `post`, `photo`: `--extra`. Features: `extract_features.py --dataset demo-notes --img-size 96"
+    " --weights random --views 2`, the same with `--images data/demo-notes/generated --cache-dir"
+    " features/generated`, and `--backbone phrases --captions data/demo-notes/notes.jsonl --weights"
+    " data/demo-notes/encoder`.",
 }
 
 
@@ -157,7 +169,7 @@ class Row:
     flags: tuple = ()
     reference: tuple = ()  # as `METRICS`, or accuracy alone
     control: str = "--shuffle-photos"  # what trains the row's control; "" if there is nothing to shuffle
-    over: tuple = ("none",)  # rows that it is compared with beside its control, of the same table or as TABLE/NAME
+    over: tuple = ("none",)  # rows it is compared with beside its control, of the same table or as TABLE/NAME
 
     @property
     def key(self):
@@ -172,17 +184,20 @@ def all_rows():
     for dataset in real:
         for (epochs, batch, rate, size), values in SETTINGS.items():
             flags = ("--epochs", epochs, "--batch-size", batch, "--fusion-lr", rate, "--img-size", size)
-            rows.append(Row("settings", f"{epochs}/{batch}/{rate:.4f}/{size}", dataset, flags, values[dataset]))
+            name = f"{epochs}/{batch}/{rate:.4f}/{size}"
+            rows.append(Row("settings", name, dataset, flags, values[dataset]))
     for dataset in real:
         for system, values in SYSTEMS.items():
-            model = f"{'bert' if dataset == 'mnre' else 'roberta'}-resnet50" if system == "resnet50" else system
+            text = "bert" if dataset == "mnre" else "roberta"
+            model = f"{text}-resnet50" if system == "resnet50" else system
             rows.append(Row("systems", model, dataset, ("--model", model), values[dataset]))
     small = ("--text-encoder", "models/all-MiniLM-L6-v2", "--lr", 1e-4, "--fusion-lr", 1e-3)
     photos = "--shuffle-photos"
     for fusion in ("none", *FUSION):
         flags = (*small, "--model", "bert-caption", "--fusion", fusion)
         rows.append(Row("captions", fusion, "twitter2017", flags, control=photos * (fusion != "none")))
-    notes = {"none": ()} | {extra: ("--notes", NOTES_FILE, "--extra", extra) for extra in ("post", "photo", "both")}
+    extras = "post", "photo", "both"
+    notes = {"none": ()} | {extra: ("--notes", NOTES_FILE, "--extra", extra) for extra in extras}
     controls = {"none": "", "post": "--shuffle-notes", "photo": photos, "both": "--shuffle-notes"}
     text_only = ("--model", "bert-caption", "--fusion", "none")
     for extra, more in notes.items():
@@ -197,7 +212,8 @@ def all_rows():
     base = ("--text-encoder", "models/all-mpnet-base-v2", "--lr", 3e-5, "--fusion-lr", 1e-3)
     for extra in ("none", "post"):
         flags = (*base, *text_only, "--decoder", "crf", "--precision", "bfloat16", *notes[extra])
-        rows.append(Row("base", f"{extra}, crf", "twitter2017", flags, control=controls[extra], over=("none, crf",)))
+        over = ("none, crf",)
+        rows.append(Row("base", f"{extra}, crf", "twitter2017", flags, control=controls[extra], over=over))
     for share in (0.1, 0.3):
         for extra in ("none", "post"):
             flags = (*small, *text_only, "--train-share", share, *notes[extra])
@@ -212,7 +228,8 @@ def all_rows():
         ("captions, film", "bert-caption", "encoder", 64), ("clip-bert, film", "clip-bert", "encoder", 96),
         ("blip", "blip", "blip", 96), ("vilt", "vilt", "vilt", 96),
     ):  # fmt: skip
-        flags = ("--model", model, "--img-size", size, "--text-encoder", f"data/demo/{encoder}", "--epochs", 15)
+        flags = ("--model", model, "--img-size", size)
+        flags += ("--text-encoder", f"data/demo/{encoder}", "--epochs", 15)
         fusion = () if model in ("blip", "vilt") else ("--fusion", name.split(", ")[-1])
         rows.append(Row("demo", name, "demo", flags + rates + fusion, control=photos * (name != "none")))
     tiny = ("--img-size", 96, "--text-encoder", "data/demo-notes/encoder", "--epochs", 15, *rates)
@@ -222,11 +239,13 @@ def all_rows():
         ("none", (*plain, "--fusion", "none"), "", ()),
         ("none, crf", (*plain, "--fusion", "none", "--decoder", "crf"), "", ("none",)),
         ("post", (*plain, "--fusion", "none", *told, "--extra", "post"), "--shuffle-notes", ("none",)),
-        ("post, crf", (*plain, "--fusion", "none", *told, "--extra", "post", "--decoder", "crf"), "", ("none, crf",)),
-        ("photo, crf", (*plain, "--fusion", "none", *told, "--extra", "photo", "--decoder", "crf"), photos, ("none, crf",)),
+        ("post, crf", (*plain, "--fusion", "none", *told, "--extra", "post", "--decoder", "crf"), "",
+         ("none, crf",)),
+        ("photo, crf", (*plain, "--fusion", "none", *told, "--extra", "photo", "--decoder", "crf"), photos,
+         ("none, crf",)),
         ("cross-attention", (*plain, "--fusion", "cross-attention"), photos, ("none",)),
-        ("cross-attention, relevance", (*plain, "--fusion", "cross-attention", *told, "--relevance", "given"), photos,
-         ("cross-attention",)),
+        ("cross-attention, relevance", (*plain, "--fusion", "cross-attention", *told, "--relevance", "given"),
+         photos, ("cross-attention",)),
         ("minige", ("--system", "minige", *drawn), photos, ("none, crf",)),
         ("tia", ("--system", "tia", *told), photos, ("post, crf", "tia, no relevance")),
         ("tia, no relevance", ("--system", "tia", *told, "--relevance", "none"), "", ("post, crf",)),
@@ -240,14 +259,17 @@ def all_rows():
     for name in PUBLISHED:
         model = ("--model", "bert-caption", *captions[name]) if name in captions else ()
         over = ("notes/none, crf", *([texts[name]] if name in texts else []))
-        rows.append(Row("published", name, "twitter2017", (*small, "--system", name, *model), control=photos, over=over))
+        flags = (*small, "--system", name, *model)
+        rows.append(Row("published", name, "twitter2017", flags, control=photos, over=over))
     return rows
 
 
 def argument_list(row, seed, args, shuffled=False):
-    """What to give train.py for one run of a row; --text-encoder and --lr given for all rows win, but not in the demo."""
+    """What to give train.py for one run of a row; --text-encoder and --lr given for all rows win,
+    but not in the demo."""
     places = {"--data-dir": args.data_dir, "--cache-dir": args.cache_dir}
-    given = {"--dataset": row.dataset} | {flag: place for flag, place in places.items() if place != PLACES[flag]}
+    given = {"--dataset": row.dataset}
+    given |= {flag: place for flag, place in places.items() if place != PLACES[flag]}
     given |= dict(zip(row.flags[::2], row.flags[1::2], strict=True))
     for flag, place in (("--notes", args.data_dir), ("--generated", args.cache_dir)):
         if flag in given:
@@ -268,7 +290,8 @@ def run_folder(argv):
 
 
 def other_run(argv):
-    """In what a run that stands in the folder of these arguments differs from them, as text; "" if it does not."""
+    """In what a run that stands in the folder of these arguments differs from them, as text;
+    "" if it does not."""
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
@@ -276,8 +299,10 @@ def other_run(argv):
     if asked["notes"] and Path(asked["notes"]).is_file():
         asked["notes_sha256"] = hashlib.sha256(Path(asked["notes"]).read_bytes()).hexdigest()
     made, asked = (system_settings(config) for config in (read_config(folder), asked))
-    made = {key: made.get(key) for key in asked} | {"precision": asked["precision"]}  # auto: it follows the machine
-    return f"{folder} is another run, {', '.join(other.values())}" if (other := differing(made, asked, ("its", "this row's"))) else ""
+    made = {key: made.get(key) for key in asked}
+    made |= {"precision": asked["precision"]}  # auto: it follows the machine
+    other = differing(made, asked, ("its", "this row's"))
+    return f"{folder} is another run, {', '.join(other.values())}" if other else ""
 
 
 def finished(argv):
@@ -337,7 +362,8 @@ def run_row(row, args):
             reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             print(f"  FAILED: {reason}")
             return reason
-    checked = [run_folder(argv) for argv in runs if row.control == "--shuffle-photos" and row.control not in argv]
+    plain = [argv for argv in runs if row.control == "--shuffle-photos" and row.control not in argv]
+    checked = [run_folder(argv) for argv in plain]
     if checked := [folder for folder in checked if not list(folder.glob("image-check-*.json"))]:
         command = [sys.executable, str(PROJECT / "evaluate.py"), "--image-check", "--run", *map(str, checked)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -348,7 +374,7 @@ def shown_command(argv):
     return shlex.join(["python", "train.py", *argv])
 
 
-# ------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 
 def spread(values):
@@ -390,18 +416,21 @@ def judged(row):
 
 
 def gain(a, b):
-    """How much better runs in folders `a` are than those in `b` of the same seeds, by paired bootstrap, as text; "" of nothing."""
+    """How much better runs in folders `a` are than those in `b` of the same seeds, by paired bootstrap,
+    as text; "" of nothing."""
     sides = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
     both = [seed for seed in sides[0] if seed in sides[1]]
     if not both:
         return ""
-    found = paired_bootstrap(*([read_predictions(predictions_file(side[seed], None)) for seed in both] for side in sides))
+    files = [[predictions_file(side[seed], None) for seed in both] for side in sides]
+    found = paired_bootstrap(*([read_predictions(path) for path in paths] for paths in files))
     fewer = f" ({len(both)} seed{'s' * (len(both) > 1)})" * (len(both) < len(a))
     return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{fewer}"
 
 
 def cells(row, args, rows):
-    """{column: text} of one row, with `seeds` and `made with`; {} where no run of it is finished. `rows`: all, by key."""
+    """{column: text} of one row, with `seeds` and `made with`; {} where no run of it is finished.
+    `rows`: all, by key."""
     true, wrong = done_folders(row, args), done_folders(row, args, shuffled=True) if row.control else []
     if not true:
         return {}
@@ -414,7 +443,8 @@ def cells(row, args, rows):
     if row.reference:
         made["reference"] = " ".join(f"{value:.4f}" for value in row.reference)
     level = "row" if DATASETS[row.dataset][0] == "relation" else "token"
-    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in METRICS[: len(row.reference) or 1])
+    columns = METRICS[: len(row.reference) or 1]
+    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in columns)
     made["main F1"] = spread([main_score(m) for _, m, _ in runs])
     if row.table in ("published", "notes", "base", "few-shot", "demo-notes"):
         for part in ("seen", "unseen"):
@@ -434,10 +464,13 @@ def cells(row, args, rows):
         notes.append("scored on valid, which also chose the epoch: no test file")
     features, versions = config["features_made"], config["versions"]
     photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
-    notes.append(f"{config['data'][split]['variant']}, text encoder {Path(config['text_encoder']).name}{photos}")
+    encoder = Path(config["text_encoder"]).name
+    notes.append(f"{config['data'][split]['variant']}, text encoder {encoder}{photos}")
     made["notes"] = "; ".join(notes)
-    made["made with"] = (f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s) of"
-                         f" {config['device']}, {config['precision']}")  # fmt: skip
+    made["made with"] = (
+        f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s)"
+        f" of {config['device']}, {config['precision']}"
+    )
     made["flags"] = flags(row, args)
     return {key: text for key, text in made.items() if text}
 
@@ -459,7 +492,8 @@ def read_results(path):
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
-                found.setdefault((line["table"], line["row"], line["data set"]), {})[line["column"]] = line["value"]
+                row = line["table"], line["row"], line["data set"]
+                found.setdefault(row, {})[line["column"]] = line["value"]
     return found
 
 
@@ -472,13 +506,14 @@ def latex(title, header, body):
 
     columns = "l" * len(header)
     return [
-        r"\begin{table}", rf"\caption{{{title}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", line(header), r"\hline",
-        *map(line, body), r"\hline", r"\end{tabular}", r"\end{table}", "",
+        r"\begin{table}", rf"\caption{{{title}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline",
+        line(header), r"\hline", *map(line, body), r"\hline", r"\end{tabular}", r"\end{table}", "",
     ]  # fmt: skip
 
 
 def write_results(rows, reasons, args):
-    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs; returns {(table, row): cells}."""
+    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs;
+    returns {(table, row): cells}."""
     earlier, by_key = read_results(args.output / "results.csv"), {row.key: row for row in rows}
     kept = {row: earlier.get((row.table, row.name, row.dataset), {}) for row in rows}
     kept = {row: cell if cell.get("flags") == flags(row, args) else {} for row, cell in kept.items()}
@@ -491,22 +526,30 @@ def write_results(rows, reasons, args):
         if ran:
             last = ("majority", "notes", "made with", "flags")
             keys = [*dict.fromkeys(key for row in ran for key in made[row] if key not in last), *last[:2]]
-            header, body = [HEADINGS.get(key, key) for key in keys], [[made[row].get(key, "") for key in keys] for row in ran]
+            header = [HEADINGS.get(key, key) for key in keys]
+            body = [[made[row].get(key, "") for key in keys] for row in ran]
             text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
             tex += latex(title, header, body)
-            text += ["\nCommands, first seed:\n", *dict.fromkeys(f"    {shown_command(argument_list(row, args.seeds[0], args))}" for row in ran)]
+            commands = (shown_command(argument_list(row, args.seeds[0], args)) for row in ran)
+            text += ["\nCommands, first seed:\n", *dict.fromkeys(f"    {command}" for command in commands)]
         if table == "published" and missing:
             header = [HEADINGS[key] for key in ("row", "paper", "published", "notes")]
-            body = [[row.name, paper, f"{a:.4f} / {b:.4f}", said] for row in missing for paper, a, b, said in [PUBLISHED[row.name]]]
+            papers = [(row.name, *PUBLISHED[row.name]) for row in missing]
+            body = [[name, paper, f"{a:.4f} / {b:.4f}", said] for name, paper, a, b, said in papers]
             text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
         if missing:
             why = {row: reasons.get(row.key) or other_run(argv) or lacks(row, argv) for row in missing
                    for argv in [argument_list(row, args.seeds[0], args)]}  # fmt: skip
             said = f": {'; '.join(filter(None, dict.fromkeys(why.values())))}" if any(why.values()) else ""
             names = ", ".join(dict.fromkeys(row.name for row in missing))
-            text.append(f"\nNot run, {len(missing)} of {len(mine)} rows ({names}){said}. `python benchmarks/tables.py --only {table}/`")
-        values += [[table, row.name, row.dataset, key, value] for row in ran for key, value in made[row].items()]
-    with_what = "; ".join(sorted({cell["made with"] for cell in made.values() if "made with" in cell})) or "no finished runs"
+            text.append(
+                f"\nNot run, {len(missing)} of {len(mine)} rows ({names}){said}. `python benchmarks/tables.py"
+                f" --only {table}/`"
+            )
+        for row in ran:
+            values += [[table, row.name, row.dataset, key, value] for key, value in made[row].items()]
+    ways = sorted({cell["made with"] for cell in made.values() if "made with" in cell})
+    with_what = "; ".join(ways) or "no finished runs"
     args.output.mkdir(parents=True, exist_ok=True)
     write_text(args.output / "RESULTS.md", "\n".join([INTRO.format(with_what), *text]) + "\n")
     write_text(args.output / "results.tex", "\n".join(tex) + "\n")
@@ -518,13 +561,15 @@ def write_results(rows, reasons, args):
 
 
 def plot_few_shot(made, output):
-    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts, with notes and without.
+    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts,
+    with notes and without.
 
     `made`: what `write_results` gives.
     """
-    curves = {extra: [(share, made.get((table, name), {}).get("main F1")) for share, table, name in
-                      ((10, "few-shot", f"{extra}, 10%"), (30, "few-shot", f"{extra}, 30%"), (100, "notes", extra))]
-              for extra in ("none", "post")}  # fmt: skip
+    curves = {}
+    for extra in ("none", "post"):
+        few = [(share, ("few-shot", f"{extra}, {share}%")) for share in (10, 30)]
+        curves[extra] = [(n, made.get(row, {}).get("main F1")) for n, row in [*few, (100, ("notes", extra))]]
     if not all(text for curve in curves.values() for _, text in curve):
         return
     import matplotlib  # a requirement of this part alone
@@ -535,9 +580,11 @@ def plot_few_shot(made, output):
     figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
     for extra, label in (("none", "text only"), ("post", "and notes on the post")):
         shares, texts = zip(*curves[extra], strict=True)
-        means, spreads = zip(*([float(part) for part in f"{text} ± 0".split(" ± ")[:2]] for text in texts), strict=True)
+        values = ([float(part) for part in f"{text} ± 0".split(" ± ")[:2]] for text in texts)
+        means, spreads = zip(*values, strict=True)
         axes.errorbar(shares, means, spreads, fmt="o-", capsize=3, label=label)
-    axes.set(xscale="log", xlabel="training posts of Twitter-2017, %", ylabel="test entity F1", xticks=(10, 30, 100), xticklabels=("10", "30", "100"))
+    axes.set(xscale="log", xlabel="training posts of Twitter-2017, %", ylabel="test entity F1")
+    axes.set(xticks=(10, 30, 100), xticklabels=("10", "30", "100"))
     axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -552,21 +599,25 @@ HEADINGS = {
     "row": "row", "notes": "notes",
     "data": "data set", "paper": "in the manner of", "published": "published entity F1, 2015 / 2017",
     "seeds": "seeds (+ of its control)", "reference": "reference: accuracy [precision recall F1]",
-    "ours": "accuracy [precision recall F1] of tokens or rows", "main F1": "entity F1 (relations: micro F1 without None)",
+    "ours": "accuracy [precision recall F1] of tokens or rows",
+    "main F1": "entity F1 (relations: micro F1 without None)",
     "F1, mentions seen": "of mentions that train has", "F1, mentions unseen": "of those it has not",
-    "over none": "over text only", "over none, crf": "over text only, crf", "main F1, trained on shuffled": "F1 of its control",
+    "over none": "over text only", "over none, crf": "over text only, crf",
+    "main F1, trained on shuffled": "F1 of its control",
     "main F1, shown shuffled": "F1 shown others' photos", "main F1, shown none": "F1 shown no photo",
     "majority": "accuracy of always answering the majority label",
 }  # fmt: skip
 INTRO = """# Results
 
-Written by `benchmarks/tables.py` from finished runs; mean ± standard deviation over seeds. Token and row scores include
-`O` and `None` and stand beside the accuracy of always answering the majority label; the F1 that tells systems apart is
-the one of whole entities, or of relations without `None`. The best epoch is chosen on valid, test is scored once.
+Written by `benchmarks/tables.py` from finished runs; mean ± standard deviation over seeds. Token and row
+scores include `O` and `None` and stand beside the accuracy of always answering the majority label; the F1
+that tells systems apart is the one of whole entities, or of relations without `None`. The best epoch is
+chosen on valid, test is scored once.
 
-A row's control is the same run trained on other posts' photos, or notes. Gains, "over", are differences of that F1 with the
-95% interval of a paired bootstrap over test posts (photos for relations; 10,000 resamples, the same seeds on both sides): it
-holds what other posts could have changed, not what other seeds could have. An interval that holds 0 tells nothing apart.
+A row's control is the same run trained on other posts' photos, or notes. Gains, "over", are differences of
+that F1 with the 95% interval of a paired bootstrap over test posts (photos for relations; 10,000 resamples,
+the same seeds on both sides): it holds what other posts could have changed, not what other seeds could have.
+An interval that holds 0 tells nothing apart.
 
 Made with {}."""
 
@@ -577,8 +628,10 @@ def parse_args(argv):
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[1337, 1338, 1339])
     add("--only", nargs="+", default=[""], help="rows of which a part of TABLE/NAME/DATASET begins so")
-    add("--dry-run", action="store_true", help="show the commands and what is finished; run and write nothing")
-    add("--controls", action=argparse.BooleanOptionalAction, default=True, help="train on shuffled photos too")
+    add("--dry-run", action="store_true",
+        help="show the commands and what is finished; run and write nothing")
+    add("--controls", action=argparse.BooleanOptionalAction, default=True,
+        help="train on shuffled photos too")
     add("--text-encoder", help="in place of each row's own, the demo's excepted")
     add("--lr", type=float, help="of the text encoder, for another one")
     add("--data-dir", default=PLACES["--data-dir"])

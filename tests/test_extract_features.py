@@ -19,11 +19,14 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
+import backbones
 import extract_features
-from backbones import Photos, load_backbone, state_hash
+import loading
+from backbones import load_backbone, state_hash
 from data import load_dataset
 from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
+from loading import Photos
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_what_is_compiled_by_itself(run, monkeypatch):
 
     monkeypatch.setattr(extract_features, "create_file", create_file)
     for many, compiler, more in ((20, "g++", []), (21, "g++", []), (20, None, []), (20, "g++", ["--no-compile"])):
-        monkeypatch.setattr(extract_features, "COMPILE_FROM", many)
+        monkeypatch.setattr(backbones, "COMPILE_FROM", many)
         monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
         with pytest.raises(KeyboardInterrupt):
             run(*more)
@@ -557,7 +560,7 @@ def test_an_unfinished_file_is_not_filled_with_other_photos(run, data_dir, tmp_p
 @pytest.mark.parametrize("photos_held, workers", [(0, 0), (1, 1), (3, 3), (4, 4), (7, 4), (8, 4), (1000, 4)])
 def test_queues_of_decoded_photos_fit_the_shared_memory(photos_held, workers):
     size = 10**6
-    fitting, ahead = extract_features.queues(4, size, room=photos_held * size + 5)
+    fitting, ahead = loading.queues(4, size, room=photos_held * size + 5)
     assert fitting == workers and ahead in (1, 2) and fitting * ahead * size <= photos_held * size + 5
     assert ahead == 2 or photos_held < 2 * fitting or not fitting  # no less than there is room for
 
@@ -567,7 +570,7 @@ def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch,
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000) if place == "/dev/shm" else usage)
     monkeypatch.setattr(os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place))
-    assert [extract_features.shared_memory(processes) for processes in (1, 5)] == [500, 100]
+    assert [loading.shared_memory(processes) for processes in (1, 5)] == [500, 100]
     (tmp_path / "other").mkdir()
     other = run("--workers", 2, "--cache-dir", tmp_path / "other")
     assert "0 of 2 workers: /dev/shm has no room" in capsys.readouterr().out
