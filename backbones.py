@@ -33,7 +33,6 @@ from torchvision import transforms as T
 
 from commands import first_line
 from encoding import special_ends
-from loading import Captions, Photos, upright  # noqa: F401 (new_posts.py, attention_maps.py)
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
 

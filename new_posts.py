@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from backbones import Captions, Photos, load_backbone
+from backbones import load_backbone
 from data import NONE, NerExample, RelationExample
 from features import UNREADABLE, FeatureCache
+from loading import Captions, Photos
 from model import WORDED
 from notes import check_note, is_text
 

@@ -9,10 +9,12 @@ import torch
 from conftest import PARTS
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval, CLIPVisionModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval
+from transformers import CLIPVisionModel
 
-from backbones import BACKBONES, Captions, Photos, load_backbone
+from backbones import BACKBONES, load_backbone
 from features import MISSING, OK, UNREADABLE, FeatureCache
+from loading import Captions, Photos
 from photos import read_captions
 
 

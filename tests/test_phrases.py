@@ -14,10 +14,11 @@ import extract_features
 import predict
 import report
 import train
-from backbones import Captions, load_backbone, phrases_of
+from backbones import load_backbone, phrases_of
 from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
+from loading import Captions
 from model import load_run
 from notes import said_of_photos
 from photos import read_captions
