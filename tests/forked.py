@@ -14,7 +14,8 @@ import torch
 
 PROJECT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["predict", "report", "train", "torch._dynamo", "transformers.models.bert.modeling_bert"])
+SERVER.set_forkserver_preload(["predict", "report", "train", "torch._dynamo",
+                               "transformers.models.bert.modeling_bert"])  # fmt: skip
 
 
 def be_script(begun, folder, command, outputs, env, limit):
@@ -32,18 +33,21 @@ def be_script(begun, folder, command, outputs, env, limit):
 
 
 class Script:
-    """A script, of the project or elsewhere, that runs in a folder, and what of `subprocess.Popen` is needed of it.
+    """A script, of the project or elsewhere, that runs in a folder; what of `subprocess.Popen` is needed of it.
 
-    It leads a process group. `env`: environment variables besides those here; `limit`: bytes past which no file may grow.
+    It leads a process group. `env`: environment variables besides those here; `limit`: bytes past which no file
+    may grow.
     """
 
     def __init__(self, folder, script, *arguments, env=None, limit=resource.RLIM_INFINITY):
         self.said = tempfile.TemporaryDirectory()  # gone with this object
         self.outputs = [Path(self.said.name) / name for name in ("stdout", "stderr")]
         self.args, begun = [str(PROJECT / script), *map(str, arguments)], SERVER.Event()
-        self.process = SERVER.Process(target=be_script, args=(begun, folder, self.args, self.outputs, env or {}, limit))
+        given = begun, folder, self.args, self.outputs, env or {}, limit
+        self.process = SERVER.Process(target=be_script, args=given)
         self.process.start()
-        assert begun.wait(60)  # before that there is no group to kill
+        while not begun.wait(1):  # before that there is no group to kill
+            assert self.process.is_alive(), "it did not begin"
         self.pid = self.process.pid
 
     @property
@@ -54,7 +58,7 @@ class Script:
         return self.process.exitcode
 
     def communicate(self, timeout=None):
-        """(stdout, stderr), as bytes, when it has ended; subprocess.TimeoutExpired if it has not in so many seconds."""
+        """(stdout, stderr), as bytes, when it has ended; subprocess.TimeoutExpired if not in so many seconds."""
         self.process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -64,15 +68,19 @@ class Script:
         self.communicate()
         return self.returncode
 
+    def kill(self):
+        self.process.kill()
+
 
 def ended(*scripts):
-    """What became of `Script`s that ran to their end: a subprocess.CompletedProcess each, what they said as text."""
+    """What became of `Script`s run to their end: a subprocess.CompletedProcess each, what they said as text."""
     try:
         said = [[text.decode() for text in script.communicate(timeout=300)] for script in scripts]
     finally:
         for script in scripts:
-            script.process.kill()
-    return [subprocess.CompletedProcess(script.args, script.returncode, *texts) for script, texts in zip(scripts, said, strict=True)]
+            script.kill()
+    of_each = zip(scripts, said, strict=True)
+    return [subprocess.CompletedProcess(script.args, script.returncode, *texts) for script, texts in of_each]
 
 
 def run_script(folder, script, *arguments, **more):
@@ -81,7 +89,7 @@ def run_script(folder, script, *arguments, **more):
 
 
 def run_together(processes, folder, script, *arguments):
-    """Run one in as many processes, with the environment that torchrun gives them: what `ended` returns of each."""
+    """Run one in so many processes, with the environment torchrun gives them: what `ended` returns of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 
 def test_pages(tmp_path, monkeypatch):
-    """All but long runs, of which no part is there if it is left out. One kill of each command, one run of tables.py for two."""
+    """All but long runs, in two pages of other parts. One kill of each command, one run of tables.py for two."""
     made, command = faults.MADE["tables.py"], faults.COMMANDS["tables.py"]
     monkeypatch.setitem(faults.COMMANDS, "tables.py", [part for part in command if part != "demo/film"])
     monkeypatch.setitem(faults.MADE, "tables.py", tuple(name for name in made if "-film-" not in name))

@@ -27,9 +27,9 @@ def shared(script, *args):
 
 def under_torchrun(script, *args):
     """The same by torchrun itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, PROJECT / script, *args]
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                           timeout=300)  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command, env = [*map(str, [*command, PROJECT / script, *args])], os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -67,7 +67,8 @@ def test_two_processes_train_as_one_does(start, dataset, batch_size, more, data_
 def test_two_processes_extract_the_bytes_of_one(data_dir, tmp_path):
     fixed = ["--dataset", "demo", "--data-dir", data_dir, "--weights", "random", "--img-size", 64, "--views", 2, "--batch-size", 6,
              "--workers", 1]  # fmt: skip
-    said = [run("extract_features.py", *fixed, "--cache-dir", tmp_path / str(n)) for n, run in enumerate((alone, shared), 1)]
+    said = [run("extract_features.py", *fixed, "--cache-dir", tmp_path / str(n))
+            for n, run in enumerate((alone, shared), 1)]  # fmt: skip
     assert [text.count("40 photos in") for text in said] == [1, 1]
     made = [list((tmp_path / str(n)).iterdir()) for n in (1, 2)]
     assert [[path.name for path in paths] for paths in made] == [["demo-resnet50-64.h5"]] * 2
