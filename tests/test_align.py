@@ -1,13 +1,12 @@
 """Alignment losses in closed form, against plain loops, and what must change nothing: padding, order, posts without photo."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_together
 
 from align import ALIGNMENTS, match
 
@@ -233,6 +232,5 @@ def test_any_number_of_processes_gives_the_losses_and_gradients_of_one(tmp_path)
     script = tmp_path / "together.py"
     script.write_text(TOGETHER.format(project=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent)))
     for processes in (1, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), str(script), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and done.stdout.count("equal") == processes, done.stderr[-2000:]
+        done = run_together(processes, tmp_path, script, tmp_path)
+        assert [(one.returncode, one.stdout) for one in done] == [(0, "equal\n")] * processes, done

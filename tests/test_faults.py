@@ -2,33 +2,34 @@
 
 import functools
 import json
+import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import signal
+from pathlib import Path
 
 import faults
 import h5py
 import pytest
 import torch
+from forked import Script
 from safetensors.torch import save_file
 
 
 def test_pages(tmp_path, monkeypatch):
-    """Two pages at once: kills alone, and all but long runs. One kill of each command, one run of tables.py for two."""
+    """All but long runs, in two pages of other parts. One kill of each command, one run of tables.py for two."""
     made, command = faults.MADE["tables.py"], faults.COMMANDS["tables.py"]
     monkeypatch.setitem(faults.COMMANDS, "tables.py", [part for part in command if part != "demo/film"])
     monkeypatch.setitem(faults.MADE, "tables.py", tuple(name for name in made if "-film-" not in name))
     monkeypatch.setattr(faults, "write_odd_files", functools.partial(faults.write_odd_files, large=False))
+    monkeypatch.setattr(faults, "start", lambda folder, arguments: Script(folder, *arguments))
 
-    def write(name, *more):
-        faults.main(["--kills", "1", "--posts", "8", "3", "3", "--no-long", "--output", str(tmp_path / name), *more])
-        return (tmp_path / name).read_text(encoding="utf-8")
+    def write(*more):
+        faults.main(["--posts", "8", "3", "3", "--no-long", "--output", str(tmp_path / "page"), *more])
+        return (tmp_path / "page").read_text(encoding="utf-8")
 
-    with ThreadPoolExecutor() as pool:
-        kills = pool.submit(write, "kills", "--commands", "extract_features.py", "tables.py", "--no-files", "--fuzz", "0")
-        most = pool.submit(write, "most", "--commands", "train.py", "predict.py", "--fuzz", "60")
-        pages = [kills.result(), most.result()]
-    assert [page.count("\n## ") for page in pages] == [1, 4]  # parts left out are left out of the page
+    pages = [write("--kills", "1", "--fuzz", "0"), write("--kills", "0", "--no-files", "--fuzz", "60")]
+    assert [page.count("\n## ") for page in pages] == [3, 1]  # parts left out are left out of the page
     lines = [line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")]
     cells = {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
     for name in faults.COMMANDS:
@@ -45,6 +46,23 @@ def test_pages(tmp_path, monkeypatch):
     for reader in faults.CONTENTS:
         inputs, read, refused, other = map(int, cells[f"`{reader}`"])
         assert inputs == 60 == read + refused and read >= 10 and other == 0
+
+
+def test_a_command_is_started_where_it_is_to_be_and_killed_with_its_children(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text("""
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "600"])
+print(os.getcwd(), os.environ["OMP_NUM_THREADS"], sys.argv[1], child.pid, file=sys.stderr, flush=True)
+child.wait()
+""")
+    monkeypatch.setattr(faults, "PROJECT", tmp_path)
+    (tmp_path / "folder").mkdir()
+    process = faults.start(tmp_path / "folder", ["script.py", "x"])
+    folder, *said, child = process.stderr.readline().decode().split()
+    assert (folder, said) == (str(tmp_path / "folder"), ["1", "x"]) and Path(f"/proc/{child}").exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)  # returns when nobody has its standard error any more, the child neither
+    assert process.returncode == -signal.SIGKILL
 
 
 def flip(path, at):

@@ -234,7 +234,7 @@ def test_a_fresh_layer_does_not_weigh_all_regions_alike(name):
     assert entropy.max() < 0.9999 and entropy.min() > 0.9
 
 
-def find_asked_region(name, steps=400, width=128, region_dim=512, heads=8, size=32, things=8):
+def find_asked_region(name, steps, width, region_dim=128, heads=8, size=32, things=8):
     """Accuracy by step of a layer and a linear head that learn to read the one region a token asks for.
 
     A photo has 49 regions, each showing one of 8 things in one of 4 colours; a token names the thing that a single region
@@ -260,15 +260,15 @@ def find_asked_region(name, steps=400, width=128, region_dim=512, heads=8, size=
     return torch.stack(correct)
 
 
-@pytest.mark.parametrize("name", ["attention", "cross-attention", "bimodal"])
-def test_finds_the_region_that_the_token_asks_for(name):
-    assert find_asked_region(name)[200:].mean() >= 0.95
+@pytest.mark.parametrize("name, width", [("attention", 128), ("cross-attention", 64), ("bimodal", 64)])
+def test_finds_the_region_that_the_token_asks_for(name, width):
+    assert find_asked_region(name, 300, width)[200:].mean() >= 0.95
 
 
 @pytest.mark.parametrize("name, steps", [("co-attention", 400), ("pyramid", 300)])
 def test_finds_it_among_narrower_ones(name, steps):
-    """These take longer a step, and half the width for it."""
-    assert find_asked_region(name, steps, width=64, region_dim=128)[-100:].mean() >= 0.95
+    """These learn it later."""
+    assert find_asked_region(name, steps, width=64)[-100:].mean() >= 0.95
 
 
 def unit(region):

@@ -2,11 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-PROJECT = Path(__file__).parents[1]
+from forked import PROJECT, run_script
 
 
 def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path):
@@ -18,10 +15,7 @@ def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path)
     encoder = ["--text-encoder", data_dir / "demo" / "encoder", "--img-size", "64", "--epochs", "1"]
 
     def mine(*arguments):
-        command = [sys.executable, "mine.py", *map(str, arguments)]
-        run = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-        )
+        run = run_script(tmp_path, tmp_path / "mine.py", *arguments)
         assert run.returncode == 0, run.stderr
         return run.stdout
 

@@ -4,7 +4,6 @@ import fcntl
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARTS
+from forked import Script
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -477,21 +477,17 @@ def test_one_process_an_output(runs, posts_file, tmp_path):
 
 
 def test_killed_anywhere_no_finished_line_is_lost(runs, posts_file, tmp_path):
-    run, path, out, rng = runs("clip-bert"), posts_file(1500), tmp_path / "out.jsonl", random.Random(3)
+    run, path, out, rng = runs("clip-bert"), posts_file(900), tmp_path / "out.jsonl", random.Random(3)
     whole = answer(run, path, tmp_path / "whole.jsonl").read_bytes()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["predict"])
     killed, kept = 0, b""
     for _ in range(5):
-        process = context.Process(target=predict.main, args=(command(run, path, out),))
-        process.start()
-        goal = len(kept) + rng.randint(1, len(whole) // 12)
-        while process.is_alive() and (not out.exists() or out.stat().st_size < goal):
+        process = Script(tmp_path, "predict.py", *command(run, path, out))
+        goal = len(kept) + rng.randint(1, len(whole) // 7)
+        while process.poll() is None and (not out.exists() or out.stat().st_size < goal):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.03)
         process.kill()
-        process.join()
-        killed += process.exitcode == -9
+        killed += process.wait() == -9
         now = out.read_bytes()
         assert whole.startswith(now) and now.startswith(kept)
         kept = now[: now.rfind(b"\n") + 1]
@@ -501,7 +497,7 @@ def test_killed_anywhere_no_finished_line_is_lost(runs, posts_file, tmp_path):
 
 def test_nothing_grows(clip, posts_file, tmp_path):
     """Neither open files and threads nor memory: four times the posts take no more of it."""
-    few, many, peaks, held = posts_file(260, "few.jsonl"), posts_file(1040, "many.jsonl"), [], []
+    few, many, peaks, held = posts_file(140, "few.jsonl"), posts_file(560, "many.jsonl"), [], []
     for path in (few, few, many):  # the first warms up
         tracemalloc.start()
         predict.answer_file(clip, b"run", str(path), tmp_path / f"{len(peaks)}.jsonl")
@@ -509,7 +505,7 @@ def test_nothing_grows(clip, posts_file, tmp_path):
         tracemalloc.stop()
         open_files = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
         held.append((threading.active_count(), len(open_files)))
-    assert held[0] == held[1] == held[2] and len(jsonl(tmp_path / "2.jsonl")) == 1040
+    assert held[0] == held[1] == held[2] and len(jsonl(tmp_path / "2.jsonl")) == 560
     assert peaks[2] < 1.2 * peaks[1] + 2**19, peaks
 
 

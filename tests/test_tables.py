@@ -4,10 +4,12 @@ import csv
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import tables
 from conftest import backbone_flags
+from forked import run_script
 
 import extract_features
 import train
@@ -81,8 +83,16 @@ def test_dry_run_shows_commands_and_writes_nothing(place, monkeypatch, capsys):
         tables.main(["--only", "nothing"])
 
 
+def forked(command, **streams):
+    """subprocess.run of a script, with its imports done."""
+    done = run_script(Path.cwd(), *command[1:])
+    assert not streams.get("check") or done.returncode == 0, done.stderr
+    return done
+
+
 def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(tables.subprocess, "run", forked)
     tables.main(["--only", "demo/film", "fusion/film/mnre", "--seeds", "1"])
     out = capsys.readouterr().out
     assert "left out: no feature file features/mnre-resnet50-224.h5" in out
@@ -132,6 +142,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
 
 def test_a_run_that_fails_says_why_and_the_others_go_on(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(tables.subprocess, "run", forked)
     flags = ("--fusion", "none", "--epochs", 1)
     rows = [tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control="") for
             name, model, encoder in (("broken", "bert-resnet50", "absent/encoder"),

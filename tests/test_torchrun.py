@@ -4,40 +4,50 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from forked import PROJECT, run_script, run_together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-PROJECT = Path(__file__).parents[1]
+
+def alone(script, *args):
+    """Run a script, one thread; returns what it printed."""
+    ended = run_script(PROJECT, script, *args)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
-def start(processes, script, *args):
-    """Run a script alone or under torchrun, one thread a process; returns what it printed."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command = [str(part) for part in [*command, PROJECT / script, *args]]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def shared(script, *args):
+    """The same in two processes, with the environment of torchrun."""
+    both = run_together(2, PROJECT, script, *args)
+    assert [ended.returncode for ended in both] == [0, 0], both
+    return "".join(ended.stdout for ended in both)
+
+
+def under_torchrun(script, *args):
+    """The same by torchrun itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command, env = [*map(str, [*command, PROJECT / script, *args])], os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
 # 24 posts: with 23 a step the last step has one, and the second process none.
-@pytest.mark.parametrize("dataset, batch_size, more", [
-    ("demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given",
-                 "--notes"]),
-    ("mnre", 23, ["--align", "matching=0.5"]),
+@pytest.mark.parametrize("start, dataset, batch_size, more", [
+    (shared, "demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given",
+                       "--notes"]),
+    (under_torchrun, "mnre", 23, ["--align", "matching=0.5"]),
 ])  # fmt: skip
-def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path):
+def test_two_processes_train_as_one_does(start, dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path):
     if "--notes" in more:  # of every second post of train
         notes = [json.dumps({"id": f"train_{i:04d}", "relevance": i / 24}) for i in range(0, 24, 2)]
         (tmp_path / "notes.jsonl").write_text("\n".join(notes))
         more = [*more, tmp_path / "notes.jsonl"]
     fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
              "--lr", 1e-3, "--epochs", 3, "--dropout", 0, "--batch-size", batch_size, *more]  # fmt: skip
-    said = [start(processes, "train.py", *fixed, "--run-dir", tmp_path / str(processes)) for processes in (1, 2)]
+    said = [run("train.py", *fixed, "--run-dir", tmp_path / str(n)) for n, run in enumerate((alone, start), 1)]
     assert said[0].count("epoch 3/3") == said[1].count("epoch 3/3") == 1  # one of them speaks
     logs, weights, predictions = [], [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
@@ -45,20 +55,21 @@ def test_two_processes_train_as_one_does(dataset, batch_size, more, data_dir, ca
         weights.append(load_file(folder / "model.safetensors"))
         predictions.append([json.loads(line) for line in (folder / "predictions-valid.jsonl").read_text().splitlines()])
     assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
-    for alone, shared in zip(*logs, strict=True):
-        losses = {key for key in alone if key.startswith("loss")}
+    for one, two in zip(*logs, strict=True):
+        losses = {key for key in one if key.startswith("loss")}
         assert len(losses) == (4 if dataset == "demo" else 2)
-        assert all(shared[key] == pytest.approx(alone[key], rel=1e-5) for key in losses)
+        assert all(two[key] == pytest.approx(one[key], rel=1e-5) for key in losses)
     assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)  # Adam divides by gradients, small ones too
-    for alone, shared in zip(*predictions, strict=True):
-        assert (shared["id"], shared["words"], shared["predicted"]) == (alone["id"], alone["words"], alone["predicted"])
+    for one, two in zip(*predictions, strict=True):
+        assert (two["id"], two["words"], two["predicted"]) == (one["id"], one["words"], one["predicted"])
 
 
 def test_two_processes_extract_the_bytes_of_one(data_dir, tmp_path):
     fixed = ["--dataset", "demo", "--data-dir", data_dir, "--weights", "random", "--img-size", 64, "--views", 2, "--batch-size", 6,
              "--workers", 1]  # fmt: skip
-    said = [start(n, "extract_features.py", *fixed, "--cache-dir", tmp_path / str(n)) for n in (1, 2)]
+    said = [run("extract_features.py", *fixed, "--cache-dir", tmp_path / str(n))
+            for n, run in enumerate((alone, shared), 1)]  # fmt: skip
     assert [text.count("40 photos in") for text in said] == [1, 1]
-    alone, shared = (list((tmp_path / str(n)).iterdir()) for n in (1, 2))
-    assert [path.name for path in alone] == [path.name for path in shared] == ["demo-resnet50-64.h5"]
-    assert shared[0].read_bytes() == alone[0].read_bytes()
+    made = [list((tmp_path / str(n)).iterdir()) for n in (1, 2)]
+    assert [[path.name for path in paths] for paths in made] == [["demo-resnet50-64.h5"]] * 2
+    assert made[0][0].read_bytes() == made[1][0].read_bytes()

@@ -4,10 +4,7 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PARTS, backbone_flags
+from forked import run_script
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,8 +35,6 @@ from inputs import Posts, open_run, shuffled_photos
 from model import load_run
 from scores import entity_spans, main_score, read_predictions, score
 from text_encoder import load_text_encoder
-
-PROJECT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -593,10 +589,7 @@ def test_odd_data_sets_train_and_are_scored(flags, tmp_path, train_posts, valid_
 
 def limited(folder, megabytes, *command):
     """Run a script where no file may grow past a size, as on a full disk: (status, its error lines, all of stderr)."""
-    size = (int(megabytes * 1e6),) * 2
-    command = [sys.executable, PROJECT / command[0], *map(str, command[1:])]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, size))  # fmt: skip
+    done = run_script(folder, *command, limit=int(megabytes * 1e6))
     return done.returncode, [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
 
 
@@ -875,8 +868,7 @@ def test_a_users_mistake_is_one_line_and_no_traceback(data_dir, tmp_path):
     with open(demo_dir / "valid.txt", "a", encoding="utf-8") as file:
         file.write("IMGID:x\nword B-PER\n")
     line = 2 + (data_dir / "demo" / "valid.txt").read_text(encoding="utf-8").count("\n")
-    command = [sys.executable, PROJECT / "train.py", "--dataset", "demo", "--data-dir", tmp_path]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = run_script(tmp_path, "train.py", "--dataset", "demo", "--data-dir", tmp_path)
     expected = f"train.py: error: {demo_dir}/valid.txt:{line}: expected word<TAB>label, found 'word B-PER'\n"
     assert (result.returncode, result.stderr, result.stdout) == (1, expected, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
