@@ -6,10 +6,8 @@ import subprocess
 import sys
 import time
 
-from test_examples import EXAMPLES, hostile
+from test_examples import EXAMPLES, hostile, workers_of
 from test_predict import BROKEN, about, command, posts_file, runs  # noqa: F401 two of them are fixtures
-
-import psutil  # isort: skip
 from predict import WINDOW, Predictor
 
 
@@ -21,13 +19,15 @@ def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(r
     flags.remove("--device"), flags.remove("cpu")
     with open(log, "w") as said:
         process = subprocess.Popen([sys.executable, EXAMPLES / "predict_spark.py", *flags], stdout=said, stderr=said)
-    workers = []
-    while process.poll() is None and len(workers) < 2:  # a daemon and what it forked
-        time.sleep(0.1)
-        below = psutil.Process(process.pid).children(recursive=True)
-        workers = [child for child in below if "pyspark.daemon" in child.cmdline()]
-    workers[-1].kill()
-    assert process.wait(300) == 0, log.read_text()
+    try:
+        workers = []
+        while process.poll() is None and len(workers) < 2:  # the daemon, and what it forked
+            time.sleep(0.05)
+            workers = workers_of(process, "pyspark.daemon")
+        workers[-1].kill()
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        process.kill()
     lines = [line for part in (tmp_path / "out").glob("part-*") for line in part.read_text().split("\n")[:-1]]
     answers = sorted(map(json.loads, lines), key=lambda answer: answer["row"])
     assert "Lost task" in log.read_text() and len(answers) == len(direct) > 11 * WINDOW

@@ -1,5 +1,6 @@
 """The Predictor on many machines: real Ray, a worker of it killed, and the function that Spark calls."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -29,6 +30,15 @@ def hostile(path):
     return path
 
 
+def workers_of(process, name):
+    """Processes below a started one that have `name` in their command lines."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone meanwhile, or a zombie
+            found += [child] if name in " ".join(child.cmdline()) else []
+    return found
+
+
 def test_ray_writes_the_file_that_one_process_writes_though_a_worker_is_killed(runs, posts_file, tmp_path):  # noqa: F811
     path, run = hostile(posts_file(11 * WINDOW)), runs("clip-bert")
     whole = answer(run, path, tmp_path / "whole.jsonl").read_bytes()
@@ -43,7 +53,7 @@ def test_ray_writes_the_file_that_one_process_writes_though_a_worker_is_killed(r
     try:
         while process.poll() is None and out.stat().st_size <= len(kept):
             time.sleep(0.01)
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "Answers" in child.name()]
+        workers = workers_of(process, "Answers")
         assert len(workers) == 2, log.read_text()
         workers[0].kill()
         assert whole.startswith(out.read_bytes()) and out.stat().st_size < len(whole) / 2
