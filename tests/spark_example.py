@@ -1,13 +1,12 @@
 """examples/predict_spark.py on real Spark, which needs Java: `make test-spark`. `make test` does not collect this."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 
 from test_examples import EXAMPLES, hostile, workers_of
-from test_predict import BROKEN, about, command, posts_file, runs  # noqa: F401 two of them are fixtures
+from test_predict import about, command, posts_file, runs  # noqa: F401 two of them are fixtures
 from predict import WINDOW, Predictor
 
 
@@ -25,7 +24,7 @@ def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(r
             time.sleep(0.05)
             workers = workers_of(process, "pyspark.daemon")
         workers[-1].kill()
-        assert process.wait(300) == 0, log.read_text()
+        assert process.wait(600) == 0, log.read_text()
     finally:
         process.kill()
     lines = [line for part in (tmp_path / "out").glob("part-*") for line in part.read_text().split("\n")[:-1]]

@@ -57,7 +57,7 @@ def test_ray_writes_the_file_that_one_process_writes_though_a_worker_is_killed(r
         assert len(workers) == 2, log.read_text()
         workers[0].kill()
         assert whole.startswith(out.read_bytes()) and out.stat().st_size < len(whole) / 2
-        assert process.wait(300) == 0, log.read_text()
+        assert process.wait(600) == 0, log.read_text()
     finally:
         process.kill()
     assert out.read_bytes() == whole
