@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 DEMO = --dataset demo --img-size 96
 FUSIONS = none film attention cross-attention bimodal
 
-.PHONY: test test-browser demo clean
+.PHONY: test test-browser test-spark demo clean
 
 test: $(VENV)/dev
 	$(RUN) -m pytest
@@ -13,6 +13,11 @@ test: $(VENV)/dev
 # Opens report pages in Debian's chromium (apt-get install chromium chromium-driver), headless.
 test-browser: $(VENV)/dev
 	$(RUN) -m pytest tests/browser_report.py
+
+# Needs Java 17 or later; pyspark takes half a GB.
+test-spark: $(VENV)/dev
+	$(RUN) -m pip install --quiet 'pyspark>=4.1'
+	$(RUN) -m pytest tests/spark_example.py
 
 demo: $(VENV)/run
 	$(RUN) demo.py
