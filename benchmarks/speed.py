@@ -524,6 +524,25 @@ def shown(row):
     return f"| {row['what']} | {value} | {row['target']} | {row['note']} |"
 
 
+def measure(parts, args):
+    """Run those of `parts` that args.only names, print their rows as one table, and keep them in args.output if it is given;
+    parts left out keep what they last measured there."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n\n| what | median (range) | target | |\n| --- | --- | --- | --- |")
+    made = json.loads(args.output.read_text())["parts"] if args.output and args.output.exists() else {}
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as place:
+            rows = []
+            for line in parts[name](args, Path(place)):
+                rows.append(line)
+                print(shown(line), flush=True)
+        made[name] = {"machine": machine, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
+        if args.output:
+            write_json(args.output, {"parts": {part: made[part] for part in parts if part in made}})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -535,19 +554,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_device(args.device)
     args.output = args.output or PROJECT / "benchmarks" / f"speed-{args.device}.json"
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n\n| what | median (range) | target | |\n| --- | --- | --- | --- |")
-    made = json.loads(args.output.read_text())["parts"] if args.output.exists() else {}
-    for name in args.only:
-        with tempfile.TemporaryDirectory() as place:
-            rows = []
-            for line in PARTS[name](args, Path(place)):
-                rows.append(line)
-                print(shown(line), flush=True)
-        made[name] = {"machine": machine, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
-        write_json(args.output, {"parts": {part: made[part] for part in PARTS if part in made}})
+    measure(PARTS, args)
 
 
 if __name__ == "__main__":
