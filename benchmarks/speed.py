@@ -593,6 +593,31 @@ def shown(row):
     return f"| {row['what']} | {value} | {row['target']} | {row['note']} |"
 
 
+def measure(parts, args):
+    """Run those of `parts` that args.only names and print their rows as one table.
+
+    They are kept in args.output, if it is given; parts left out keep what they last measured there.
+    """
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    versions += f", Python {platform.python_version()}"
+    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n")
+    print("| what | median (range) | target | |\n| --- | --- | --- | --- |")
+    made = json.loads(args.output.read_text())["parts"] if args.output and args.output.exists() else {}
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as place:
+            rows = []
+            for line in parts[name](args, Path(place)):
+                rows.append(line)
+                print(shown(line), flush=True)
+        made[name] = {"machine": machine, "threads": torch.get_num_threads()}
+        made[name] |= {"versions": versions, "rows": rows}
+        if args.output:
+            write_json(args.output, {"parts": {part: made[part] for part in parts if part in made}})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -605,23 +630,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_device(args.device)
     args.output = args.output or PROJECT / "benchmarks" / f"speed-{args.device}.json"
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{len(names)} x {names[0]}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    versions += f", Python {platform.python_version()}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n")
-    print("| what | median (range) | target | |\n| --- | --- | --- | --- |")
-    made = json.loads(args.output.read_text())["parts"] if args.output.exists() else {}
-    for name in args.only:
-        with tempfile.TemporaryDirectory() as place:
-            rows = []
-            for line in PARTS[name](args, Path(place)):
-                rows.append(line)
-                print(shown(line), flush=True)
-        made[name] = {"machine": machine, "threads": torch.get_num_threads()}
-        made[name] |= {"versions": versions, "rows": rows}
-        write_json(args.output, {"parts": {part: made[part] for part in PARTS if part in made}})
+    measure(PARTS, args)
 
 
 if __name__ == "__main__":
