@@ -1,7 +1,7 @@
 """What a model is shown: the posts of a data set with photos, notes and second pictures, opened and checked.
 
-    dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)  # for a new run, said on the console
-    model, config, dataset, posts = open_run(run_dir, "test", device)      # what a finished run was scored on
+    dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)  # of a new run, on the console
+    model, config, dataset, posts = open_run(run_dir, "test", device)  # what a finished run was scored on
     batch = posts.batch([0, 1, 2])
 """
 

@@ -1,4 +1,4 @@
-"""Posts of no data set: read from JSON, cut into words as the data sets are, their photos made into regions."""
+"""Posts of no data set: read from JSON, cut into words as the data sets are, photos made into regions."""
 
 import itertools
 import json

@@ -196,7 +196,8 @@ def parse_args(argv):
 def what_was_read(args, config, records, split, kept, warnings):
     """([what notes said of each post], {its number: where its words looked}, {image id: its phrases}).
 
-    Attention is that of the posts `kept`. A file that is not there and was not named costs a line of `warnings`, else it is a FileNotFoundError.
+    Attention is that of the posts `kept`. A file that is not there and was not named costs a line of
+    `warnings`; one that was named is a FileNotFoundError.
     """
     cache, maps, phrases = open_regions(args.run, config, records, args.features), {}, {}
     on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from speed import Training, in_turn, measure, ratio, row
+from speed import Training, in_turn, measure, ratio, row  # puts the project on the path
 from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
@@ -62,8 +62,9 @@ STRATEGIES = {"random": "Trainer", "group_by_length": "Trainer, by length"}  # w
 
 def flags(args, *more):
     """train.py's command line, as a list."""
-    made = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--text-encoder", args.encoder, "--lr", args.lr,
-            "--fusion-lr", args.fusion_lr, "--batch-size", args.batch_size, "--device", args.device]  # fmt: skip
+    given = {"dataset": args.dataset, "data-dir": args.data_dir, "text-encoder": args.encoder, "lr": args.lr}
+    given |= {"fusion-lr": args.fusion_lr, "batch-size": args.batch_size, "device": args.device}
+    made = [part for name, value in given.items() for part in (f"--{name}", value)]
     return [str(flag) for flag in (*made, *more)]
 
 
@@ -220,7 +221,7 @@ class Theirs:
         return sum(self.watch.seconds[before:])
 
 
-# ---------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
@@ -254,7 +255,8 @@ def training(args, place):
     in_turn(cases, args.rounds, args.device)
     for name in peers:
         seconds = statistics.median(taken["ours"][1:]) / -(-len(rows) // args.batch_size)
-        note = f"batch {args.batch_size}, {args.rounds} rounds of {len(rows)} posts, ours {seconds:.4f} s a step"
+        note = f"batch {args.batch_size}, {args.rounds} rounds of {len(rows)} posts"
+        note += f", ours {seconds:.4f} s a step"
         yield row(f"training step, {name} / ours", ratio(taken[name][1:], taken["ours"][1:]), ">= 1", note)
     for name, side in ({"ours": ours} | peers).items():
         seen = side.batches
@@ -313,7 +315,7 @@ def whole_runs(args, place):
                       f"ours {found['a']:.4f}, theirs {found['b']:.4f}; 95% interval")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- answering
+# -------------------------------------------------------------------------------------------------- answering
 
 
 def peer_pipeline(predictor, strategy):
@@ -381,7 +383,8 @@ def photos(args, place):
         extract_features.main(["--dataset", str(folder), "--weights", "random", "--cache-dir", str(place),
                                "--workers", "0", "--device", args.device])  # fmt: skip
     run_dir = train_quietly(args, "--dataset", folder, "--fusion", "film", "--epochs", 1,
-                            "--run-dir", place / "run", "--features", place / "posts-resnet50-224.h5")  # fmt: skip
+                            "--run-dir", place / "run",
+                            "--features", place / "posts-resnet50-224.h5")  # fmt: skip
     predictor, pictures = Predictor(run_dir, args.device), sorted((folder / "images").glob("valid_*"))
     posts = [{"words": list(e.words), "image": str(path)}
              for e, path in zip(chosen["valid"], pictures, strict=True)]  # fmt: skip
@@ -401,7 +404,7 @@ def photos(args, place):
     yield row(what, ratio(taken["theirs"], taken["ours"]), ">= 1", note)
 
 
-# --------------------------------------------------------------------------------- where a step's time goes
+# ----------------------------------------------------------------------------------- where a step's time goes
 
 
 def least(work, times=7):
@@ -492,10 +495,10 @@ def profile(args):
     print(f"| {args.encoder}, batch {settings.batch_size} | ms | share |\n| --- | --- | --- |")
     for name, seconds in medians.items():
         print(f"| {name} | {seconds * 1e3:.2f} | {seconds / whole:.1%} |")
-    print(f"\n{operations / 1e9:.2f} GFLOP a step in matrix products, {operations / floor / 1e9:.0f} GFLOP/s in"
-          f" their shapes alone; a batch has {statistics.mean(real):.0f} real and"
-          f" {statistics.mean(padded):.0f} padded sub-tokens, {statistics.mean(distinct):.0f} of {len(table)} word embeddings;"
-          f" {torch.get_num_threads()} threads, {len(batches) - 3} steps")  # fmt: skip
+    print(f"\n{operations / 1e9:.2f} GFLOP a step in matrix products, {operations / floor / 1e9:.0f} GFLOP/s"
+          f" in their shapes alone; a batch has {statistics.mean(real):.0f} real and"
+          f" {statistics.mean(padded):.0f} padded sub-tokens, {statistics.mean(distinct):.0f} of {len(table)}"
+          f" word embeddings; {torch.get_num_threads()} threads, {len(batches) - 3} steps")  # fmt: skip
 
 
 PARTS = {part.__name__: part for part in (training, prediction, photos)}

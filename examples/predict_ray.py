@@ -1,8 +1,8 @@
-"""Answers to a file of posts by Ray: on this machine's cores, or on a cluster by its address. pip install 'ray[data]'
+"""Answers to a file of posts by Ray, on this machine's cores or on a cluster. pip install 'ray[data]'
 
-    python examples/predict_ray.py --run runs/NAME --input posts.jsonl --output answers.jsonl [--address HOST:6379]
+    python examples/predict_ray.py --run RUN --input posts.jsonl --output answers.jsonl [--address HOST:6379]
 
-Writes what `predict.py --input --output` writes, in the same order, and goes on where either of them was stopped. Each
+Writes what `predict.py --input --output` writes, in the same order, and goes on where either was stopped. Each
 actor loads the run once. All machines must see this folder, the run, posts and photos at the same paths.
 """
 
@@ -27,8 +27,8 @@ WHOLE = (1, 1)  # the only shard
 
 def read(row):
     """Rows of a window each, pickled, and how many of its posts, the last ones, are not `done`."""
-    # Not read_json: Arrow would make one schema of all posts, with nulls for absent keys, and stop at the first broken
-    # one. Not read_text: it stops at a byte that is not UTF-8, and breaks posts at U+2028.
+    # Not read_json: Arrow would make one schema of all posts, with nulls for absent keys, and stop at the
+    # first broken one. Not read_text: it stops at a byte that is not UTF-8, and breaks posts at U+2028.
     passed = 0
     with open(row["path"], "rb") as file:
         for window in windows(numbered_lines(file, WHOLE)):
@@ -42,7 +42,8 @@ class Answers:
 
     def __init__(self, run_dir, weights, folder, threads):
         torch.set_num_threads(threads)
-        self.predictor, self.run, self.folder = Predictor(run_dir, weights=weights), run_digits(run_dir), folder
+        self.predictor = Predictor(run_dir, weights=weights)
+        self.run, self.folder = run_digits(run_dir), folder
 
     def __call__(self, row):
         window, lines = pickle.loads(row["window"]), []
@@ -50,7 +51,8 @@ class Answers:
         for (number, line), answer in zip(window[-row["new"] :], answers, strict=True):
             record = {"line": number} | answer | {"check": check_digits(self.run, line)}
             lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        return {"lines": b"".join(lines), "posts": len(lines), "broken": sum("error" in answer for answer in answers)}
+        broken = sum("error" in answer for answer in answers)
+        return {"lines": b"".join(lines), "posts": len(lines), "broken": broken}
 
 
 def main(argv=None):
@@ -60,12 +62,12 @@ def main(argv=None):
     add("--input", required=True, type=os.path.abspath)
     add("--output", required=True)
     add("--weights", help="of the backbone, where they were a local file or folder: its path from / on")
-    add("--address", help="default: RAY_ADDRESS, else a cluster that runs here, else, or with `local`, one started here")
+    add("--address", help="default: RAY_ADDRESS, else one that runs here, else, as with `local`, a new one")
     add("--actors", type=bounded(int, 1), help="default: as many as there are GPUs, else CPUs over --cpus")
     add("--cpus", type=bounded(int, 1), default=1, help="of an actor, its threads")
     args, posts, broken = parser.parse_args(argv), 0, 0
     open(args.input, "rb").close()
-    Predictor(args.run, "cpu", args.weights)  # what is wrong with these shows here, in one line, before Ray starts
+    Predictor(args.run, "cpu", args.weights)  # what is wrong with it shows here, before Ray starts
     with open(args.input, "rb") as source, os.fdopen(lock(args.output, os.O_RDWR | os.O_CREAT), "r+b") as out:
         done = resume(out, args.output, numbered_lines(source, WHOLE), run_digits(args.run))
         ray.init(args.address, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT)}})
@@ -73,9 +75,12 @@ def main(argv=None):
         context.target_max_block_size, context.execution_options.preserve_order = 1, True  # a window a block
         # Actors may hold all CPUs: reading must not wait for one.
         rows = ray.data.from_items([{"path": args.input, "done": done}]).flat_map(read, num_cpus=0)
-        gpus, settings = int(there.get("GPU", 0)), (args.run, args.weights, os.path.dirname(args.input), args.cpus)
+        gpus = int(there.get("GPU", 0))
+        settings = (args.run, args.weights, os.path.dirname(args.input), args.cpus)
         pool = ray.data.ActorPoolStrategy(size=args.actors or gpus or int(there["CPU"] // args.cpus) or 1)
-        answers = rows.map(Answers, fn_constructor_args=settings, compute=pool, num_cpus=args.cpus, num_gpus=min(gpus, 1))
+        answers = rows.map(
+            Answers, fn_constructor_args=settings, compute=pool, num_cpus=args.cpus, num_gpus=min(gpus, 1)
+        )
         for row in answers.iter_rows():
             out.write(row["lines"])
             out.flush()

@@ -1,10 +1,11 @@
-"""Answers to a file of posts by Spark: on this machine's cores, or on a cluster's. pip install pyspark pandas pyarrow, Java
+"""Answers to a file of posts by Spark, on this machine or a cluster. pip install pyspark pandas pyarrow; Java
 
-    python examples/predict_spark.py --run runs/NAME --input posts.jsonl --output answers [--master spark://HOST:7077]
+    python examples/predict_spark.py --run RUN --input posts.jsonl --output answers [--master URL]
 
-Writes a folder of JSON lines, in any order: predict.py's answers, but with `row`, which grows along the file and has
-gaps, for `line` and `check`; one with an `error` has its `post` too. Each task loads the run once. All machines must see
-this folder, the run, posts and photos at the same paths. --master 'local[2,4]': a task is tried four times here, too.
+Writes a folder of JSON lines, in any order: predict.py's answers, but with `row`, which grows along the file
+and has gaps, for `line` and `check`; one with an `error` has its `post` too. Each task loads the run once.
+All machines must see this folder, the run, posts and photos at the same paths. --master 'local[2,4]': a task is
+tried four times here, too.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from predict import WINDOW, Predictor  # noqa: E402
 
 
 def answer(frames, run_dir, weights=None, folder=".", device=None):
-    """DataFrames with `row`, a number, and `post`, a line of JSON (bytes) -> DataFrames with its `answer`, a line of JSON."""
+    """DataFrames with `row`, a number, and `post`, JSON (bytes) -> DataFrames with its `answer`, JSON."""
     predictor = Predictor(run_dir, device, weights)
     for frame in frames:
-        posts = [(row, line.removeprefix(b"\xef\xbb\xbf")) for row, line in zip(frame["row"], frame["post"]) if line.strip()]
+        lines = zip(frame["row"], frame["post"], strict=True)
+        posts = [(row, line.removeprefix(b"\xef\xbb\xbf")) for row, line in lines if line.strip()]
         answers = []
         for (row, line), found in zip(posts, predictor([line for _, line in posts], folder), strict=True):
             lost = {"post": line.decode(errors="backslashreplace")} if "error" in found else {}
@@ -57,14 +59,17 @@ def main(argv=None):
     settings = (args.run, args.weights, str(args.input.resolve().parent))
 
     def task(frames):
-        gpu = TaskContext.get().resources().get("gpu")  # with spark.task.resource.gpu.amount; torch's threads: spark.task.cpus
+        # Given with spark.task.resource.gpu.amount; torch's threads are spark.task.cpus.
+        gpu = TaskContext.get().resources().get("gpu")
         return answer(frames, *settings, device=gpu and f"cuda:{gpu.addresses[0]}")
 
-    # Not read.json: it would make one schema of all posts, with nulls for absent keys, and drop what does not fit. As
-    # binary, for bytes that are not UTF-8 have an answer too, an error. file:// because a plain path may be one of HDFS.
+    # Not read.json: it would make one schema of all posts, with nulls for absent keys, and drop what does not
+    # fit. As binary, for bytes that are not UTF-8 have an answer too. file://: a plain path may be HDFS's.
     lines = spark.read.text(args.input.resolve().as_uri(), lineSep="\n")
-    posts = lines.select(functions.monotonically_increasing_id().alias("row"), lines.value.cast("binary").alias("post"))
-    posts = posts.repartition(args.tasks or spark.sparkContext.defaultParallelism)  # few files are few partitions
+    row, post = functions.monotonically_increasing_id(), lines.value.cast("binary")
+    posts = lines.select(row.alias("row"), post.alias("post"))
+    # Few files are few partitions.
+    posts = posts.repartition(args.tasks or spark.sparkContext.defaultParallelism)
     posts.mapInPandas(task, "answer string").write.text(args.output.resolve().as_uri())
     spark.stop()
 

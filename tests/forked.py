@@ -1,4 +1,5 @@
-"""Scripts as processes of their own, forked from one that has done their imports, which take 5 s each time."""
+"""Scripts as processes of their own, forked from one that has done their imports, which take 5 s each time.
+"""
 
 import multiprocessing
 import os
@@ -33,10 +34,10 @@ def be_script(begun, folder, command, outputs, env, limit):
 
 
 class Script:
-    """A script, of the project or elsewhere, that runs in a folder; what of `subprocess.Popen` is needed of it.
+    """A script, of the project or elsewhere, that runs in a folder: what we need of `subprocess.Popen`.
 
-    It leads a process group. `env`: environment variables besides those here; `limit`: bytes past which no file
-    may grow.
+    It leads a process group. `env`: environment variables besides those here; `limit`: bytes past which no
+    file may grow.
     """
 
     def __init__(self, folder, script, *arguments, env=None, limit=resource.RLIM_INFINITY):
@@ -93,6 +94,7 @@ def run_together(processes, folder, script, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    env = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env["WORLD_SIZE"] = processes
     ranks = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return ended(*(Script(folder, script, *arguments, env=rank) for rank in ranks))
