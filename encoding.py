@@ -115,8 +115,9 @@ def encode(tokenizer, examples, labels, max_len):
     `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special
     ones; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none
     or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
-    `tail_index` (index of the start markers) and `labels`, one number. A relation too long for max_len keeps
-    a `window` with both entities. Counts: `cut_words` (and `cut_posts`), `words_without_piece`.
+    `tail_index` (index of the start markers) and `labels`, one number; `cut_words`, how many the model will
+    not see. A relation too long for max_len keeps a `window` with both entities. Counts: of all posts,
+    `cut_words` (and `cut_posts`), `words_without_piece`.
     """
     prefix, suffix = special_ends(tokenizer)
     room = max_len - len(prefix) - len(suffix)
@@ -146,7 +147,7 @@ def encode(tokenizer, examples, labels, max_len):
         counts["cut_posts"] += bool(cut)
         counts["words_without_piece"] += len(words) - len(first_piece)
         row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
-        row |= {"own": (len(prefix), len(prefix) + len(kept))}
+        row |= {"own": (len(prefix), len(prefix) + len(kept)), "cut_words": len(cut)}
         if relations:
             row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
             row["labels"] = label_id[example.label]

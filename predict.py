@@ -103,18 +103,12 @@ class Predictor:
             except ValueError as error:
                 answer["error"] = str(error)
                 continue
-            (row,), counts = encode(self.tokenizer, [example], config["labels"], config["max_len"])
-            answer |= {"photo": False} | ({"cut_words": counts["cut_words"]} if counts["cut_words"] else {})
-            if self.segments:
-                row = self.segments(row, note)
-                if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
-                    remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
-                if row.get("note_cut"):
-                    remark(answer, f"of its notes only the first {self.segments.length} sub-tokens were read")
-            if "relevance" in note:
-                row = row | {"relevance": note["relevance"]}
-            read.append((answer, post, example, offsets, row))
-        examples, rows, photos = [part[2] for part in read], [part[4] for part in read], None
+            read.append((answer, post, example, offsets, note))
+        if not read:
+            return answers
+        examples, photos = [part[2] for part in read], None
+        rows, _ = encode(self.tokenizer, examples, config["labels"], config["max_len"])
+        rows = [self.noted(row, note, answer) for row, (answer, *_, note) in zip(rows, read, strict=True)]
         if self.source:
             # An opened image gets a name that no file can have, for images cannot be keys; the same one in
             # several posts is decoded once, by one thread: two would get in each other's way.
@@ -131,7 +125,7 @@ class Predictor:
         shown = Posts(examples, rows, self.tokenizer.pad_token_id, photos)
         settings = config["labels"], config["eval_batch_size"], self.device, precision_on(self.device, config)
         records = predict(self.model, shown, *settings)
-        for (answer, post, _, offsets, row), example, record in zip(read, examples, records, strict=True):
+        for (answer, post, _, offsets, note), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
                 if reason and re.match("https?://", str(post.get("image"))):
@@ -139,7 +133,7 @@ class Predictor:
                 named = self.source if self.source in WORDED else post["image"]
                 if reason:
                     remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
-                if answer["photo"] and "relevance" in self.keys and "relevance" not in row:
+                if answer["photo"] and "relevance" in self.keys and "relevance" not in note:
                     remark(answer, "no relevance given: it was predicted")
             elif self.source in WORDED and post.get("image") is not None:
                 what = "captions" if self.source == "caption" else "phrases"
@@ -149,6 +143,17 @@ class Predictor:
             else:
                 answer["entities"] = entities(record, offsets, post.get("text"))
         return answers
+
+    def noted(self, row, note, answer):
+        """A row of `encode` with the notes on its post; what of both is not read is said in the answer."""
+        answer |= {"photo": False} | ({"cut_words": row["cut_words"]} if row["cut_words"] else {})
+        if self.segments:
+            row = self.segments(row, note)
+            if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
+                remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
+            if row.get("note_cut"):
+                remark(answer, f"of its notes only the first {self.segments.length} sub-tokens were read")
+        return row | {"relevance": note["relevance"]} if "relevance" in note else row
 
 
 def remark(answer, said):

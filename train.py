@@ -28,8 +28,8 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import command_line, first_line, gather, join_processes, lock, pick_precision, progress_bar
-from commands import wait_for_all
+from commands import command_line, first_line, gather, join_processes, keep_heap, lock, pick_precision
+from commands import progress_bar, wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
 from inputs import open_inputs
@@ -198,6 +198,7 @@ def share(posts, chosen, drawn, rank, processes):
 
 def run(args, stack):
     """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
+    keep_heap()
     rank, processes, device = join_processes(args.device)
     args.precision, run_dir = pick_precision(args.precision, device), Path(args.run_dir)
     check_folder(run_dir, args)

@@ -140,3 +140,23 @@ def test_a_bar_is_for_what_takes_long(monkeypatch, capsys, terminal, every):
     with progress_bar(9, "post", True) as bar:
         bar.update(9)
     assert capsys.readouterr().err == ""
+
+
+def test_the_heap_is_kept():
+    """A large tensor made and freed again and again costs its pages once (with glibc)."""
+    code = f"""
+import sys; sys.path.insert(0, {str(PROJECT)!r})
+import resource, torch
+from commands import keep_heap
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+keep_heap(); torch.zeros(12_000_000)
+print(given_back, faults())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    given_back, kept = map(int, run.stdout.split())
+    assert kept < given_back / 2  # 0, but where the kernel takes idle pages back
