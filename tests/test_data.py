@@ -453,7 +453,8 @@ def test_encode_by_hand(encoder_dir):
     (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
     tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
     assert tokens == ["[CLS]", "messi", "today", "##s", "good", "[SEP]"]
-    assert encoded == {"own": (1, 5), "word_starts": [1, -1, 2, 4, -1], "labels": [5, IGNORE, 6, 1, IGNORE]}
+    wanted = {"own": (1, 5), "cut_words": 1, "word_starts": [1, -1, 2, 4, -1]}
+    assert encoded == wanted | {"labels": [5, IGNORE, 6, 1, IGNORE]}
     assert counts == {"cut_posts": 1, "cut_words": 1, "words_without_piece": 1}
     with pytest.raises(ValueError, match="--max-len 5 "):
         encode(tokenizer, [post], LABELS, 5)
@@ -477,7 +478,8 @@ def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
         expected["cut_posts"] += cut > 0
         labels = [LABELS.index(y) if s >= 0 else IGNORE for y, s in zip(post.labels, starts, strict=True)]
         ids = ids[: max_len - 1] + [tokenizer.sep_token_id]
-        assert encoded == {"input_ids": ids, "own": (1, len(ids) - 1), "word_starts": starts, "labels": labels}
+        wanted = {"input_ids": ids, "own": (1, len(ids) - 1), "cut_words": cut}
+        assert encoded == wanted | {"word_starts": starts, "labels": labels}
     assert counts == expected
     assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]  # as the posts are meant
 
