@@ -43,6 +43,7 @@ from notes import EXTRAS, Segments, check_note, note_text
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
+BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
 # ---------------------------------------------------------------------------------------------------- answers
 
@@ -345,17 +346,7 @@ def parse_args(argv):
     many = args.input is not None
     if many != (args.output is not None):
         parser.error("--input and --output go together")
-    for name in (
-        "image",
-        "caption",
-        "phrases",
-        "about_post",
-        "about_photo",
-        "relevance",
-        "head",
-        "tail",
-        "images",
-    ):
+    for name in (*BESIDE_TEXT, "images"):
         if getattr(args, name) is not None and many != (name == "images"):
             parser.error(
                 f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}"
@@ -401,19 +392,8 @@ def main(argv=None):
         print(f"{args.run}: {said}", file=sys.stderr)
     if args.input is not None:
         return answer_file(predictor, run_digits(args.run), args.input, args.output, args.shard, args.images)
-    names = (
-        "text",
-        "words",
-        "image",
-        "caption",
-        "phrases",
-        "about_post",
-        "about_photo",
-        "relevance",
-        "head",
-        "tail",
-    )
-    (answer,) = predictor([{name: getattr(args, name) for name in names if getattr(args, name) is not None}])
+    names = [name for name in ("text", "words", *BESIDE_TEXT) if getattr(args, name) is not None]
+    (answer,) = predictor([{name: getattr(args, name) for name in names}])
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")
     if "note" in answer:
