@@ -30,9 +30,8 @@ NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
 def thumbnail(path, side=SIDE):
     """RGB photo of at most `side` pixels, turned upright, from a file of any kind that Pillow reads."""
     with Image.open(path) as file:
-        file.draft(
-            "RGB", (2 * side, 2 * side)
-        )  # a JPEG is decoded at a fraction of its size: several times as fast
+        # A JPEG is decoded at a fraction of its size: several times as fast.
+        file.draft("RGB", (2 * side, 2 * side))
         photo = upright(file)
     photo.thumbnail((side, side))
     return photo
@@ -77,17 +76,15 @@ def load_photos(image_ids, folders, resizing):
 
 
 def place_maps(weights, grid):
-    """weights [n, R] over all regions of a photo -> maps uint8 [n, h, w], shares of places [n] and of the
-    whole [n].
+    """weights [n, R] over the regions -> maps uint8 [n, h, w], shares of places [n] and of the whole [n].
 
     `grid`: rows and columns that the last rows * columns regions stand for; the regions before them are of
     the photo as a whole. A map has at most `PLACES` places, each in 255ths of the map's own maximum.
     """
     rows, columns = grid
     whole, places = weights.split([weights.shape[1] - rows * columns, rows * columns], 1)
-    step = (
-        1 if rows == 1 else math.ceil(math.sqrt(rows * columns / PLACES))
-    )  # phrases are no places to be averaged
+    # Phrases, one row of them, are no places to be averaged.
+    step = 1 if rows == 1 else math.ceil(math.sqrt(rows * columns / PLACES))
     maps = places.unflatten(1, (rows, columns))
     maps = F.adaptive_avg_pool2d(maps, (math.ceil(rows / step), math.ceil(columns / step)))
     maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)

@@ -47,8 +47,10 @@ def predict(model, posts, labels, batch_size, device, precision, known=(), name=
 
 
 def record_of(posts, i, answer, chance, labels, known):
-    """What is kept of the prediction for post `i`: of `answer`, label indices of its words or one index, and
-    their probabilities `chance`."""
+    """What is kept of the prediction for post `i`.
+
+    `answer`: label indices of its words, or one index; `chance`: their probabilities.
+    """
     example, (photo, row) = posts.examples[i], posts.shown(i)
     record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
     if posts.cache is not None:
@@ -74,8 +76,7 @@ def record_of(posts, i, answer, chance, labels, known):
 
 
 def image_check(run_dir, split, shuffles, device, **now):
-    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many `photos`
-    there are.
+    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many there are.
 
     What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
     a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there

@@ -66,8 +66,7 @@ class Posts:
         return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
 
     def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
-        """The model's input of some posts, by their numbers: what `collate` makes, and
-        `FeatureCache.read_generated`.
+        """The model's input of some posts, by their numbers: of `collate` and `FeatureCache.read_generated`.
 
         `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
         second picture is read, None for the first. `pictures` False: neither of them is shown.

@@ -86,10 +86,8 @@ def check_same_run(run_dir, config):
                    for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
     changed = differing(made, asked, ("run", "now"))
     if other := [said for key, said in changed.items() if key.partition(".")[0] not in MACHINE]:
-        raise ValueError(
-            f"{run_dir}: begun with other settings or data: {'; '.join(other)[:500]}; --overwrite starts it"
-            " anew"
-        )
+        said = "; ".join(other)[:500]
+        raise ValueError(f"{run_dir}: begun with other settings or data: {said}; --overwrite starts it anew")
     for said in changed.values():
         print(f"WARNING    begun on another machine, {said}: the last digits may differ")
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -159,4 +160,5 @@ print(given_back, faults())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     given_back, kept = map(int, run.stdout.split())
-    assert kept < given_back / 2  # 0, but where the kernel takes idle pages back
+    # 0, but where the kernel takes idle pages back; other C libraries have no such settings.
+    assert kept < given_back / 2 or platform.libc_ver()[0] != "glibc"
