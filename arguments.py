@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from align import ALIGNMENTS
-from commands import bounded, default_device
-from data import DATASETS, data_task, dataset_name, locate
+from commands import bounded, dataset_name, default_device
+from data import DATASETS, data_task, locate
 from fusion import FUSIONS
 from model import SYSTEMS, WORDED, TextRegions
 from notes import EXTRAS, reads_relevance

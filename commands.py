@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import DATASETS
+
 try:
     import fcntl
 except ImportError:
@@ -30,6 +32,20 @@ def bounded(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
+
+
+def dataset_name(text):
+    """argparse type: one of `DATASETS`, or a folder of the user's own data."""
+    path = Path(text)
+    if text in DATASETS:
+        return text
+    if not path.is_dir():
+        known = ", ".join(DATASETS) + "; name the folder that holds its files" * path.is_file()
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {known}")
+    if path.resolve().name in DATASETS:  # its labels and layouts are known by that name
+        known = f"{path.resolve().name}, and --data-dir {path.resolve().parent}"
+        raise argparse.ArgumentTypeError(f"for the data set in {text} type {known}")
+    return str(path.resolve())
 
 
 def first_line(error):

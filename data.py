@@ -1,23 +1,19 @@
 """Data set files -> examples.
 
 Reads Twitter-2015 and Twitter-2017 (named entities) and MNRE (relations) in the layouts their public releases
-unpack to, and a folder of your own of either kind. Needs numpy only, and nothing else of this project: copy
-the file and use it.
+unpack to, and a folder of your own of either kind. Needs Python alone, nothing else of this project: copy the
+file and use it.
 """
 
-import argparse
 import ast
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
 
 NONE = "None"  # the relation that means "no relation"
 RELATIONS = (
@@ -68,7 +64,6 @@ VARIANTS = {
     "f53c2f9b7739bea7": "MNRE test, v2",
 }
 
-# Pieces that mark the head and the tail entity of a relation (entity markers, Baldini Soares et al. 2019).
 LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can take all memory
 
 
@@ -77,8 +72,7 @@ LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can t
 
 @dataclass(frozen=True)
 class NerExample:
-    """A post with one BIO label a word. `id` is unique within its split; `image_id` names the photo,
-    if it has one."""
+    """A post with one BIO label a word; `id` is unique in its split, `image_id` names its photo, if any."""
 
     id: str
     image_id: str | None
@@ -99,8 +93,7 @@ class RelationExample:
 
 
 def read_lines(path):
-    """[(line number, line)] of a UTF-8 file, without line ends; ValueError names a line that is not UTF-8,
-    or too long."""
+    """[(line number, line)] of a UTF-8 file; ValueError names a line that is not UTF-8, or too long."""
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
         text = raw.decode()
@@ -111,8 +104,7 @@ def read_lines(path):
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
     for number, line in lines:
         if len(line) > LONGEST_LINE:
-            said = f"a line of {len(line):,} characters; no post has one so long"
-            raise ValueError(f"{path}:{number}: {said}, correct the file")
+            raise ValueError(f"{path}:{number}: a line of {len(line):,} characters; no post has one so long")
     return lines
 
 
@@ -124,12 +116,9 @@ def check_image_id(image_id, where):
 
 
 def check_label(label, allowed, where):
-    """The label if it is one of `allowed`, or any BIO label where that is None;
-    else a ValueError that shows what is."""
+    """The label if it is one of `allowed`, any BIO label where that is None; else a ValueError."""
     if allowed is None and not re.fullmatch(r"O|[BI]-\S+", label):
-        raise ValueError(
-            f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO labels"
-        )
+        raise ValueError(f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO")
     if allowed is not None and label not in allowed:
         raise ValueError(f"{where}: unknown label {label!r}; expected one of: {' '.join(allowed)}")
     return label
@@ -159,10 +148,8 @@ def label_scheme(path, posts):
         for number, (label, after) in enumerate(pairwise([*labels, "O"]), first):
             if label[0] not in scheme or (label[0] in "BI" and not goes_on(label, after)):
                 odd = next(y for _, others in posts for y in others if y[0] in "ESLU")
-                raise ValueError(
-                    f"{path}:{number}: {label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in"
-                    " the file is not BIO; convert the file to BIO labels"
-                )
+                said = f"{label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in the file is not"
+                raise ValueError(f"{path}:{number}: {said} BIO; convert the file to BIO labels")
     return scheme
 
 
@@ -172,8 +159,7 @@ def to_bio(labels):
 
 
 def read_ner(path, allowed, notes=None):
-    """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, then `word<TAB>label` lines,
-    then a blank line or the end.
+    """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, `word<TAB>label` lines, then a blank line or the end.
 
     `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye.
     With None, for files of one's own, any BIO label may, and spaces separate where there is no tab. A post
@@ -215,9 +201,7 @@ def read_ner(path, allowed, notes=None):
                 found = kept if fields[1:] else repr(line[:80])
                 raise ValueError(f"{where}: expected word<TAB>label, found {found}")
             if not opened and not photoless:
-                raise ValueError(
-                    f"{where}: a word with no IMGID:<id> line before it; each post starts with one"
-                )
+                raise ValueError(f"{where}: a word with no IMGID:<id> before it; each post starts with one")
             if not re.fullmatch(r"O|[BIESLU]-\S+", fields[1]):
                 check_label(fields[1], allowed, where)
             opened = opened or number
@@ -238,8 +222,7 @@ def read_ner(path, allowed, notes=None):
 
 
 def parse_row(text):
-    """The value of one line: JSON, or else a Python literal (parsed as data, never run).
-    ValueError says why neither.
+    """The value of one line: JSON, or else a Python literal (parsed as data, never run); else ValueError.
 
     JSON first: as a Python literal, its "\\/" and "\\ud83d\\ude00" would be other text.
     """
@@ -258,8 +241,7 @@ def parse_row(text):
 
 
 def read_rows(path):
-    """(where, number, text or value) of each row of a file: of one row a line,
-    or of one JSON array of all rows."""
+    """(where, number, text or value) of each row of a file of one row a line, or of one JSON array."""
     lines = read_lines(path)
     text = "\n".join(line for _, line in lines)
     if not text.lstrip().startswith("["):
@@ -269,9 +251,8 @@ def read_rows(path):
         count = len(json.loads(text))
     except (ValueError, RecursionError) as error:
         line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "too deep")
-        raise ValueError(
-            f"{path}:{line}: not a JSON array of rows ({reason}); correct it, or write a row a line"
-        ) from None
+        said = f"{path}:{line}: not a JSON array of rows ({reason})"
+        raise ValueError(f"{said}; correct it, or write a row a line") from None
     decoder, counted, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
     for number in range(1, count + 1):  # once more, for the lines they are on
         start = re.compile(r"[\s,]*").match(text, end).end()
@@ -281,14 +262,12 @@ def read_rows(path):
 
 
 def fold(name):
-    """A name as it is compared where it is not there exactly: composed (macOS decomposes), lower case,
-    no outer space."""
+    """A name as it is compared: composed (macOS decomposes), in lower case, without outer space."""
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
 def same_text(name, words):
-    """Whether an entity's name is its words: in the real files it is exactly so;
-    spaces and case are not compared."""
+    """Whether an entity's name is its words, spaces and case aside."""
     return fold("".join(str(name).split())) == fold("".join("".join(words).split()))
 
 
@@ -310,25 +289,20 @@ def read_mnre(path, allowed, notes=None):
             names = {end: row[end].get("name") for end in "ht"}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{where}: not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}}"
-                f" ({reason[:120]})"
-            ) from None
+            form = "{'token', 'h': {'pos'}, 't': {'pos'}, 'img_id', 'relation'}"
+            raise ValueError(f"{where}: not a row {form} ({reason[:120]})") from None
         if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
             raise ValueError(f"{where}: 'token' must be a list of words")
         # A str to Python, but no text.
         if half := [word for word in words if re.search("[\ud800-\udfff]", word)]:
-            raise ValueError(
-                f"{where}: the word {half[0]!r} holds half a character (a lone surrogate); correct it"
-            )
+            raise ValueError(f"{where}: the word {half[0]!r} holds half a character, a surrogate; correct it")
         for end, (start, stop) in spans.items():
             name, inside = names[end], type(start) is type(stop) is int and 0 <= start <= stop <= len(words)
             whole = inside and name not in (None, "") and same_text(name, words[start : stop + 1])
             hint = f"; is the end inclusive? It is to be exclusive: [{start}, {stop + 1}]" if whole else ""
             if not inside or start == stop:
-                raise ValueError(
-                    f"{where}: '{end}' pos is not a span [start, end) of its {len(words)} words{hint}"
-                )
+                said = f"'{end}' pos is not a span [start, end) of its {len(words)} words"
+                raise ValueError(f"{where}: {said}{hint}")
             if name not in (None, "") and not same_text(name, words[start:stop]):
                 held = f"pos [{start}, {stop}] holds {' '.join(words[start:stop])!r}"
                 hint = hint or "; correct one of them (the end is exclusive)"
@@ -379,22 +353,8 @@ class Dataset:
         return prints
 
 
-def dataset_name(text):
-    """argparse type: one of `DATASETS`, or a folder of the user's own data."""
-    if text not in DATASETS and not Path(text).is_dir():
-        held = "; name the folder that holds its files" if Path(text).is_file() else ""
-        known = ", ".join(DATASETS)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {known}{held}")
-    path = Path(text).resolve()
-    if text not in DATASETS and path.name in DATASETS:  # its labels and layouts are known by that name
-        known = f"{path.name}, and --data-dir {path.parent}"
-        raise argparse.ArgumentTypeError(f"for the data set in {text} type {known}")
-    return text if text in DATASETS else str(Path(text).resolve())
-
-
 def locate(name, data_dir):
-    """(name, parent folder) of a data set: one of `DATASETS` under `data_dir`,
-    or the user's own folder `name`."""
+    """(name, parent folder) of a data set: one of `DATASETS`, or the folder `name` of the user's own."""
     path = Path(name).resolve()
     return (name, data_dir) if name in DATASETS else (path.name, path.parent)
 
@@ -406,8 +366,7 @@ def first_existing(places, name, data_dir, split_names=("",)):
 
 
 def data_task(name, data_dir="data"):
-    """The task, "ner" or "relation", of one of `DATASETS` or of a folder of the user's own,
-    whose train file tells."""
+    """The task, "ner" or "relation", of one of `DATASETS`, or of the user's own, whose train file tells."""
     if name in DATASETS:
         return DATASETS[name][0]
     path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS["train"])
@@ -465,10 +424,8 @@ def load_dataset(name, data_dir="data"):
         says = {kind: [path for split, path in files.items() if {f"B-{kind}", f"I-{kind}"} & used[split]]
                 for kind in ("OTHER", "MISC")}  # fmt: skip
         if says["OTHER"] and says["MISC"]:
-            raise ValueError(
-                f"{says['MISC'][-1]}: says MISC as the relabelled release does, {says['OTHER'][0]} says OTHER"
-                " as the original; take all files from one of them"
-            )
+            original = f"{says['OTHER'][0]} says OTHER as the original; take all files from one of them"
+            raise ValueError(f"{says['MISC'][-1]}: says MISC as the relabelled release does, {original}")
         if not says["OTHER"] and not says["MISC"]:
             notes.append("neither OTHER nor MISC occurs: taken for the original release, which says OTHER")
         labels = tuple(y for y in known if y[2:] != ("OTHER" if says["MISC"] else "MISC"))
@@ -481,10 +438,3 @@ def load_dataset(name, data_dir="data"):
     if known and unseen:
         notes.append(f"train never shows {len(unseen)} of the {len(labels)} labels: {' '.join(unseen)}")
     return Dataset(name, task, files, examples, labels, (*notes, *alike))
-
-
-def cut_train(dataset, share, seed):
-    """Keep a share of a data set's training posts, drawn by the seed, in their order."""
-    posts = dataset.examples["train"]
-    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
-    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from commands import bounded, check_device, command_line, default_device, progress_bar
-from data import dataset_name, load_dataset, read_ner
+from commands import bounded, check_device, command_line, dataset_name, default_device, progress_bar
+from data import load_dataset, read_ner
 from encoding import length_batches, to_device
 from inputs import open_run, shuffled_photos
 from model import autocast, differing, precision_on, read_config, system_settings

@@ -31,9 +31,9 @@ import transformers
 from tqdm import tqdm
 
 from backbones import BACKBONES, Compiled, load_backbone, pick_engine
-from commands import alone_in, bounded, command_line, default_device, join_processes, lock, progress_bar
-from commands import wait_for_all
-from data import DATASETS, dataset_name, load_dataset
+from commands import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
+from commands import progress_bar, wait_for_all
+from data import DATASETS, load_dataset
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import refuse_other_photos, refuse_other_settings, require_room, unfinished
 from loading import Captions, Photos, find_inputs, load_ahead

@@ -6,13 +6,14 @@
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import DATASETS, cut_train, load_dataset
+from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
@@ -92,6 +93,13 @@ def shuffled_photos(image_ids, cache, seed, notes=None):
     with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
     order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
     return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+def cut_train(dataset, share, seed):
+    """Keep a share of a data set's training posts, drawn by the seed, in their order."""
+    posts = dataset.examples["train"]
+    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
+    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
 
 
 # ---------------------------------------------------------------------------------------------- for a new run

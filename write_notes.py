@@ -43,8 +43,8 @@ from pathlib import Path
 
 from attention_maps import thumbnail
 from chat import Endpoint, Local
-from commands import bounded, command_line, default_device, first_line, lock, progress_bar
-from data import DATASETS, RelationExample, dataset_name, load_dataset, locate
+from commands import bounded, command_line, dataset_name, default_device, first_line, lock, progress_bar
+from data import DATASETS, RelationExample, load_dataset, locate
 from notes import KEYS, OF_PHOTO
 from photos import find_photos, image_folders
 from predict import bounded_lines

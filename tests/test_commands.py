@@ -1,5 +1,6 @@
 """What all command lines share: devices, precision, locks, memory, odd terminals and systems."""
 
+import argparse
 import errno
 import fcntl
 import io
@@ -13,9 +14,21 @@ import pytest
 import torch
 
 import commands
-from commands import alone_in, command_line, join_processes, lock, out_of_memory, pick_precision, progress_bar
+from commands import alone_in, command_line, dataset_name, join_processes, lock, out_of_memory
+from commands import pick_precision, progress_bar
 
 PROJECT = Path(__file__).parents[1]
+
+
+def test_dataset_name(tmp_path):
+    assert dataset_name("mnre") == "mnre" and dataset_name(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of twitter2015, "):
+        dataset_name(str(tmp_path / "absent"))
+    with pytest.raises(argparse.ArgumentTypeError, match="; name the folder that holds its files$"):
+        dataset_name(__file__)
+    (tmp_path / "mnre").mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match=f"type mnre, and --data-dir {tmp_path}$"):
+        dataset_name(str(tmp_path / "mnre"))
 
 
 @pytest.mark.parametrize("asked, device, capability, picked", [

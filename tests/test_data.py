@@ -698,17 +698,6 @@ def test_train_tells_the_task_of_an_own_folder(tmp_path, content, task):
     assert (data.data_task("twitter2017", tmp_path), data.data_task("mnre", tmp_path)) == ("ner", "relation")
 
 
-def test_dataset_name(tmp_path):
-    assert data.dataset_name("mnre") == "mnre" and data.dataset_name(str(tmp_path)) == str(tmp_path)
-    with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of twitter2015, "):
-        data.dataset_name(str(tmp_path / "absent"))
-    with pytest.raises(argparse.ArgumentTypeError, match="; name the folder that holds its files$"):
-        data.dataset_name(__file__)
-    (tmp_path / "mnre").mkdir()
-    with pytest.raises(argparse.ArgumentTypeError, match=f"type mnre, and --data-dir {tmp_path}$"):
-        data.dataset_name(str(tmp_path / "mnre"))
-
-
 def test_read_captions(tmp_path):
     path = tmp_path / "captions.txt"
     path.write_bytes("\ufeff1.jpg :a dog : brown\r\n\n2.PNG\ta\u00a0cat :x\n3.jpg :\n".encode())
