@@ -1,0 +1,49 @@
+"""A fusion, a loss and a system of one's own, with nothing of the project edited.
+
+    PYTHONPATH=. python examples/own.py train --system mine --dataset demo
+    PYTHONPATH=. python examples/own.py evaluate --image-check --run RUN
+
+Copy it anywhere: PYTHONPATH names the project's folder. A run that needs it is read by scripts called through it.
+"""
+
+import sys
+
+import torch
+
+from align import ALIGNMENTS, Alignment, masked_mean
+from arguments import PRESETS
+from fusion import FUSIONS, Fusion, RegionStates, where_photo
+
+
+class Add(Fusion):
+    """The mean region, added to each token."""
+
+    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+        super().__init__()
+        self.image = RegionStates(region_dim, text_dim)
+        self.gate = torch.nn.Parameter(torch.zeros(text_dim))  # begin as text only
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
+        mean = self.image(regions, region_mask).sum(1) / region_mask.sum(1, keepdim=True).clamp(min=1)
+        fused = where_photo(text + (self.gate * mean)[:, None], text, text_mask, region_mask)
+        return (fused, None) if return_weights else fused
+
+
+class Near(Alignment):
+    """The squared distance [B] of text and photo at one place."""
+
+    def __init__(self, text_dim, region_dim):
+        super().__init__()
+        self.map = torch.nn.Linear(region_dim, text_dim)
+
+    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+        return (masked_mean(text, text_mask) - self.map(masked_mean(regions, region_mask))).square().mean(1)
+
+
+FUSIONS["add"], ALIGNMENTS["near"] = Add, Near
+PRESETS["mine"] = {"model": "bert-resnet50", "fusion": "add", "align": {"near": 0.1}, "decoder": "crf"}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["train"], ["evaluate"], ["report"], ["predict"]):
+        sys.exit("own.py: which script, train, evaluate, report or predict?")
+    __import__(sys.argv[1]).main(sys.argv[2:])
