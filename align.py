@@ -20,8 +20,7 @@ from torch import nn
 
 
 def masked_mean(states, mask):
-    """The mean [B, D] of states [B, N, D] where mask [B, N] is True; 0 where it nowhere is.
-    Masked states may hold NaN."""
+    """The mean [B, D] of states [B, N, D] where mask [B, N] is True, 0 without; masked ones may hold NaN."""
     kept = torch.where(mask[..., None], states, 0)
     return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -32,8 +31,7 @@ def projection(width, to):
 
 
 def from_all(*parts):
-    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch),
-    gradients and all.
+    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch), with gradients.
 
     Parts of unequal size are filled up with zeros, so that a mask is False there.
     """
@@ -62,8 +60,7 @@ def gather_plain(part, processes):
 
 
 def comparable(places, real, photos):
-    """[B, N] bool: which of N posts may be compared with each of the B at `places`: itself,
-    and those of other photos.
+    """[B, N] bool: the posts that each of those at `places` is compared with, itself and other photos'.
 
     real [N]: whether a post has a photo; photos [N].
     """
@@ -72,8 +69,7 @@ def comparable(places, real, photos):
 
 
 def match(scores, allowed, places):
-    """Cross entropy [B] of scores [B, N] with the place of each itself as the answer,
-    over what is allowed."""
+    """Cross entropy [B] of scores [B, N] over what is `allowed`, with each post's own place as the answer."""
     return F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), places, reduction="none")
 
 
@@ -174,11 +170,11 @@ class Matching(Alignment):
 
 
 class Supervised(Alignment):
-    """Posts of one class near each other (Khosla et al., NeurIPS 2020, L_out),
-    by one vector a post from both means.
+    """Posts of one class near each other, by one vector a post (Khosla et al., NeurIPS 2020, L_out).
 
-    z = unit(W GELU(W' [t; v])); loss_i = -mean over the others of its class of log softmax_a(z_i . z_a / tau)
-    over all others; 0 without another of its class. `classes` [B]: whole numbers.
+    t, v: the means of the text's and the photo's states. z = unit(W GELU(W' [t; v])); loss_i = -mean over the
+    others of its class of log softmax_a(z_i . z_a / tau) over all others; 0 without another of its class.
+    `classes` [B]: whole numbers.
     """
 
     def __init__(self, text_dim, region_dim, width=128, temperature=0.1):

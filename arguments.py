@@ -170,8 +170,10 @@ def parse_args(argv, description=None):
 
 
 def mistake(args, task, system, regions):
-    """What of the arguments does not go together, in one line, or ""; `regions`: whether the model reads
-    cached regions through a fusion to choose."""
+    """What of the arguments does not go together, in one line, or "".
+
+    `regions`: whether the model reads cached regions through a fusion to choose.
+    """
     named = f"--fusion {args.fusion}" if args.fusion else args.model
     if args.system and task != "ner" and args.decoder != "softmax":
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
@@ -216,10 +218,7 @@ def mistake(args, task, system, regions):
         made = f"write_notes.py --dataset {args.dataset} makes one"
         return f"{' and '.join(needs)}: taken from notes; add --notes FILE ({made})"
     if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
-        return (
-            "--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1, for"
-            " one"
-        )
+        return "--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1"
     if args.shuffle_notes and args.extra not in ("post", "both"):
         return "--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post"
     if args.extra != "none" and system.checkpoint:

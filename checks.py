@@ -1,5 +1,4 @@
-"""Checks that tell whether to believe a score: is a difference more than chance,
-do metadata or notes tell labels?
+"""Whether to believe a score: is a difference more than chance, do metadata or notes tell labels?
 
 None needs a model. The last check, whether a run uses its photos, is `evaluate.image_check`.
 """
@@ -31,8 +30,7 @@ def accuracy_of(counts):
 
 
 def weighted_f1_of(counts):
-    """F1 of each label, weighted by its share of gold, from each label's correct, predicted,
-    gold [..., 3 * labels]."""
+    """Weighted F1 over labels, from each one's correct, predicted, gold, [..., 3 * labels]."""
     by_label = counts.reshape(*counts.shape[:-1], -1, 3)
     gold = by_label[..., 2]
     return (f1_of(by_label) * gold).sum(-1) / np.maximum(gold.sum(-1), 1)
@@ -145,8 +143,7 @@ def files_named_after(image_ids, folders):
 
 
 def metadata(examples, paths, counts):
-    """What is known of posts without reading a word or seeing a pixel: [posts, columns],
-    -1 where there is no photo."""
+    """What is known of posts without a word or a pixel: [posts, columns], -1 where there is no photo."""
     rows, sizes = [], {}
     for example in examples:
         path = paths.get(example.image_id)  # None: the post names no photo
@@ -163,8 +160,7 @@ def metadata(examples, paths, counts):
 
 
 def leak_targets(examples):
-    """{what could be given away: [posts] of bool}: a post's relation,
-    or whether it has an entity of each type."""
+    """{what could be given away: [posts] of bool}: a relation, or whether a post has an entity of a type."""
     if not hasattr(examples[0], "labels"):
         labels = [{example.label} for example in examples]
     else:

@@ -1,5 +1,4 @@
-"""What all command lines share: types of arguments, devices, processes under torchrun, locks,
-errors of one line."""
+"""What all command lines share: types of arguments, devices, processes, locks, errors of one line."""
 
 import argparse
 import contextlib
@@ -54,8 +53,10 @@ def first_line(error):
 
 
 def progress_bar(total, unit, short=False, **more):
-    """tqdm's bar: twice a second on a terminal, a line a minute elsewhere;
-    a `short` one only if it takes that long, and gone when it is done."""
+    """tqdm's bar: twice a second on a terminal, a line a minute elsewhere.
+
+    A `short` one appears only if it takes that long, and is gone when it is done.
+    """
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
     return tqdm(total=total, unit=unit, mininterval=every, delay=every * short, leave=not short, **more)
 
@@ -75,8 +76,7 @@ def check_device(name):
 
 
 def pick_precision(precision, device):
-    """`precision`, where it is auto the one for a device: bfloat16 on GPUs that compute in it,
-    from capability 8.0 on."""
+    """`precision`; for auto the device's: bfloat16 on GPUs that compute in it, from capability 8.0 on."""
     if precision != "auto":
         return precision
     fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -96,8 +96,7 @@ def keep_heap():
 
 
 def join_processes(device):
-    """(rank, number of processes, device) of this process among those torchrun started;
-    (0, 1, device) without torchrun.
+    """(rank, number of processes, device) among those torchrun started; (0, 1, device) without torchrun.
 
     Each process on cuda gets a GPU of its own, and touches no other: even a look costs memory there.
     ValueError if the device cannot be used. Only rank 0 prints; errors are everyone's to say.
@@ -124,8 +123,7 @@ def wait_for_all(processes):
 
 
 def gather(part, processes):
-    """What each process has of a list, each a part [rank::processes] of it -> the whole list,
-    in every process."""
+    """The whole list, in every process, of what each has, a part [rank::processes] of it."""
     if processes == 1:
         return part
     parts = [None] * processes
@@ -137,8 +135,10 @@ def gather(part, processes):
 
 
 def lock(path, flags=os.O_RDONLY):
-    """Open a file or folder for this process alone; returns a descriptor, and closing it unlocks.
-    ValueError if another has."""
+    """Open a file or folder for this process alone; ValueError if another has.
+
+    Returns a descriptor, and closing it unlocks.
+    """
     fd = os.open(path, flags, 0o644)
     try:
         hold(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,8 +149,7 @@ def lock(path, flags=os.O_RDONLY):
 
 
 def hold(fd, path, how):
-    """Lock an open file or folder; said, and gone on without,
-    where the file system knows no locks (some network drives)."""
+    """Lock an open file or folder; gone on without, and said, where the file system knows no locks."""
     try:
         fcntl.flock(fd, how)
     except OSError as error:

@@ -20,10 +20,10 @@ def maximum(scores, dim):
 
 
 class Crf(nn.Module):
-    """p(y) = exp(score(y)) / Z with score(y) = start[y_1] + sum_t logits_t[y_t]
-    + sum_t (transitions + bias)[y_t-1, y_t] + end[y_n].
+    """A linear-chain CRF over the words of a post, p(y) = exp(score(y)) / Z.
 
-    All parameters start at 0, where this is a softmax of each word by itself. No transition is forbidden:
+    score(y) = start[y_1] + sum_t logits_t[y_t] + sum_t (transitions + bias)[y_t-1, y_t] + end[y_n]. All
+    parameters start at 0, where this is a softmax of each word by itself. No transition is forbidden:
     Twitter-2015's gold has I- labels that follow no B-, and what cannot be has no finite loss.
 
     logits [B, W, K] of K labels; mask [B, W], True = a word with a state. Others, holes inside a post or
@@ -43,8 +43,7 @@ class Crf(nn.Module):
         self.end = nn.Parameter(torch.zeros(labels))
 
     def total(self, logits, mask, bias=None, add=torch.logsumexp):
-        """log Z [B], the log of the sum over all label sequences;
-        with `maximum` for `add` the best one's score.
+        """log Z [B], of the sum over all label sequences; with `maximum` for `add` the best one's score.
 
         0 for a post without words.
         """
@@ -61,8 +60,7 @@ class Crf(nn.Module):
         return torch.where(mask.any(1), add(product[:, 0, 0] + self.end, -1), 0)
 
     def score(self, logits, mask, labels, bias=None):
-        """The score [B] of label sequences [B, W];
-        what they say where the mask is False counts for nothing."""
+        """The score [B] of label sequences [B, W], whatever they say where the mask is False."""
         labels, place = labels.masked_fill(~mask, 0), torch.arange(mask.shape[1], device=mask.device)
         last = place.where(mask, -1).cummax(1).values  # [B, W]: the last word up to here, -1 before the first
         before = F.pad(last[:, :-1], (1, 0), value=-1)
@@ -76,15 +74,13 @@ class Crf(nn.Module):
         return into.masked_fill(~mask, 0).sum(1) + final.masked_fill(~mask.any(1), 0)
 
     def loss(self, logits, mask, labels, bias=None):
-        """The negative log-likelihood [B] of label sequences [B, W], summed over a post's words;
-        0 without words."""
+        """The negative log-likelihood [B] of label sequences [B, W], summed over words; 0 without any."""
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float().masked_fill(~mask[..., None], 0)
             return self.total(logits, mask, bias) - self.score(logits, mask, labels, bias)
 
     def decode(self, logits, mask, bias=None):
-        """(the best label sequence [B, W], the marginal probability of each of its labels [B, W]),
-        0 off the mask.
+        """(the best label sequence, the marginal probability of each of its labels), [B, W], 0 off the mask.
 
         Both are gradients with respect to the logits: of log Z the marginals, of the best score the best
         path, one-hot (Eisner, "Inside-outside and forward-backward algorithms are just backprop", 2016); they

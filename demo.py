@@ -62,8 +62,7 @@ KINDS = {"PER": "person", "LOC": "place", "ORG": "organisation", "MISC": "other"
 
 
 def draw_scene(kind, rng):
-    """A 160 x 120 picture that stands for an entity type:
-    its colours are what a random backbone can tell apart."""
+    """A 160 x 120 picture of an entity type, in colours that a random backbone tells apart."""
 
     def near(colour, spread=16):
         return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in colour)
@@ -93,8 +92,7 @@ def draw_scene(kind, rng):
 
 
 def make_post(rng):
-    """(words, labels, type of the scene): one to two names in a template,
-    the first ambiguous in 3 posts of 4."""
+    """(words, labels, type of the scene): one or two names in a template, the first mostly ambiguous."""
     template = rng.choice(TEMPLATES)
     scene = rng.choice(list(BACKGROUNDS))
     names = []
@@ -135,8 +133,7 @@ def make_noted_post(rng, own):
 
 
 def build_models(words, folder, width=64, layers=2, image=96, patch=16):
-    """Save small models with random weights, each as its published kind: encoder/ (BERT), clip/,
-    blip/ and vilt/.
+    """Save small models with random weights: encoder/ (BERT), clip/, blip/ and vilt/.
 
     Their one WordPiece tokenizer has `words`, uncased, as its vocabulary; photos are `image` pixels,
     ViLT's shorter side.

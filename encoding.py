@@ -66,8 +66,7 @@ def split_pieces(tokenizer, sentences):
 
 
 def special_ends(tokenizer):
-    """The ids that the tokenizer puts before and after a sentence, such as ([CLS], [SEP]);
-    two empty lists if none."""
+    """The ids the tokenizer puts before and after a sentence, such as ([CLS], [SEP]); empty lists if none."""
     bare, full = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
     if start is None:
@@ -90,11 +89,10 @@ def mark_entities(example):
 
 
 def window(length, spans, limit):
-    """Which of `length` pieces to keep, at most `limit`, for the sake of two `spans` (first, last piece)
-    of them.
+    """Which of `length` pieces to keep, at most `limit`, around two `spans` (first, last piece).
 
-    One run around both spans where that fits; else half of the room from the start of each on, so that both
-    starts are kept, and both spans whole unless one is longer than that.
+    One run around both where that fits; else half of the room from the start of each on, so that both starts
+    are kept, and both spans whole unless one is longer than that.
     """
     (first, first_end), (second, second_end) = sorted(spans)
     last, half = max(first_end, second_end), limit // 2

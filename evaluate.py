@@ -121,9 +121,7 @@ def check_row(name, check):
 
 
 def verdict(config, check):
-    """What the image check says of a run, in words: whether the interval of true against shuffled photos
-    holds 0.
-    """
+    """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
     if config["fusion"] == "none" and not check["photos"]:
         return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
     if check["photos"] < 2:
@@ -140,17 +138,12 @@ def verdict(config, check):
 
 
 def type_changes(check, fewest=20):
-    """One line: how F1 changes from true to shuffled photos (mean), by type with at least `fewest` in gold,
-    seen or not.
-    """
+    """One line: how F1 changes from true to shuffled photos (mean), by type of `fewest` or more in gold."""
     ner = check["true"]["task"] == "ner"
 
     def part(metrics, name):
-        return (
-            metrics[name]
-            if name in metrics
-            else metrics["entity" if ner else "relation"]["types"].get(name, {"f1": 0})
-        )
+        types = metrics["entity" if ner else "relation"]["types"]
+        return metrics[name] if name in metrics else types.get(name, {"f1": 0})
 
     kinds = check["true"]["entity" if ner else "relation"]["types"]
     names = [kind for kind, counts in kinds.items() if counts["gold"] >= fewest]
@@ -229,10 +222,10 @@ def compare(pattern_a, pattern_b, split, name):
         value, seeds = found[side.lower()], found[f"{side.lower()}_seeds"]
         spread = f" ± {statistics.stdev(seeds):.4f} (n = {len(seeds)})" if len(seeds) > 1 else ""
         print(f"  {side}  {name:<{width}}  {value:.4f}{spread}")
+    units = f"{found['units']} {'photos' if relations else 'posts'}, {found['resamples']} resamples"
     print(
-        f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f}, p ="
-        f" {found['p']:.4f} (paired bootstrap over {found['units']} {'photos' if relations else 'posts'},"
-        f" {found['resamples']} resamples)"
+        f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f},"
+        f" p = {found['p']:.4f} (paired bootstrap over {units})"
     )
     if found["low"] <= 0 <= found["high"]:
         print("  the interval holds 0: these posts do not tell A from B")
@@ -282,10 +275,8 @@ def print_leaks(name, split, data_dir, images, notes):
         folders = []
     ids = dataset.image_ids()
     found = sum(path is not None for path in find_photos(ids, folders).values())
-    print(
-        f"{found} of {len(ids)} photos found"
-        + ("" if found > len(ids) / 2 else ": the photos' column tells little or nothing")
-    )
+    little = "" if found > len(ids) / 2 else ": the photos' column tells little or nothing"
+    print(f"{found} of {len(ids)} photos found{little}")
     leaks = leak_check(dataset, split, folders)
     if not leaks:
         print(
@@ -397,9 +388,8 @@ def main(argv=None):
         metrics = score(read_predictions(path)) | {"data": made}
         shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config.get("shuffle_photos"))
         shuffled += ", TRAINED AND SCORED WITH OTHER POSTS' NOTES" * config["shuffle_notes"]
-        print(
-            format_scores(metrics, f"{run.name} {split} ({made['variant']}, {made['sha256'][:16]}{shuffled})")
-        )
+        scored = f"{made['variant']}, {made['sha256'][:16]}{shuffled}"
+        print(format_scores(metrics, f"{run.name} {split} ({scored})"))
         write_json(run / f"metrics-{split}.json", metrics)
 
 

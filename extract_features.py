@@ -1,5 +1,4 @@
-"""Run a frozen vision backbone over every photo of a data set, once,
-and keep the region features in one HDF5 file.
+"""Run a frozen vision backbone over all photos of a data set, once: region features in one HDF5 file.
 
     python extract_features.py --dataset twitter2017
     torchrun --nproc-per-node 8 extract_features.py --dataset twitter2017    # eight GPUs, one file
@@ -41,7 +40,7 @@ from model import WORDED
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
     add("--dataset", type=dataset_name, default="twitter2017",

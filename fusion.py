@@ -33,8 +33,7 @@ from torch import nn
 
 
 def unit_length(regions):
-    """Centre each vector over its channels and scale it to length 1. [..., Dv] -> [..., Dv] float32;
-    zeros stay zeros.
+    """Each vector [..., Dv], float32, centred over its channels and scaled to length 1; zeros stay zeros.
 
     Length 1, not variance 1: an Adam step of rate r then moves a projection's output by at most r * sqrt(Dv),
     so the layers train at rates of 1e-3 whatever the width of the backbone.
@@ -43,14 +42,12 @@ def unit_length(regions):
 
 
 def clean(values, mask):
-    """`values` [B, N, C] with zeros where `mask` [B, N] is False, so that nothing there can leak,
-    NaN included."""
+    """`values` [B, N, C] with zeros where `mask` [B, N] is False: nothing there can leak, NaN included."""
     return values.masked_fill(~mask[..., None], 0)
 
 
 def masked_softmax(scores, mask):
-    """Softmax over the last dimension among the True of `mask`; all zeros, with finite gradients,
-    where none is."""
+    """Softmax over the last dimension among the True of `mask`; zeros, with finite gradients, without any."""
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~mask, 0)
 
@@ -112,8 +109,7 @@ def pyramid_levels(regions, region_mask, region_grid):
 
 
 class RegionStates(nn.Module):
-    """Regions at the scale of token states, for layers that attend to them: [B, R, Dv] -> [B, R, D],
-    zero where masked.
+    """Regions at the scale of token states, to be attended to: [B, R, Dv] -> [B, R, D], zero where masked.
 
     Weights of variance 1 make states of variance 1 out of vectors of length 1. With torch's own start,
     variance 1 / (3 Dv), keys come out at some 0.02: attention then begins exactly uniform, and the gradients
@@ -160,10 +156,10 @@ class NoFusion(Fusion):
 
 
 class Film(Fusion):
-    """Feature-wise linear modulation (Perez et al., AAAI 2018, eq. 1-2): h' = gamma * h + beta,
-    channel by channel.
+    """Feature-wise linear modulation, channel by channel (Perez et al., AAAI 2018, eq. 1-2).
 
-    A linear generator makes gamma = 1 + delta and beta from the mean of the real regions; it starts at zero.
+    h' = gamma * h + beta. A linear generator makes gamma = 1 + delta and beta from the mean of the real
+    regions; it starts at zero.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -180,8 +176,7 @@ class Film(Fusion):
 
 
 class Attention(Fusion):
-    """Additive attention (Bahdanau et al., ICLR 2015) of each token over the regions,
-    joined by a gated residual.
+    """Additive attention of each token over the regions, a gated residual (Bahdanau et al., ICLR 2015).
 
     Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r), the `additive_scores`.
     Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t.
@@ -212,12 +207,11 @@ class Attention(Fusion):
 
 
 class CrossAttention(Fusion):
-    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens are queries,
-    `RegionStates` keys and values.
+    """Multi-head cross-attention (Vaswani et al., NeurIPS 2017): tokens query regions.
 
-    x = h + attention(h, v); output x + FFN(LayerNorm(x)); the last projections of both are zero at the start.
-    The residual path is free of norms, so that a post with photo and one without reach the head on the same
-    scale.
+    x = h + attention(h, v), v: the `RegionStates`; output x + FFN(LayerNorm(x)); the last projections of both
+    are zero at the start. The residual path is free of norms, so that a post with photo and one without reach
+    the head on the same scale.
     """
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -379,9 +373,10 @@ class Pyramid(Fusion):
 
 
 class Saliency(Fusion):
-    """Text-guided recombination in the manner of MINIGE (Kong, Liu et al. 2025), of a photo and, with
-    pictures=2, a second picture `generated` from the text; the sum is bounded as in MAG (Rahman et al., ACL
-    2020).
+    """Text-guided recombination of regions, in the manner of MINIGE (Kong, Liu et al. 2025).
+
+    Of a photo and, with pictures=2, a second picture `generated` from the text; the sum is bounded as in
+    MAG (Rahman et al., ACL 2020).
 
     Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W v_r)); weights: softmax over r of
     (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest

@@ -55,9 +55,7 @@ class Posts:
         return dataclasses.replace(self, rows=rows, examples=examples)
 
     def shown(self, i, hidden=False):
-        """(image id of the photo that post `i` is shown, None for none; its row, with the notes that go with
-        it).
-        """
+        """(id of the photo that post `i` is shown, or None; its row, with the notes that go with it)."""
         own = self.examples[i].image_id
         photo = None if hidden else own if self.swap is None else self.swap[own]
         return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
@@ -83,8 +81,7 @@ class Posts:
 
 
 def shuffled_photos(image_ids, cache, seed, notes=None):
-    """{image id: another post's image id}: one random cycle through the photos, so none stays with its own
-    post.
+    """{image id: another post's image id}, by one random cycle through the photos: none stays where it was.
 
     Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes
     have of one. An id without a photo keeps having none; a lone photo has no other to change with.
@@ -117,9 +114,8 @@ def open_inputs(args, device):
         cut_train(dataset, args.train_share, args.seed)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
-        print(
-            f"{split:<10} {len(examples)} posts, {prints[split]['variant']} ({prints[split]['sha256'][:16]})"
-        )
+        made = prints[split]
+        print(f"{split:<10} {len(examples)} posts, {made['variant']} ({made['sha256'][:16]})")
     for note in dataset.notes:
         print(f"           {note}")
     cache = open_features(args, dataset)
@@ -136,10 +132,8 @@ def open_inputs(args, device):
     for split, examples in dataset.examples.items():
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
         if any(counts.values()):
-            print(
-                f"           {split}: "
-                + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
-            )
+            said = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+            print(f"           {split}: {said}")
     notes = open_notes(args, dataset, rows, tokenizer, encoder)
     median = median_relevance(args, dataset, rows, notes, cache) if notes and notes.relevance else None
     posts = {
@@ -148,14 +142,10 @@ def open_inputs(args, device):
     }
     if args.shuffle_photos:
         for part in posts.values():
-            part.swap = shuffled_photos(
-                [example.image_id for example in part.examples], cache, args.seed, notes
-            )
+            ids = [example.image_id for example in part.examples]
+            part.swap = shuffled_photos(ids, cache, args.seed, notes)
         if not any(posts["train"].swap.values()):
-            raise ValueError(
-                "--shuffle-photos: of no post of train there is a photo, or a note on one, to shuffle; leave"
-                " it out"
-            )
+            raise ValueError("--shuffle-photos: no post of train has a photo, or a note on one; leave it out")
         print("photos     SHUFFLED: each post is shown another's, in every split")
     facts = {
         "run_format": RUN_FORMAT,
@@ -172,9 +162,7 @@ def open_inputs(args, device):
 
 
 def open_features(args, dataset):
-    """The feature cache and, said on the console, how many posts of each split have a photo; None for text
-    only.
-    """
+    """The feature cache, None for text only; how many posts have a photo is said on the console."""
     if args.fusion == "none":
         return None
     if not dataset.image_ids():
@@ -191,10 +179,8 @@ def open_features(args, dataset):
         raise ValueError(
             f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
         )
-    print(
-        f"features   {args.features}: {cache.views} views, made from"
-        f" {made.get('made_from', 'an unknown folder')}"
-    )
+    made_from = made.get("made_from", "an unknown folder")
+    print(f"features   {args.features}: {cache.views} views, made from {made_from}")
     if backbone not in WORDED:
         try:
             paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
@@ -209,10 +195,8 @@ def open_features(args, dataset):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing"
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
     if made["parameters"]:
-        print(
-            f"frozen     {made['parameters']:,} parameters of {backbone} (weights {made['weights']}), in that"
-            " file"
-        )
+        of = f"{backbone} (weights {made['weights']})"
+        print(f"frozen     {made['parameters']:,} parameters of {of}, in that file")
     what = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
@@ -293,8 +277,7 @@ def open_generated(args, dataset, cache):
 
 
 def open_notes(args, dataset, rows, tokenizer, encoder):
-    """The `Notes` of the data set, attached to its encoded `rows`, and on the console what they cover; None
-    without.
+    """The `Notes` of the data set, attached to its encoded `rows`, None without; the console says what of.
 
     ValueError if they do not fit the data set, or the encoder: its longest input, or that it reads left to
     right.
@@ -343,8 +326,7 @@ def dataset_now(config, data_dir=None):
 
 
 def run_notes(config, tokenizer, rows, examples, split, path=None):
-    """The `Notes` a run was trained with, attached to encoded `rows` of `examples` as they were; None if it
-    read none.
+    """The `Notes` of a run, attached to encoded `rows` of `examples` as in training; None if it read none.
 
     `path`: where they are now. ValueError if they have changed.
     """

@@ -22,8 +22,10 @@ from photos import by_name, find_photos, image_folders, read_captions
 
 
 def check_picture(file):
-    """The open picture, unless it has more pixels than Pillow thinks safe (over 1 GB to decode and turn), or
-    is an EPS, which Pillow would hand to Ghostscript to run: ValueError."""
+    """The open picture; ValueError if it is an EPS or has too many pixels.
+
+    Pillow would hand an EPS to Ghostscript to run, and thinks more pixels unsafe: over 1 GB to decode, turn.
+    """
     if file.format == "EPS":
         raise ValueError("an EPS, which another program would have to run; save it as PNG")
     if file.width * file.height > Image.MAX_IMAGE_PIXELS:
@@ -68,8 +70,7 @@ class Photos:
         ])(photo)  # fmt: skip
 
     def all_views(self, photo, image_id):
-        """View 0 is plain; the others depend on (seed, image id, view) and on nothing else. uint8 [V, 3,
-        H, W]"""
+        """uint8 [V, 3, H, W]: view 0 is plain, the others depend on (seed, image id, view) alone."""
         views = [self.prepare(photo)]
         for view in range(1, self.views):
             digest = hashlib.sha256(f"{self.seed}/{image_id}/{view}".encode()).digest()

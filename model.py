@@ -27,11 +27,11 @@ from text_encoder import drop_pooler, load_tokenizer
 
 
 class Head(nn.Module):
-    """Dropout and a linear layer over the token states of what is labelled; softmax decides or, for named
-    entities, a `Crf`, with "visual-crf" one whose transitions have a `PhotoBias`.
+    """Dropout and a linear layer over the states of what is labelled; softmax or a `Crf` decides.
 
-    Named entities: each word, by its first sub-token. Relations: the two start markers, concatenated (Baldini
-    Soares et al., ACL 2019, "entity start").
+    Named entities: each word, by its first sub-token; "visual-crf": a `Crf` whose transitions have a
+    `PhotoBias`. Relations: the two start markers, concatenated ("entity start" of Baldini Soares et al., ACL
+    2019).
     """
 
     def __init__(self, width, config):
@@ -43,8 +43,7 @@ class Head(nn.Module):
         self.photo_bias = PhotoBias(config["region_dim"], labels) if decoder == "visual-crf" else None
 
     def forward(self, states, batch):
-        """states [B, T, D] -> logits [B, W, labels] or [B, labels].
-        Those of a word with `word_starts` -1 mean nothing."""
+        """states [B, T, D] -> logits [B, W, labels], nothing where `word_starts` is -1, or [B, labels]."""
         rows = torch.arange(len(states), device=states.device)
         if "word_starts" in batch:
             states = states[rows[:, None], batch["word_starts"].clamp(min=0)]  # [B, W, D]
@@ -67,8 +66,10 @@ class Head(nn.Module):
         return loss.view(len(labels), -1).sum(1)
 
     def answer(self, logits, batch):
-        """(number of the label, its probability), [B, W] or [B] each: the most probable label or, of a CRF,
-        the label in the most probable sequence and its marginal probability."""
+        """(number of the label, its probability), [B, W] or [B] each.
+
+        The most probable label or, of a CRF, that in the most probable sequence, and its marginal.
+        """
         if self.crf is not None:
             return self.crf.decode(logits, batch["word_starts"] >= 0, self.bias(batch))
         best = logits.float().softmax(-1).max(-1)
@@ -90,8 +91,7 @@ class Model(nn.Module):
     loss_weights = {"labels": 1.0}
 
     def forward(self, batch, return_weights=False, losses=False):
-        """logits (see `Head`); with return_weights also the weights of `states`,
-        with losses also {name: loss [B]}.
+        """Logits (see `Head`); and the weights of `states`, if asked, or the losses {name: [B]}.
 
         Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere.
         Each is 0 where it does not apply.
@@ -104,8 +104,7 @@ class Model(nn.Module):
         return (logits, weights) if return_weights else logits
 
     def total(self, sums, words, posts):
-        """What is minimised: the weighted losses, from their sums over a batch, by the word ("labels")
-        or by the post."""
+        """What is minimised: weighted losses, of their sums over a batch, by the word or by the post."""
         counts = {name: words if name == "labels" else posts for name in self.loss_weights}
         shares = [weight / max(1, counts[name]) for name, weight in self.loss_weights.items()]
         return sum(loss * share for loss, share in zip(sums, shares, strict=True))
@@ -215,8 +214,11 @@ class TextRegions(Model):
 
 
 class Blip(Model):
-    """BLIP (Li et al., ICML 2022): its text encoder, each layer of which attends to the cached states of its
-    vision model, and a head. The weights returned are the mean over layers and heads."""
+    """BLIP (Li et al., ICML 2022): its text encoder and a head.
+
+    Each layer attends to the cached states of its vision model. The weights returned are the mean over layers
+    and heads.
+    """
 
     def __init__(self, encoder, config):
         super().__init__()
@@ -268,12 +270,10 @@ class Vilt(Model):
             self.register_buffer(name, torch.tensor(config["features_made"][name])[:, None], persistent=False)
 
     def embed(self, regions, mask, grid):
-        """uint8 patches [B, R, 3 * P * P], mask [B, R], (rows, columns) [B, 2] -> [B, 1 + R, D],
-        zero where masked.
+        """uint8 patches [B, R, 3 P P], mask, (rows, columns) [B, 2] -> [B, 1 + R, D], zero where masked.
 
         Position embeddings are a square table, read at the photo's own rows and columns with bilinear
-        interpolation: `ViltEmbeddings.visual_embed` without its loop over photos and without its random
-        order.
+        interpolation: `ViltEmbeddings.visual_embed` without its loop over photos and its random order.
         """
         embeddings, count = self.encoder.embeddings, len(regions)
         conv = embeddings.patch_embeddings.projection
@@ -362,8 +362,7 @@ def save_weights(model, run_dir):
 
 
 def load_run(run_dir, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a run, from its folder alone.
-    ValueError if a part of it is broken."""
+    """(model in eval mode, tokenizer, config) of a run, from its folder alone; ValueError if it is broken."""
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "model.safetensors").exists():
@@ -407,8 +406,10 @@ def flat(config, prefix=""):
 
 
 def system_settings(config):
-    """All of a run's configuration but its seed, paths, how it was written and the machine:
-    as {"a.b.c": value}. Runs that share it are one system."""
+    """{"a.b.c": value}: a run's configuration but its seed, paths, how it was written and the machine.
+
+    Runs that share it are one system.
+    """
     # The median is of the posts that --train-share drew with the seed.
     left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
     kept = {key: value for key, value in config.items() if key not in left_out}

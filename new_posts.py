@@ -86,8 +86,7 @@ def check_text(value, name):
 
 
 def read_post(post, task, source=None, folder=""):
-    """(example, [(start, end)] of its words in its text or None) of a post (a dict); ValueError if it is
-    broken.
+    """(example, [(start, end)] of its words in its text or None) of a post, a dict; else ValueError.
 
     The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
     PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.

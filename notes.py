@@ -1,5 +1,6 @@
-"""Notes: what others, a language model for one, said of each post: read, and given to the text encoder as a
-second segment, and, as `relevance`, to what weighs the photo.
+"""Notes: what others, a language model for one, said of each post, as the text encoder's second segment.
+
+Their `relevance` goes to what weighs the photo.
 
 A notes file has one JSON object a line, such as write_notes.py makes:
 
@@ -54,8 +55,7 @@ def reads_relevance(config):
 
 
 def check_note(note, keys=tuple(KEYS)):
-    """{key: value} of those of `keys` that a note has; null is nothing.
-    ValueError for a value of the wrong kind."""
+    """{key: value} of those of `keys` a note has, null is nothing; ValueError for one of a wrong kind."""
     found = {key: note[key] for key in keys if note.get(key) is not None}
     for key, value in found.items():
         fits, wanted = KEYS[key]
@@ -65,8 +65,10 @@ def check_note(note, keys=tuple(KEYS)):
 
 
 def read_notes(path):
-    """{id: note} of a notes file. ValueError with file and line: no JSON object, a wrong value,
-    an id for the second time."""
+    """{id: note} of a notes file.
+
+    ValueError with file and line: no JSON object, a wrong value, an id for the second time.
+    """
     notes = {}
     for number, line in read_lines(path):
         if not line.strip():
@@ -88,8 +90,7 @@ def read_notes(path):
 
 
 class Notes:
-    """The notes of a data set's posts, as second segments for its text encoder:
-    [CLS] post [SEP] note [SEP] and the like.
+    """The notes of a data set's posts, as second segments: [CLS] post [SEP] note [SEP] and the like.
 
     The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts
     are taken; `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of
@@ -140,8 +141,7 @@ class Notes:
         return self.segments(row, note) if self.segments else row
 
     def tells(self, note):
-        """(whether second segments have a text of a note that was written with the photo in view, whether
-        rows have its relevance)."""
+        """(whether second segments read what was written with the photo in view, whether rows' relevance)."""
         read = (key for key in EXTRAS[self.extra] if note_text(note, key))
         text = any(key in OF_PHOTO or note.get("with_photo") for key in read)
         return text, self.relevance and "relevance" in note
@@ -155,8 +155,7 @@ class Notes:
         return self.tells(self.of_photo.get(image_id, {}))[0]
 
     def shuffle(self, rows, seed):
-        """Give each row that has an `about_post` another's, by one random cycle through them:
-        a control. Returns how many.
+        """Give each row that has an `about_post` another's, by one random cycle: a control. Returns how many.
 
         One that was written with a photo in view stays with the photo of the row it comes to.
         """
@@ -171,8 +170,7 @@ class Notes:
         return len(named)
 
     def coverage(self, examples):
-        """Lines that say what the notes tell of each split, {split: examples}.
-        ValueError if none is of any post."""
+        """Lines that say what the notes tell of each split, {split: examples}; ValueError if of no post."""
         found = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
         used = {key for keys in found.values() for key in keys} - {None}
         if not used:
@@ -214,8 +212,7 @@ def note_text(note, key):
 
 
 def seen_with(note, of_photo):
-    """What is known of a post that is shown a photo: its own note,
-    but of the photo's note what was written with it in view."""
+    """What is known of a post that is shown a photo: its own note, of the photo's what needed the photo."""
     kept = {key: value for key, value in note.items() if key not in OF_PHOTO}
     if kept.get("with_photo"):
         kept["about_post"] = note_text(of_photo, "about_post")

@@ -1,5 +1,4 @@
-"""Where the photos of a data set lie, and what a file of captions says of them:
-found by the ids of the posts."""
+"""Where the photos of a data set lie, and what a file of captions says of them, by the ids of posts."""
 
 import os
 import re
@@ -21,8 +20,7 @@ ADDED = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})+({SIZES}|[?@].*|\.\d
 
 
 def image_folders(name, data_dir="data", images=None):
-    """Folders that hold the photos: `images` if given, else all places a release uses,
-    each with its split folders."""
+    """Folders that hold the photos: `images`, or all places a release uses, with their split folders."""
     name, data_dir = locate(name, data_dir)
     places = [place for place in IMAGE_PLACES if "{d}" in place or name == "mnre"]  # a bare img_org is MNRE's
     roots = [Path(images)] if images else [Path(data_dir) / place.format(d=name) for place in places]

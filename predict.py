@@ -163,9 +163,7 @@ def remark(answer, said):
 
 
 def entities(record, offsets, text):
-    """The entities of one record of `predict`, in order; `offsets` of the words in `text`, where the post had
-    one.
-    """
+    """The entities of one record of `predict`, in order; `offsets` of the words in `text`, if it had one."""
     found = []
     for kind, start, end in sorted(entity_spans(record["predicted"]), key=lambda span: span[1]):
         entity = {"type": kind, "text": " ".join(record["words"][start:end]), "words": [start, end]}
@@ -180,9 +178,7 @@ def entities(record, offsets, text):
 
 
 def bounded_lines(file, most):
-    """Lines of an open binary file with their ends; None for one of more than `most` bytes, which is never
-    held.
-    """
+    """Lines of an open binary file with their ends; None for one of over `most` bytes, never held."""
     while line := file.readline(most + 1):
         if len(line) <= most or line.endswith(b"\n"):
             yield line
@@ -193,9 +189,7 @@ def bounded_lines(file, most):
 
 
 def numbered_lines(file, shard):
-    """(number from 1 on, line) of an open file, of `shard` (i, n): every n-th from the i-th on; blank ones
-    are skipped.
-    """
+    """(number, line) of an open file, from 1 on, blank ones skipped; `shard` (i, n): every n-th from i on."""
     file.seek(0)
     file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
     for number, line in itertools.islice(
@@ -231,11 +225,9 @@ def check_digits(run, line):
 
 
 def resume(out, path, lines, run):
-    """How many of the numbered `lines` are answered in the open file `out`; a line that a kill tore is cut
-    off its end.
+    """How many of the numbered `lines` are answered in the open file `out`, whose torn last line is cut off.
 
-    ValueError if it holds anything but answers of this run to these lines, in order; it is then left as it
-    was.
+    ValueError if it holds anything but answers of this run to these lines, in order; it is then left alone.
     """
     done = end = 0
     for kept in bounded_lines(out, 100 * LINE):
@@ -260,8 +252,7 @@ def resume(out, path, lines, run):
 
 
 def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
-    """Answer the posts of one JSONL file into another, a window at a time; goes on where an earlier call
-    stopped.
+    """Answer the posts of a JSONL file into another, a window at a time; an earlier call's answers stay.
 
     `run`: its `run_digits`. Windows are the same however often it is stopped, and so are answers, to the last
     digit.

@@ -30,8 +30,7 @@ NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
 
 
 def compare_spans(gold, predicted):
-    """[(start, end, gold type or None, predicted type or None, kind)] of two sets of spans, one a span, in
-    order.
+    """[(start, end, gold type or None, predicted type or None, kind)] of two sets of spans, in order.
 
     kind: "correct", or of `KINDS`: "wrong type" = the same span with another type; "wrong boundary" = not
     that, but a span of the other side overlaps; else "missed" (gold) or "spurious" (predicted).

@@ -50,14 +50,12 @@ def ratio_scores(correct, predicted, gold):
 
 
 def mean_f1(types):
-    """Macro F1: the mean of the F1 of each type that gold or predictions have,
-    a rare one as much as a frequent one."""
+    """Macro F1: the mean of the F1 of the types that gold or predictions have, rare or not."""
     return sum(kind["f1"] for kind in types.values()) / max(1, len(types))
 
 
 def span_scores(gold, predicted):
-    """Micro scores of whole entities over posts (sets of `entity_spans`), their macro F1, and `types`,
-    the scores of each."""
+    """Micro scores of whole entities (sets of `entity_spans`, one a post), their macro F1, and by `types`."""
     counts = {"gold": Counter(), "predicted": Counter(), "correct": Counter()}
     for a, b in zip(gold, predicted, strict=True):
         for name, spans in (("gold", a), ("predicted", b), ("correct", a & b)):
@@ -92,8 +90,7 @@ def seen_spans(words, known):
 
 
 def seen_scores(records):
-    """(scores of entities whose words are a mention of train, scores of all others), lenient,
-    from records with `seen`."""
+    """(scores of entities that are a mention of train, of all others), lenient, from records with `seen`."""
     sides = {True: ([], []), False: ([], [])}
     for record in records:
         seen = set(map(tuple, record["seen"]))
@@ -106,7 +103,9 @@ def seen_scores(records):
 
 def label_scores(gold, predicted):
     """Accuracy, weighted precision, recall and F1 over all labels, and macro F1.
-    Weighted recall is accuracy, by definition."""
+
+    Weighted recall is accuracy, by definition.
+    """
     precision, recall, f1, _ = precision_recall_fscore_support(
         gold, predicted, average="weighted", zero_division=0
     )
@@ -178,8 +177,7 @@ def main_score(metrics):
 
 
 def gold_fingerprint(records):
-    """Digits that two prediction files share exactly when they hold the same posts with the same gold
-    labels."""
+    """Digits that prediction files share exactly when they hold the same posts with the same gold labels."""
     posts = sorted(json.dumps([r.get(key) for key in ("words", "head", "tail", "gold")]) for r in records)
     return hashlib.sha256("\n".join(posts).encode()).hexdigest()[:16]
 

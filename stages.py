@@ -25,8 +25,10 @@ class Relevance(nn.Module):
         self.score = nn.Sequential(nn.Linear(3 * text_dim, width), nn.GELU(), nn.Linear(width, 1))
 
     def forward(self, text, own_mask, regions, region_mask):
-        """text [B, T, D], own_mask [B, T] (True = the post's own), regions [B, R, Dv], region_mask [B, R] ->
-        logits of r [B]; those of a post without photo mean nothing."""
+        """Logits of r [B] of text [B, T, D] and regions [B, R, Dv].
+
+        own_mask [B, T] (True = the post's own); region_mask [B, R]. Without photo they mean nothing.
+        """
         with torch.autocast(text.device.type, enabled=False):
             t = clean(text.float(), own_mask).sum(1) / own_mask.sum(1, keepdim=True).clamp(min=1)
             # At unit length, which `RegionStates` brings it to, the sum is the mean.
@@ -68,11 +70,11 @@ class Prefix(nn.Module):
         self.gather = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
 
     def forward(self, embeddings, mask, own_mask, regions, region_mask, return_weights=False):
-        """Word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of
-        the post's own, regions [B, R, Dv], region_mask [B, R] -> (embeddings [B, T + count, E], their mask
-        [B, T + count], the weights of X over regions [B, T, R], if asked, or None).
+        """(embeddings [B, T + count, E], their mask, weights of X over regions [B, T, R] if asked, or None).
 
-        Without photo, or without a token of its own, a post's soft tokens are zero and masked.
+        Of word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of
+        the post's own, regions [B, R, Dv], region_mask [B, R]. Without photo, or a token of its own, a post's
+        soft tokens are zero and masked.
         """
         photo, own = region_mask.any(1, keepdim=True), own_mask.any(1, keepdim=True)  # [B, 1]
         embeddings = clean(embeddings, mask)

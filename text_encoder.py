@@ -48,8 +48,7 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
 
 
 def load_tokenizer(source):
-    """The tokenizer at `source`; RoBERTa's kind with a space before each word of a list,
-    as they have it in a sentence."""
+    """The tokenizer at `source`; RoBERTa's kind with a space before each word, as in a sentence."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if takes_words(tokenizer):
         return tokenizer
@@ -203,8 +202,10 @@ def check_soft_tokens(encoder, tokenizer, source, count):
 
 
 def drop_pooler(encoder):
-    """Take away the sentence pooler: nothing here reads it. Something has to stand in its place:
-    SqueezeBERT calls it."""
+    """Take away the sentence pooler, which nothing here reads.
+
+    Something has to stand in its place: SqueezeBERT calls it.
+    """
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = nn.Identity()
 

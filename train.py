@@ -177,8 +177,7 @@ def begin(args, config, encoder, tokenizer, rank, processes, stack):
 
 
 def draw(rng, count, posts, args):
-    """What chance decides of a batch's posts: whose photo is hidden, which view of it and of a second picture
-    is read."""
+    """What chance decides of a batch's posts: whose photo is hidden, which views are read."""
     hidden = rng.random(count) < args.photo_dropout
     caches = (posts.cache, posts.generated)
     return hidden, *(rng.integers(c.views, size=count) if c and args.augment else None for c in caches)

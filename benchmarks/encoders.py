@@ -1,5 +1,4 @@
-"""Which kinds of text encoders `train.py --text-encoder` takes: each built tiny with random weights,
-trained and read back.
+"""Which text encoders `train.py --text-encoder` takes: each kind built tiny, trained and read back.
 
     python benchmarks/encoders.py                 # some minutes on one core; writes benchmarks/ENCODERS.md
     python benchmarks/encoders.py --only gpt2 esm # prints these rows alone
@@ -111,8 +110,7 @@ KINDS = ENCODERS | DECODERS | OTHERS
 
 
 def build_tokenizer(kind, words):
-    """A tokenizer of `words`, made as `KINDS` says; its special tokens come first,
-    so that padding is 0 where there is any."""
+    """A tokenizer of `words`, made as `KINDS` says, special tokens first: padding, if any, is 0."""
     special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
     if kind == "words":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -195,7 +193,7 @@ def try_kind(model_type, dataset, encoder, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND",
                         help="print the rows of these kinds alone")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("benchmarks/ENCODERS.md"))

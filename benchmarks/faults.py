@@ -1,5 +1,4 @@
-"""Kill each command at random moments, hand it odd files and texts, fuzz its readers,
-and watch memory over long runs.
+"""Kill each command at random, hand it odd files and texts, fuzz its readers, watch its memory.
 
     python benchmarks/faults.py --kills 50    # some 40 minutes on 2 cores; writes benchmarks/FAULTS.md
 
@@ -95,8 +94,7 @@ def digests(folder, name):
 
 
 def check(folder, whole, name):
-    """AssertionError unless what a killed command left is sound: nothing finished that is not,
-    nothing that cannot be read."""
+    """AssertionError unless what a killed command left can be read, and is finished if it says so."""
     if name == "extract_features.py":
         finished, partial = folder / FEATURES, folder / f"{FEATURES}.partial"
         if finished.exists():
@@ -126,8 +124,10 @@ def check(folder, whole, name):
 
 
 def kill_again_and_again(name, place, kills, seed=0):
-    """Kill a command `kills` times. Returns a dict: kills,
-    working (kills after it had begun to write), chains, seconds."""
+    """Kill a command `kills` times.
+
+    Returns a dict: kills, working (kills after it had begun to write), chains, seconds.
+    """
     rng, whole, arguments = random.Random(f"{name}/{seed}"), place / f"{name}-whole", COMMANDS[name]
     shutil.copytree(place / "given", whole, symlinks=True)
     lasts = finish(whole, arguments)
@@ -172,8 +172,7 @@ def prepare(place, posts, finished=True):
 
 
 def watch(folder, arguments):
-    """[(MB resident, most so far, open files)] of a command, twice a second while it runs.
-    RuntimeError if it fails."""
+    """[(MB resident, most so far, open files)] of a command, twice a second; RuntimeError if it fails."""
     process, seen = start(folder, arguments), []
     while process.poll() is None:
         try:
@@ -192,9 +191,11 @@ def watch(folder, arguments):
 
 
 def write_odd_files(folder, large=True):
-    """Write two data sets of the same posts: `odd`, its photos files of every odd kind, and `clean`, with an
-    RGB PNG of every photo of `odd` that is a picture. A file's name says its kind; `large` adds two of some
-    90 million pixels."""
+    """Write two data sets of the same posts: `odd`, its photos files of every odd kind, and `clean`.
+
+    That has an RGB PNG of every photo of `odd` that is a picture. A file's name says its kind; `large` adds
+    two of some 90 million pixels.
+    """
     odd, clean = folder / "odd" / "images", folder / "clean" / "images"
     for images in (odd, clean):
         images.mkdir(parents=True)
@@ -255,8 +256,7 @@ def write_odd_files(folder, large=True):
 
 
 def try_files(place):
-    """Rows (file, became, reason, same features as its clean copy?) of extract_features.py,
-    and its peak in MB."""
+    """Rows (file, became, reason, same features as its clean copy?) of extract_features.py; peak MB."""
     write_odd_files(place)
     # One photo a batch: how many share one can change the last bit of a sum.
     how = ["--weights", "random", "--img-size", "64", "--views", "1", "--workers", "0", "--batch-size", "1"]
@@ -280,8 +280,7 @@ ROW = (
 
 
 def write_odd_texts(folder):
-    """Write texts of every odd kind, in the Twitter and (`MNRE ...`) MNRE formats.
-    A file's name says its kind."""
+    """Write texts of every odd kind, in the Twitter and (`MNRE ...`) MNRE formats; the name says the kind."""
     texts = {
         "CRLF": POSTS.replace("\n", "\r\n"), "byte order mark": "\ufeff" + POSTS,
         "no final newline": POSTS.rstrip("\n"), "U+00A0 as a word": POSTS.replace("scores", "\u00a0"),
@@ -314,7 +313,9 @@ def write_odd_texts(folder):
 
 def try_texts(folder):
     """Rows (text, what it became: posts and words read, or the error).
-    AssertionError if code in a text was run."""
+
+    AssertionError if code in a text was run.
+    """
     rows = []
     for name in write_odd_texts(folder):
         path = folder / f"{name}.txt"
@@ -435,7 +436,7 @@ def fuzz(reader, kind, examples):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="of each command; 0 = none")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--posts", type=int, nargs=3, default=(120, 40, 40), help="of train, valid and test")

@@ -1,5 +1,6 @@
-"""This project beside what one would take instead: transformers' Trainer, its token-classification
-pipeline, and a ResNet50 called photo by photo. Ratios, each measured side by side in one run.
+"""This project beside transformers' Trainer, its pipeline, and a ResNet50 called photo by photo.
+
+Ratios to what one would take instead, each measured side by side in one run.
 
     python benchmarks/peers.py                                      # demo data, a tiny encoder: no figures
     python benchmarks/peers.py --dataset twitter2017 --encoder ENCODER --lr 1e-4 --fusion-lr 1e-3
@@ -269,7 +270,7 @@ def training(args, place):
 def whole_runs(args, place):
     """Runs of --epochs epochs of both: seconds of training, and entity F1 of the best epoch on valid."""
     posts = Posts(args)
-    examples, device, pad_id = posts.dataset.examples, posts.device, posts.tokenizer.pad_token_id
+    examples, device = posts.dataset.examples, posts.device
     scored, known = Ours(posts).model, mentions(examples["train"])
     splits = [split for split in ("valid", "test") if split in examples]
     start = copy.deepcopy(posts.encoder.state_dict())
@@ -505,7 +506,7 @@ PARTS = {part.__name__: part for part in (training, prediction, photos)}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, count = parser.add_argument, bounded(int, 1)
     add("--only", nargs="+", choices=PARTS, default=list(PARTS))
     add("--profile", action="store_true", help="print where a training step's time goes, and nothing else")

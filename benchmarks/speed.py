@@ -62,8 +62,7 @@ BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
 
 
 def in_turn(cases, rounds, device="cpu"):
-    """{name: [seconds a round]} of functions called one after the other, round by round,
-    so that noise meets them all."""
+    """{name: [seconds a round]} of functions called in turn, round by round, so that noise meets them all."""
     taken = {name: [] for name in cases}
     for turn in range(rounds + 1):
         for name, work in cases.items():
@@ -116,8 +115,7 @@ def run(folder, *command):
 
 
 def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
-    """A feature file of random regions, as extract_features.py lays it out and train.py takes it for
-    ResNet50's."""
+    """A feature file of random regions, such as extract_features.py makes of ResNet50's."""
     attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views}
     attrs |= {"weights": "none", "parameters": 0}
     create_file(path, image_ids, [0] * len(image_ids), (len(image_ids), views, *shape), "float16", attrs)
@@ -143,8 +141,7 @@ class Posts:
         self.batches = length_batches(self.lengths, BATCH, np.random.default_rng(0))
 
     def batch(self, number, notes=None, generated=False):
-        """CPU batch `number` of an epoch, as train.py makes it: with `Notes`,
-        and with the photos as second pictures too."""
+        """CPU batch `number` of an epoch, as train.py makes it; with `Notes`, with second pictures."""
         chosen = self.batches[number]
         photos = [self.dataset.examples["train"][i].image_id for i in chosen]
         rows = [self.rows["train"][i] for i in chosen]
@@ -162,8 +159,7 @@ def pad_to(batch, length, pad_id):
 
 
 class Training:
-    """A model of the given text shape, and steps of it as train.py takes them; `more`:
-    of its configuration."""
+    """A model of the given text shape, and train.py's steps of it; `more`: of its configuration."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, **more):
         config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
@@ -240,8 +236,10 @@ def fusion(args, place):
 
 
 def systems(args, place):
-    """A step of each published system over the same posts' step text only;
-    tia and icka read eleven words more a post."""
+    """A step of each published system over the same posts' step text only.
+
+    tia and icka read eleven words more a post.
+    """
     posts, encoder, path = Posts(args, place), text_encoder(RobertaConfig()), place / "notes.jsonl"
     examples, rounds = posts.dataset.examples["train"], 24 if args.device == "cpu" else 200
     with open(path, "w", encoding="utf-8") as file:
@@ -282,8 +280,7 @@ def loop(args, place):
     paths = photos_in(args.images, 320)
 
     def looked_at(batch, turn, photos):
-        """The batch with regions computed in the step, of so many photos a post,
-        read and resized in the step too."""
+        """The batch with regions of `photos` photos a post, read, resized and computed in the step."""
         chosen = [paths[(turn * BATCH * photos + i) % len(paths)] for i in range(BATCH * photos)]
         pixels = torch.stack([prepare(Image.open(path).convert("RGB")) for path in chosen]).to(args.device)
         regions = body(pixels).flatten(2).transpose(1, 2)
@@ -452,8 +449,7 @@ IMPORTS = "import sys, torch, transformers; transformers.AutoModel.from_pretrain
 
 
 def startup(args, place):
-    """train.py until its first step, against a process that imports torch and transformers and loads the same
-    encoder."""
+    """train.py to its first step, over a process that imports the libraries and loads the same encoder."""
     encoder, config = place / "encoder", RobertaConfig()
     text_encoder(config).save_pretrained(encoder)
     tokenizer = load_tokenizer(args.text_encoder)
@@ -533,8 +529,7 @@ def growth(args, place):
 
 
 def scores(args, place):
-    """Demo data, film, three seeds each way, stopped early so that scores differ:
-    do the fast ways change them?"""
+    """Do fast ways change scores? Demo data, film, three seeds each way, stopped while scores differ."""
     flags = ["--dataset", "demo", "--img-size", "64", "--text-encoder", "data/demo/encoder", "--epochs", "3",
              "--lr", "1e-3", "--fusion-lr", "1e-3"]  # fmt: skip
     run(place, sys.executable, PROJECT / "demo.py")
@@ -561,8 +556,7 @@ def scores(args, place):
 
 
 def floor(args, place):
-    """What 5 epochs of roberta-base on Twitter-2017 take at least on an H100: arithmetic and bytes,
-    not measured."""
+    """What 5 epochs of roberta-base on Twitter-2017 take at least on an H100, by arithmetic; not measured."""
     posts, config = Posts(args, place), RobertaConfig()
     encoder = text_encoder(config)
     embeddings = sum(p.numel() for p in encoder.embeddings.parameters())

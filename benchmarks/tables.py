@@ -265,8 +265,7 @@ def all_rows():
 
 
 def argument_list(row, seed, args, shuffled=False):
-    """What to give train.py for one run of a row; --text-encoder and --lr given for all rows win,
-    but not in the demo."""
+    """What to give train.py for one run of a row; --text-encoder and --lr win, but not in the demo."""
     places = {"--data-dir": args.data_dir, "--cache-dir": args.cache_dir}
     given = {"--dataset": row.dataset}
     given |= {flag: place for flag, place in places.items() if place != PLACES[flag]}
@@ -290,8 +289,7 @@ def run_folder(argv):
 
 
 def other_run(argv):
-    """In what a run that stands in the folder of these arguments differs from them, as text;
-    "" if it does not."""
+    """In what the run in the folder of these arguments differs from them, as text; "" if it does not."""
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
@@ -416,8 +414,7 @@ def judged(row):
 
 
 def gain(a, b):
-    """How much better runs in folders `a` are than those in `b` of the same seeds, by paired bootstrap,
-    as text; "" of nothing."""
+    """How much better runs in `a` are than `b`'s of the same seeds, by paired bootstrap; "" of nothing."""
     sides = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
     both = [seed for seed in sides[0] if seed in sides[1]]
     if not both:
@@ -430,7 +427,9 @@ def gain(a, b):
 
 def cells(row, args, rows):
     """{column: text} of one row, with `seeds` and `made with`; {} where no run of it is finished.
-    `rows`: all, by key."""
+
+    `rows`: all, by key.
+    """
     true, wrong = done_folders(row, args), done_folders(row, args, shuffled=True) if row.control else []
     if not true:
         return {}
@@ -512,8 +511,10 @@ def latex(title, header, body):
 
 
 def write_results(rows, reasons, args):
-    """RESULTS.md, results.csv (one value a line) and results.tex from all finished runs;
-    returns {(table, row): cells}."""
+    """Write RESULTS.md, results.csv (one value a line) and results.tex from all finished runs.
+
+    Returns {(table, row): cells}.
+    """
     earlier, by_key = read_results(args.output / "results.csv"), {row.key: row for row in rows}
     kept = {row: earlier.get((row.table, row.name, row.dataset), {}) for row in rows}
     kept = {row: cell if cell.get("flags") == flags(row, args) else {} for row, cell in kept.items()}
@@ -561,11 +562,7 @@ def write_results(rows, reasons, args):
 
 
 def plot_few_shot(made, output):
-    """few-shot.png: entity F1 on test, mean and deviation, over the share of the training posts,
-    with notes and without.
-
-    `made`: what `write_results` gives.
-    """
+    """few-shot.png: entity F1 on test, mean and deviation, over the share of train, with notes or none."""
     curves = {}
     for extra in ("none", "post"):
         few = [(share, ("few-shot", f"{extra}, {share}%")) for share in (10, 30)]
