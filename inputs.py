@@ -145,7 +145,8 @@ def open_inputs(args, device):
             ids = [example.image_id for example in part.examples]
             part.swap = shuffled_photos(ids, cache, args.seed, notes)
         if not any(posts["train"].swap.values()):
-            raise ValueError("--shuffle-photos: no post of train has a photo, or a note on one; leave it out")
+            said = "of no post of train there is a photo, or a note on one, to shuffle"
+            raise ValueError(f"--shuffle-photos: {said}; leave it out")
         print("photos     SHUFFLED: each post is shown another's, in every split")
     facts = {
         "run_format": RUN_FORMAT,

@@ -3,7 +3,8 @@
     PYTHONPATH=. python examples/own.py train --system mine --dataset demo
     PYTHONPATH=. python examples/own.py evaluate --image-check --run RUN
 
-Copy it anywhere: PYTHONPATH names the project's folder. A run that needs it is read by scripts called through it.
+Copy it anywhere: PYTHONPATH names the project's folder. A run that needs it is read by scripts called
+through it.
 """
 
 import sys

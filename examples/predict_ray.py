@@ -2,8 +2,8 @@
 
     python examples/predict_ray.py --run RUN --input posts.jsonl --output answers.jsonl [--address HOST:6379]
 
-Writes what `predict.py --input --output` writes, in the same order, and goes on where either was stopped. Each
-actor loads the run once. All machines must see this folder, the run, posts and photos at the same paths.
+Writes what `predict.py --input --output` writes, in the same order, and goes on where either was stopped.
+Each actor loads the run once. All machines must see this folder, the run, posts and photos at the same paths.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Writes a folder of JSON lines, in any order: predict.py's answers, but with `row`, which grows along the file
 and has gaps, for `line` and `check`; one with an `error` has its `post` too. Each task loads the run once.
-All machines must see this folder, the run, posts and photos at the same paths. --master 'local[2,4]': a task is
-tried four times here, too.
+All machines must see this folder, the run, posts and photos at the same paths. --master 'local[2,4]': a task
+is tried four times here, too.
 """
 
 import argparse
