@@ -1,4 +1,4 @@
-"""Reports in a real browser (Debian's chromium, headless): `make test-browser`. `make test` does not collect them."""
+"""Reports in a real browser (Debian's chromium, headless): `make test-browser`, not part of `make test`."""
 
 import shutil
 import time
@@ -16,14 +16,15 @@ from data import RELATIONS
 from scores import write_json_lines
 
 COPIES = 9  # of the 8 posts: more than are drawn at once
-# What is predicted of the first four words, B-PER I-PER O B-LOC in gold: nothing wrong, then one kind of error each.
-ANSWERS = ("B-PER I-PER O B-LOC", "B-PER O O B-LOC", "O O O O", "B-ORG I-ORG O B-LOC", "B-PER I-PER B-MISC B-LOC")
+# What is predicted of the first four words, B-PER I-PER O B-LOC in gold: all right, then each kind of error.
+ANSWERS = ("B-PER I-PER O B-LOC", "B-PER O O B-LOC", "O O O O", "B-ORG I-ORG O B-LOC",
+           "B-PER I-PER B-MISC B-LOC")  # fmt: skip
 KINDS = ("all", "with errors", "missed", "spurious", "wrong type", "wrong boundary", "all correct")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
-    """{name: report} of two runs, their predictions changed so that every kind of error and hostile text are there."""
+    """{name: report} of two runs, their predictions changed to hold every kind of error and hostile text."""
     root, made = tmp_path_factory.mktemp("pages"), {}
     for name in ("clip-bert", "mnre"):
         run = train_run(name, root / name, data_dir, cache_dir, encoder_dir)
@@ -33,7 +34,10 @@ def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
             for i, record in enumerate(records):
                 record = record | {"id": f"{record['id']}+{copy}"}
                 if name == "mnre":
-                    record |= {"gold": RELATIONS[i], "predicted": RELATIONS[(i * (copy % 3) + copy // 3) % 12]}
+                    record |= {
+                        "gold": RELATIONS[i],
+                        "predicted": RELATIONS[(i * (copy % 3) + copy // 3) % 12],
+                    }
                 else:
                     words = [*record["words"], *(HOSTILE if copy == 0 else ["long" * 20])]
                     rest = ["O"] * (len(words) - 4)
@@ -66,13 +70,15 @@ def chromium():
 
 @pytest.fixture(params=["clip-bert", "mnre"])
 def page(request, chromium, pages):
-    """(driver with a report open, the JSON in it); afterwards its console is empty and no post has run anything."""
+    """(driver with a report open, the JSON in it); then its console is empty and no post has run anything."""
     chromium.get(f"file://{pages[request.param]}")
     yield chromium, embedded(pages[request.param])
     assert chromium.get_log("browser") == []
     assert chromium.execute_script("return alerts") == []
     assert len(chromium.find_elements(By.TAG_NAME, "script")) == 2
-    fetched = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    fetched = chromium.execute_script(
+        "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    )
     assert [name for name in fetched if not name.startswith("data:")] == []
 
 
@@ -110,7 +116,10 @@ def test_every_filter_shows_what_it_says(page):
             said = driver.find_element(By.TAG_NAME, "output").text
             assert said == f"{count} of {len(content['posts'])} {'posts' if content['ner'] else 'rows'}"
             label = driver.find_element(By.XPATH, f"//label[input/@value='{kind}']").text
-            assert label == f"{kind} {count}" and select.first_selected_option.text == f"{type_ or 'any'} ({count})"
+            assert (
+                label == f"{kind} {count}"
+                and select.first_selected_option.text == f"{type_ or 'any'} ({count})"
+            )
             assert len(driver.find_elements(By.TAG_NAME, "article")) >= min(count, 30)
         assert expected(content, kind, "") > 0, kind  # the test has something to tell apart
         select.select_by_value("")
@@ -140,7 +149,9 @@ def test_posts_are_drawn_as_they_are_reached(page):
 
 def test_gold_and_predicted_are_marked_on_their_words(page):
     driver, content = page
-    for article, post in zip(driver.find_elements(By.TAG_NAME, "article")[:10], content["posts"], strict=False):
+    for article, post in zip(
+        driver.find_elements(By.TAG_NAME, "article")[:10], content["posts"], strict=False
+    ):
         cells = article.find_elements(By.CLASS_NAME, "cell")
         for row, side in ((0, "gold"), (1, "pred")):
             tags = [cell.find_element(By.CLASS_NAME, f"row{row}") for cell in cells]
@@ -159,7 +170,9 @@ def test_gold_and_predicted_are_marked_on_their_words(page):
 
 def test_a_picked_word_shows_what_it_attended_to(page):
     driver, content = page
-    cropped = [i for i, post in enumerate(content["posts"]) if content["photos"][post["photo"]][1] != [0, 0, 1, 1]]
+    cropped = [
+        i for i, post in enumerate(content["posts"]) if content["photos"][post["photo"]][1] != [0, 0, 1, 1]
+    ]
     assert bool(cropped) == content["ner"]  # CLIP's features, and ResNet50's
     index = (cropped or [0])[0]
     post = content["posts"][index]
@@ -171,8 +184,11 @@ def test_a_picked_word_shows_what_it_attended_to(page):
     button.click()
     canvas, image = article.find_element(By.TAG_NAME, "canvas"), article.find_element(By.TAG_NAME, "img")
     maps, part = post["maps"], content["photos"][post["photo"]][1]
-    assert [int(canvas.get_attribute(side)) for side in ("width", "height")] == [maps["columns"], maps["rows"]]
-    for side, extent, share in (("x", "width", part[0]), ("y", "height", part[1])):  # on the part that the model saw
+    assert (
+        [int(canvas.get_attribute(side)) for side in ("width", "height")] == [maps["columns"], maps["rows"]]
+    )
+    # On the part that the model saw.
+    for side, extent, share in (("x", "width", part[0]), ("y", "height", part[1])):
         assert canvas.rect[side] == pytest.approx(image.rect[side] + share * image.rect[extent], abs=1)
         assert canvas.rect[extent] == pytest.approx(part[2 + (side == "y")] * image.rect[extent], abs=1)
     assert button.get_attribute("aria-pressed") == "true" and article.find_elements(By.CLASS_NAME, "peak")
@@ -181,7 +197,10 @@ def test_a_picked_word_shows_what_it_attended_to(page):
     others = [b for b in buttons if b.get_attribute("aria-pressed") == "true"]
     assert {b.get_attribute("value") for b in others} == {button.get_attribute("value")}
     buttons[0].click()
-    assert len(article.find_elements(By.TAG_NAME, "canvas")) == 1 and button.get_attribute("aria-pressed") == "false"
+    assert (
+        len(article.find_elements(By.TAG_NAME, "canvas")) == 1
+        and button.get_attribute("aria-pressed") == "false"
+    )
     buttons[0].click()
     assert not article.find_elements(By.TAG_NAME, "canvas") and "Pick a word" in caption.text
 

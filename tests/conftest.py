@@ -14,7 +14,7 @@ import demo
 import extract_features
 
 torch.set_num_threads(2)
-# Per system: its backbone, its features' size here, and the folders of the demo's models that hold its two parts.
+# Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
 PARTS = {
     "bert-caption": ("caption", 64, "encoder", "encoder"),
     "clip-bert": ("clip", 96, "clip", "encoder"),
@@ -48,11 +48,12 @@ def backbone_flags(data_dir, views=2):
 def data_dir(tmp_path_factory):
     """A --data-dir with `demo` (24 / 8 / 8 posts) and `mnre` (24 / 8 rows, no test file) over its photos.
 
-    Photos differ in shape: two upright, a square one, and one wider than ViLT takes without shrinking its shorter side.
+    Photos differ in shape: two upright, a square one, and one so wide that ViLT shrinks its shorter side.
     """
     root = tmp_path_factory.mktemp("data")
     demo.write_dataset(root / "demo", posts=(24, 8, 8))
-    sizes = {"train_0000": (90, 160), "train_0002": (99, 99), "valid_0003": (64, 200), "test_0001": (300, 100)}
+    sizes = {"train_0000": (90, 160), "train_0002": (99, 99), "valid_0003": (64, 200),
+             "test_0001": (300, 100)}  # fmt: skip
     for name, size in sizes.items():
         path = root / "demo" / "images" / f"{name}.jpg"
         Image.open(path).resize(size).save(path)
@@ -61,14 +62,19 @@ def data_dir(tmp_path_factory):
     for split, count in (("train", 24), ("val", 8)):
         rows = []
         for i in range(count):
-            words = [rng.choice(["Messi", "BBC", "Tokyo", "so", "good", "#", "today"]) for _ in range(rng.randint(4, 9))]
+            words = [
+                rng.choice(["Messi", "BBC", "Tokyo", "so", "good", "#", "today"])
+                for _ in range(rng.randint(4, 9))
+            ]
             head, tail = rng.sample(range(len(words)), 2)
             rows.append({
                 "token": words, "h": {"name": words[head], "pos": [head, head + 1]},
                 "t": {"name": words[tail], "pos": [tail, tail + 1]},
                 "img_id": f"train_{i // 2:04d}.jpg", "relation": RELATIONS[i % 3],
             })  # fmt: skip
-        (root / "mnre" / f"mnre_{split}.txt").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        (root / "mnre" / f"mnre_{split}.txt").write_text(
+            "".join(f"{row}\n" for row in rows), encoding="utf-8"
+        )
     (root / "mnre" / "images").symlink_to(root / "demo" / "images")
     return root
 
@@ -81,8 +87,8 @@ def encoder_dir(data_dir):
 
 @pytest.fixture(scope="session")
 def cache_dir(data_dir, tmp_path_factory):
-    """A --cache-dir with the feature files of both data sets, 2 views: ResNet50's of 64 pixels, 2 x 2 regions, random
-    weights, and those of `PARTS`."""
+    """A --cache-dir with the feature files of both data sets, 2 views: ResNet50's and those of `PARTS`.
+    ResNet50's are of 64 pixels, 2 x 2 regions, random weights."""
     folder = tmp_path_factory.mktemp("features")
     for dataset in ("demo", "mnre"):
         fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", folder, "--workers", 0]

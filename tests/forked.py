@@ -59,7 +59,7 @@ class Script:
         return self.process.exitcode
 
     def communicate(self, timeout=None):
-        """(stdout, stderr), as bytes, when it has ended; subprocess.TimeoutExpired if not in so many seconds."""
+        """(stdout, stderr), as bytes, once ended; subprocess.TimeoutExpired if not in so many seconds."""
         self.process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -74,7 +74,7 @@ class Script:
 
 
 def ended(*scripts):
-    """What became of `Script`s run to their end: a subprocess.CompletedProcess each, what they said as text."""
+    """What became of `Script`s run to their end: a subprocess.CompletedProcess each, its output as text."""
     try:
         said = [[text.decode() for text in script.communicate(timeout=300)] for script in scripts]
     finally:
@@ -90,7 +90,7 @@ def run_script(folder, script, *arguments, **more):
 
 
 def run_together(processes, folder, script, *arguments):
-    """Run one in so many processes, with the environment torchrun gives them: what `ended` returns of each."""
+    """Run one in so many processes, in the environment torchrun gives them: what `ended` returns of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""examples/predict_spark.py on real Spark, which needs Java: `make test-spark`. `make test` does not collect this."""
+"""examples/predict_spark.py on real Spark, which needs Java: `make test-spark`, not part of `make test`."""
 
 import json
 import subprocess
@@ -10,14 +10,18 @@ from test_predict import about, command, posts_file, runs  # noqa: F401 two of t
 from predict import WINDOW, Predictor
 
 
-def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(runs, posts_file, tmp_path):  # noqa: F811
+def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(
+    runs, posts_file, tmp_path  # noqa: F811
+):
     path, (run, weights) = hostile(posts_file(11 * WINDOW)), runs("clip-bert")
     posts = [line.removeprefix(b"\xef\xbb\xbf") for line in path.read_bytes().split(b"\n") if line]
     direct, log = Predictor(run, "cpu", weights)(posts, tmp_path), tmp_path / "log"
     flags = [*command((run, weights), path, tmp_path / "out"), "--master", "local[2,4]", "--tasks", "5"]
     flags.remove("--device"), flags.remove("cpu")
     with open(log, "w") as said:
-        process = subprocess.Popen([sys.executable, EXAMPLES / "predict_spark.py", *flags], stdout=said, stderr=said)
+        process = subprocess.Popen(
+            [sys.executable, EXAMPLES / "predict_spark.py", *flags], stdout=said, stderr=said
+        )
     try:
         workers = []
         while process.poll() is None and len(workers) < 2:  # the daemon, and what it forked
@@ -34,4 +38,6 @@ def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(r
         if "error" in expected:
             assert found.pop("post") == post.decode(errors="backslashreplace")
         del found["row"]
-        assert found == expected | ({"entities": about(expected["entities"])} if "entities" in expected else {})
+        assert found == expected | (
+            {"entities": about(expected["entities"])} if "entities" in expected else {}
+        )

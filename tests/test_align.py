@@ -1,4 +1,4 @@
-"""Alignment losses in closed form, against plain loops, and what must change nothing: padding, order, posts without photo."""
+"""Alignment losses in closed form, against plain loops; what must change none: padding, order, no photo."""
 
 import math
 from pathlib import Path
@@ -22,19 +22,24 @@ def make(name, **more):
 def batch(seed=1, posts=6):
     """Ragged posts over ragged photos; the third has no photo, the last two share one, and two classes."""
     generator = torch.Generator().manual_seed(seed)
-    text, regions = torch.randn(posts, 5, D, generator=generator), torch.randn(posts, 4, DV, generator=generator)
+    text, regions = (
+        torch.randn(posts, 5, D, generator=generator), torch.randn(posts, 4, DV, generator=generator)
+    )
     text_mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:posts, None]
     region_mask = torch.arange(4) < torch.tensor([4, 1, 0, 2, 3, 3])[:posts, None]
     regions[5] = regions[4]
     return {"text": text, "text_mask": text_mask, "regions": regions, "region_mask": region_mask,
-            "photos": torch.tensor([3, 1, 0, 7, 5, 5])[:posts], "classes": torch.tensor([0, 1, 0, 0, 1, 1])[:posts]}  # fmt: skip
+            "photos": torch.tensor([3, 1, 0, 7, 5, 5])[:posts],
+            "classes": torch.tensor([0, 1, 0, 0, 1, 1])[:posts]}  # fmt: skip
 
 
 @every_loss
 def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
     loss, given = make(name), batch()
     wanted = loss(**given)
-    assert wanted.shape == (6,) and wanted.isfinite().all() and wanted[2] == 0 and (wanted[[0, 1, 3]] > 0).all()
+    assert (
+        wanted.shape == (6,) and wanted.isfinite().all() and wanted[2] == 0 and (wanted[[0, 1, 3]] > 0).all()
+    )
     for garbage in (1e30, math.inf, math.nan):
         other = {key: value.clone() for key, value in given.items()}
         other["text"][~given["text_mask"]] = garbage
@@ -46,7 +51,10 @@ def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
         made = loss(**other)
         torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
         made.sum().backward()
-        assert other["regions"].grad.isfinite().all() and all(p.grad.isfinite().all() for p in loss.parameters())
+        assert (
+            other["regions"].grad.isfinite().all()
+            and all(p.grad.isfinite().all() for p in loss.parameters())
+        )
     wide = {key: F.pad(given[key], (0, 0, 0, 3) if given[key].ndim == 3 else (0, 3), value=0) for key in
             ("text", "text_mask", "regions", "region_mask")}  # fmt: skip
     torch.testing.assert_close(loss(**given | wide), wanted, rtol=1e-5, atol=1e-6)
@@ -91,32 +99,54 @@ def test_contrast_in_closed_form():
     """Orthonormal pairs give log(1 + (n - 1) e^(-1 / tau)), one vector for all log n."""
     n, tau = 5, 0.179
     places, allowed = torch.arange(n), torch.ones(n, n, dtype=torch.bool)
-    torch.testing.assert_close(match(torch.eye(n) / tau, allowed, places), torch.full((n,), math.log(1 + (n - 1) * math.exp(-1 / tau))))
+    torch.testing.assert_close(
+        match(torch.eye(n) / tau, allowed, places),
+        torch.full((n,), math.log(1 + (n - 1) * math.exp(-1 / tau))),
+    )
     loss = make("contrastive")
     text, regions = torch.ones(n, 3, D), torch.ones(n, 2, DV)
-    made = loss(text, torch.ones(n, 3, dtype=torch.bool), regions, torch.ones(n, 2, dtype=torch.bool), torch.arange(n))
+    made = loss(
+        text, torch.ones(n, 3, dtype=torch.bool), regions, torch.ones(n, 2, dtype=torch.bool), torch.arange(n)
+    )
     torch.testing.assert_close(made, torch.full((n,), math.log(n)))
 
 
 def test_contrast_is_that_of_a_plain_loop():
     loss, given = make("contrastive"), batch()
-    t = [F.normalize(loss.text(x[m].mean(0)), dim=0) for x, m in zip(given["text"], given["text_mask"], strict=True)]
-    v = [F.normalize(loss.image(x[m].mean(0)), dim=0) if m.any() else None for x, m in zip(given["regions"], given["region_mask"], strict=True)]
+    t = [
+        F.normalize(loss.text(x[m].mean(0)), dim=0)
+        for x, m in zip(given["text"], given["text_mask"], strict=True)
+    ]
+    v = [
+        F.normalize(loss.image(x[m].mean(0)), dim=0) if m.any() else None
+        for x, m in zip(given["regions"], given["region_mask"], strict=True)
+    ]
     wanted = []
     for i in range(6):
-        others = [j for j in range(6) if v[i] is not None and v[j] is not None and (i == j or given["photos"][i] != given["photos"][j])]
+        others = [
+            j for j in range(6)
+            if v[i] is not None and v[j] is not None and (i == j or given["photos"][i] != given["photos"][j])
+        ]
         if not others:
             wanted.append(torch.tensor(0.0))
             continue
         rows, columns = (torch.stack([a[i] @ b[j] / 0.179 for j in others]) for a, b in ((t, v), (v, t)))
-        wanted.append(sum(w * (s.logsumexp(0) - s[others.index(i)]) for w, s in ((0.7, rows), (0.3, columns))))
+        wanted.append(
+            sum(w * (s.logsumexp(0) - s[others.index(i)]) for w, s in ((0.7, rows), (0.3, columns)))
+        )
     torch.testing.assert_close(loss(**given), torch.stack(wanted))
 
 
 def test_local_is_that_of_a_plain_loop_and_bounded():
     loss, given = make("local"), batch()
-    words = [F.normalize(loss.text(x[m]), dim=-1) for x, m in zip(given["text"], given["text_mask"], strict=True)]
-    places = [F.normalize(loss.image(x[m]), dim=-1) for x, m in zip(given["regions"], given["region_mask"], strict=True)]
+    words = [
+        F.normalize(loss.text(x[m]), dim=-1)
+        for x, m in zip(given["text"], given["text_mask"], strict=True)
+    ]
+    places = [
+        F.normalize(loss.image(x[m]), dim=-1)
+        for x, m in zip(given["regions"], given["region_mask"], strict=True)
+    ]
 
     def z(i, j):
         near = []
@@ -127,7 +157,10 @@ def test_local_is_that_of_a_plain_loop_and_bounded():
 
     wanted = torch.zeros(6)
     for i in range(6):
-        others = [j for j in range(6) if len(places[i]) and len(places[j]) and (i == j or given["photos"][i] != given["photos"][j])]
+        others = [
+            j for j in range(6)
+            if len(places[i]) and len(places[j]) and (i == j or given["photos"][i] != given["photos"][j])
+        ]
         for scores in ([z(i, j) for j in others], [z(j, i) for j in others]):
             if others:
                 scores = torch.stack(scores)
@@ -143,13 +176,18 @@ def test_local_does_not_prefer_long_posts():
     word, regions = torch.randn(1, D), torch.randn(2, 3, DV)
     text = word.expand(2, 4, D)
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    made = loss(text, mask, regions[:1].expand(2, -1, -1), torch.ones(2, 3, dtype=torch.bool), torch.arange(2))
+    made = loss(
+        text, mask, regions[:1].expand(2, -1, -1), torch.ones(2, 3, dtype=torch.bool), torch.arange(2)
+    )
     torch.testing.assert_close(made, torch.full((2,), math.log(2)))
 
 
 def test_matching_takes_the_next_other_photo_and_learns_what_an_additive_score_cannot():
     loss, given = make("matching"), batch()
-    t = [loss.bilinear(loss.text(x[m].mean(0))) for x, m in zip(given["text"], given["text_mask"], strict=True)]
+    t = [
+        loss.bilinear(loss.text(x[m].mean(0)))
+        for x, m in zip(given["text"], given["text_mask"], strict=True)
+    ]
     v = [loss.image(x[m].mean(0)) for x, m in zip(given["regions"], given["region_mask"], strict=True)]
     following = {0: 1, 1: 3, 3: 4, 4: 0, 5: 0}  # 4 and 5 share a photo, 2 has none
     for i, j in following.items():
@@ -161,10 +199,13 @@ def test_matching_takes_the_next_other_photo_and_learns_what_an_additive_score_c
     optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
     for step in range(150):
         chosen = torch.randperm(64)[:16]
-        chosen = chosen[torch.cat((torch.tensor([True]), kinds[chosen][1:] != kinds[chosen][:-1]))]  # the next is another kind
+        # So that the next is of another kind.
+        chosen = chosen[torch.cat((torch.tensor([True]), kinds[chosen][1:] != kinds[chosen][:-1]))]
         if kinds[chosen[0]] == kinds[chosen[-1]]:
             chosen = chosen[:-1]
-        made = loss(text[chosen], mask[chosen], regions[chosen], mask[chosen], torch.arange(len(chosen))).mean()
+        made = loss(
+            text[chosen], mask[chosen], regions[chosen], mask[chosen], torch.arange(len(chosen))
+        ).mean()
         optimizer.zero_grad()
         made.backward()
         optimizer.step()
@@ -174,8 +215,12 @@ def test_matching_takes_the_next_other_photo_and_learns_what_an_additive_score_c
 def test_supervised_in_closed_form_and_by_a_plain_loop():
     """Two classes of m posts each, orthogonal: log(m - 1 + m e^(-1 / tau)); a post without partner has 0."""
     loss, given = make("supervised"), batch()
-    both = [torch.cat((x[m].mean(0), r[k].mean(0) if k.any() else torch.zeros(DV))) for x, m, r, k in
-            zip(given["text"], given["text_mask"], given["regions"], given["region_mask"], strict=True)]  # fmt: skip
+    both = [
+        torch.cat((x[m].mean(0), r[k].mean(0) if k.any() else torch.zeros(DV)))
+        for x, m, r, k in zip(
+            given["text"], given["text_mask"], given["regions"], given["region_mask"], strict=True
+        )
+    ]
     z = [F.normalize(loss.pair(x), dim=0) for x in both]
     real, photos, classes = given["region_mask"].any(1), given["photos"], given["classes"]
     wanted = torch.zeros(6)
@@ -230,7 +275,9 @@ print("equal")
 def test_any_number_of_processes_gives_the_losses_and_gradients_of_one(tmp_path):
     """Four processes have two, two, one and one of six posts."""
     script = tmp_path / "together.py"
-    script.write_text(TOGETHER.format(project=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent)))
+    script.write_text(
+        TOGETHER.format(project=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent))
+    )
     for processes in (1, 4):
         done = run_together(processes, tmp_path, script, tmp_path)
         assert [(one.returncode, one.stdout) for one in done] == [(0, "equal\n")] * processes, done

@@ -17,7 +17,8 @@ open("train.txt", "w").write("IMGID:1\\nRT\\tO\\nKevin\\tB-PER\\n\\n")
 assert post.words == ("RT", "Kevin") and "torch" not in sys.modules
 """,
     "encoding": """
-rows = [{"input_ids": [1, 5, 2], "own": (1, 2), "word_starts": [1], "labels": [0]}, {"input_ids": [1, 2], "own": (1, 1), "word_starts": [-1], "labels": [encoding.IGNORE]}]
+rows = [{"input_ids": [1, 5, 2], "own": (1, 2), "word_starts": [1], "labels": [0]}, \
+{"input_ids": [1, 2], "own": (1, 1), "word_starts": [-1], "labels": [encoding.IGNORE]}]
 assert encoding.collate(rows, 0)["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 """,
     "features": """
@@ -54,8 +55,13 @@ def test_works_alone(names, tmp_path):
     copied = names.split()
     for name in copied:
         shutil.copy(PROJECT / f"{name}.py", tmp_path)
-    foreign = {path.stem for path in PROJECT.glob("*.py")} - set(copied) | HEAVY - ({"h5py"} if names == "features" else set())
-    tensors = "import torch\ntext, regions = torch.randn(2, 3, 16), torch.randn(2, 4, 5)\n" * (names != "data")
+    foreign = (
+        {path.stem for path in PROJECT.glob("*.py")} - set(copied)
+        | HEAVY - ({"h5py"} if names == "features" else set())
+    )
+    tensors = (
+        "import torch\ntext, regions = torch.randn(2, 3, 16), torch.randn(2, 4, 5)\n" * (names != "data")
+    )
     script = f"""
 import sys
 sys.path.insert(0, ".")  # -I keeps the working folder and PYTHONPATH out

@@ -24,13 +24,20 @@ def reference_states(name, folder, photo):
     with torch.no_grad():
         if name == "clip":
             return CLIPVisionModel.from_pretrained(folder).eval()(**given).last_hidden_state[0, 1:]
-        return BlipForImageTextRetrieval.from_pretrained(folder).eval().vision_model(**given).last_hidden_state[0]
+        return (
+            BlipForImageTextRetrieval.from_pretrained(folder).eval()
+            .vision_model(**given).last_hidden_state[0]
+        )
 
 
 @pytest.mark.parametrize("name, regions, grid", [("clip", 36, [6, 6]), ("blip", 37, [6, 6])])
 def test_cached_regions_are_the_models_own_states(data_dir, cache_dir, name, regions, grid):
     cache = FeatureCache(cache_dir / f"demo-{name}-96.h5")
-    assert cache.shape == (40, 2, regions, 64) and (cache.grid == grid).all() and (cache.num_regions == regions).all()
+    assert (
+        cache.shape == (40, 2, regions, 64)
+        and (cache.grid == grid).all()
+        and (cache.num_regions == regions).all()
+    )
     for image_id in ("train_0000", "train_0001", "valid_0003", "test_0001"):  # upright, wide
         photo = Image.open(data_dir / "demo" / "images" / f"{image_id}.jpg").convert("RGB")
         expected = reference_states(name, data_dir / "demo" / name, photo)
@@ -39,7 +46,7 @@ def test_cached_regions_are_the_models_own_states(data_dir, cache_dir, name, reg
 
 
 def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
-    """Patches put back in their places and normalised as the file says are the processor's pixel_values and mask."""
+    """Patches back in place, normalised as the file says, are the processor's pixel_values and mask."""
     cache = FeatureCache(cache_dir / "demo-pixels-96.h5")
     processor = AutoImageProcessor.from_pretrained(data_dir / "demo" / "vilt")
     grids = set()
@@ -53,7 +60,9 @@ def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
         assert regions.dtype == torch.uint8 and not regions[~mask].any() and given["pixel_mask"].all()
         assert given["pixel_values"].shape[1:] == pixels.shape
         mean, std = (torch.tensor(cache.attrs[key])[:, None, None] for key in ("mean", "std"))
-        torch.testing.assert_close((pixels / 255 - mean) / std, given["pixel_values"][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            (pixels / 255 - mean) / std, given["pixel_values"][0], rtol=1e-5, atol=1e-5
+        )
         grids.add((rows, columns))
     assert len(grids) > 2 and len({rows * columns for rows, columns in grids}) > 2
     assert cache.shape[2] >= max(cache.num_regions) and cache.attrs["parameters"] == 0
@@ -62,9 +71,13 @@ def test_cached_pixels_are_all_that_vilts_processor_makes(data_dir, cache_dir):
 def test_cached_captions_are_the_encoders_states(data_dir, cache_dir):
     """Those of transformers' own forward pass over each caption alone, without [CLS] and [SEP]."""
     cache, folder = FeatureCache(cache_dir / "demo-caption-64.h5"), data_dir / "demo" / "encoder"
-    captions, encoder = read_captions(data_dir / "demo" / "captions.txt"), AutoModel.from_pretrained(folder).eval()
+    captions, encoder = (
+        read_captions(data_dir / "demo" / "captions.txt"), AutoModel.from_pretrained(folder).eval()
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert cache.shape == (40, 1, 64, 64) and not cache.grid.any() and len(set(cache.num_regions.tolist())) > 1
+    assert (
+        cache.shape == (40, 1, 64, 64) and not cache.grid.any() and len(set(cache.num_regions.tolist())) > 1
+    )
     for image_id in cache.rows:
         given = tokenizer(captions[f"{image_id}.jpg"], return_tensors="pt")
         with torch.no_grad():
@@ -81,7 +94,8 @@ def test_captions_that_say_nothing(data_dir):
     assert [(None if views is None else tuple(views.shape), status) for views, status, _ in read] == [
         ((1, 2), OK), ((1, 4), OK), (None, UNREADABLE), (None, MISSING), (None, MISSING)]  # fmt: skip
     assert [reason for _, _, reason in read] == [
-        "", "cut: 6 sub-tokens", "empty caption", "no caption", "caption of a placeholder picture"]  # fmt: skip
+        "", "cut: 6 sub-tokens", "empty caption", "no caption", "caption of a placeholder picture",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="takes captions of 510 sub-tokens at most"):
         load_backbone("caption", str(data_dir / "demo" / "encoder"), 511)
 
@@ -112,9 +126,16 @@ def test_augmented_views_have_the_plain_ones_size_and_keep_its_aspect(data_dir):
     maker = Photos([], {}, backbone, 40, 0)
     views = maker.all_views(photo, "a")
     assert views.shape == (40, 3, 96, 144)
-    whole = [view for view in views.float().mean(1) if not max(*view[[0, -1]].max(1).values, *view[:, [0, -1]].max(0).values) > 99]
+    whole = [
+        view for view in views.float().mean(1)
+        if not max(*view[[0, -1]].max(1).values, *view[:, [0, -1]].max(0).values) > 99
+    ]
     sides = [((view > 99).any(0).sum() / (view > 99).any(1).sum()).item() for view in whole]
-    assert len(sides) > 10 and 0.9 < np.exp(np.mean(np.log(sides))) < 1.1 and all(0.6 < side < 1.7 for side in sides)
+    assert (
+        len(sides) > 10
+        and 0.9 < np.exp(np.mean(np.log(sides))) < 1.1
+        and all(0.6 < side < 1.7 for side in sides)
+    )
 
 
 @pytest.mark.parametrize("name", ["clip", "blip"])
@@ -122,7 +143,11 @@ def test_a_missing_vision_weight_is_an_error(data_dir, tmp_path, name):
     shutil.copytree(data_dir / "demo" / name, tmp_path / name)
     weights = load_file(tmp_path / name / "model.safetensors")
     lost = next(key for key in weights if "text" not in key and "self_attn" in key)
-    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != lost},
+        tmp_path / name / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="--weights .*: 1 weights missing .first: .*self_attn"):
         load_backbone(name, str(tmp_path / name))
 
@@ -157,6 +182,7 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(data_dir, tmp_path):
 
 def test_defaults_are_the_published_models():
     assert {name: default for name, (_, default) in BACKBONES.items()} == {
-        "resnet50": "imagenet", "clip": "openai/clip-vit-base-patch32", "blip": "Salesforce/blip-itm-base-coco",
-        "pixels": "dandelin/vilt-b32-mlm", "caption": "bert-base-uncased", "phrases": "bert-base-uncased",
+        "resnet50": "imagenet", "clip": "openai/clip-vit-base-patch32",
+        "blip": "Salesforce/blip-itm-base-coco", "pixels": "dandelin/vilt-b32-mlm",
+        "caption": "bert-base-uncased", "phrases": "bert-base-uncased",
     }  # fmt: skip

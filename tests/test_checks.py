@@ -1,4 +1,4 @@
-"""The paired bootstrap against a direct computation; the leak check on data that leak and data that do not."""
+"""The paired bootstrap against a direct computation; the leak check on data with and without leaks."""
 
 import random
 import statistics
@@ -22,7 +22,10 @@ RELATIONS = ["None", "None", "/a", "/b"]
 def make_runs(task, seeds, posts=30, kept=0.6):
     """Predictions of several runs on the same posts; photos are shared by up to three rows of a relation."""
     rng = random.Random(1)
-    gold = [rng.choices(LABELS, k=rng.randint(1, 9)) if task == "ner" else rng.choice(RELATIONS) for _ in range(posts)]
+    gold = [
+        rng.choices(LABELS, k=rng.randint(1, 9)) if task == "ner" else rng.choice(RELATIONS)
+        for _ in range(posts)
+    ]
     runs = []
     for seed in seeds:
         rng = random.Random(seed)
@@ -56,7 +59,9 @@ def test_bootstrap_is_what_resampling_posts_one_by_one_gives(task, name):
     rng, differences = np.random.default_rng(9), []
 
     def mean_score(runs, times):
-        drawn = [[r for r, unit in zip(run, unit_of, strict=True) for _ in range(times[unit])] for run in runs]
+        drawn = [
+            [r for r, unit in zip(run, unit_of, strict=True) for _ in range(times[unit])] for run in runs
+        ]
         return np.mean([direct_score(records, name) for records in drawn])
 
     for draw in rng.multinomial(len(units), np.full(len(units), 1 / len(units)), resamples):
@@ -65,7 +70,10 @@ def test_bootstrap_is_what_resampling_posts_one_by_one_gives(task, name):
     once = dict.fromkeys(units, 1)
     assert found["a_seeds"] == pytest.approx([mean_score([run], once) for run in a_runs])
     assert found["b_seeds"] == pytest.approx([mean_score([run], once) for run in b_runs])
-    assert found["a"] == pytest.approx(mean_score(a_runs, once)) and found["b"] == pytest.approx(mean_score(b_runs, once))
+    assert (
+        found["a"] == pytest.approx(mean_score(a_runs, once))
+        and found["b"] == pytest.approx(mean_score(b_runs, once))
+    )
     assert found["difference"] == pytest.approx(found["a"] - found["b"]) and found["units"] == len(units)
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(differences, (2.5, 97.5))))
     smaller = min(sum(d <= 1e-12 for d in differences), sum(d >= -1e-12 for d in differences))
@@ -81,12 +89,19 @@ def test_bootstrap_at_its_ends():
     clear = paired_bootstrap([perfect], [run], resamples=999)
     assert clear["a"] == 1 and clear["low"] > 0 and clear["p"] == pytest.approx(2 / 1000)
     back = paired_bootstrap([run], [perfect], resamples=999)
-    assert (back["low"], back["high"]) == pytest.approx((-clear["high"], -clear["low"])) and back["p"] == clear["p"]
+    assert (
+        (back["low"], back["high"]) == pytest.approx((-clear["high"], -clear["low"]))
+        and back["p"] == clear["p"]
+    )
 
 
 def test_bootstrap_refuses_other_posts_and_other_gold():
     (run,), (other,) = make_runs("ner", (1,)), make_runs("ner", (2,))
-    for changed in (other[1:], [other[0] | {"id": "x"}, *other[1:]], [other[0] | {"gold": ["O"], "predicted": ["O"]}, *other[1:]]):
+    for changed in (
+        other[1:],
+        [other[0] | {"id": "x"}, *other[1:]],
+        [other[0] | {"gold": ["O"], "predicted": ["O"]}, *other[1:]],
+    ):
         with pytest.raises(ValueError, match="other posts or other gold"):
             paired_bootstrap([run], [changed])
     with pytest.raises(ValueError, match="strict-f1 is of named entities"):
@@ -109,7 +124,7 @@ def test_auc_interval_is_about_that_of_a_bootstrap():
 
 
 def make_dataset(folder, leak, task="relation", posts=300):
-    """Posts with a photo each; with `leak`, rows that are not None have crops beside them, and those with PER are wide."""
+    """Posts with a photo each; with `leak`, rows not None have crops beside them, those with PER are wide."""
     rng, examples = random.Random(0), {"train": [], "valid": []}
     for split in examples:
         for i in range(posts):
@@ -120,7 +135,9 @@ def make_dataset(folder, leak, task="relation", posts=300):
                 crops = rng.randint(1, 3) if leak and some else 0
                 for crop in range(crops):
                     (folder / f"{split}_{i}_crop{crop}.jpg").touch()
-                examples[split].append(RelationExample(str(i), photo, words, (0, 1), (1, 2), "/a" if some else "None"))
+                examples[split].append(
+                    RelationExample(str(i), photo, words, (0, 1), (1, 2), "/a" if some else "None")
+                )
             else:
                 labels = ("B-PER" if some else "O",) + ("O",) * (len(words) - 1)
                 examples[split].append(NerExample(str(i), photo.removesuffix(".jpg"), words, labels))
@@ -146,7 +163,9 @@ def test_files_are_counted_once_and_by_whole_names(tmp_path):
     (tmp_path / "crops").mkdir()
     for name in ("1.jpg", "12.jpg", "crops/1_0.jpg", "crops/crop-1.png", "crops/12_1x.jpg", "crops/21.jpg"):
         (tmp_path / name).touch()
-    assert files_named_after(["1.jpg", "12.jpg", "3"], [tmp_path, tmp_path / "crops"]) == {"1.jpg": 3, "12.jpg": 2}
+    assert files_named_after(
+        ["1.jpg", "12.jpg", "3"], [tmp_path, tmp_path / "crops"]
+    ) == {"1.jpg": 3, "12.jpg": 2}
 
 
 def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
@@ -154,7 +173,8 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     made = {"x-s1": (1, runs[0]), "x-s2": (2, runs[1]), "y-s1": (1, runs[2]), "x-shuffled-s1": (1, runs[2])}
     for name, (seed, records) in made.items():
         (tmp_path / name).mkdir()
-        config = {"dataset": "d", "model": "m", "fusion": name[0], "labels": [], "data": {}, "seed": seed, "text_encoder": "e"}
+        config = {"dataset": "d", "model": "m", "fusion": name[0], "labels": [], "data": {}, "seed": seed,
+                  "text_encoder": "e"}  # fmt: skip
         write_json(tmp_path / name / "config.json", config | {"shuffle_photos": "shuffled" in name})
         write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
     evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])
@@ -166,7 +186,9 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     evaluate.main(["--compare", str(tmp_path / "x-shuffled-s*"), str(tmp_path / "y-s1")])  # asked for by name
     out = capsys.readouterr().out
     assert "+0.0000" in out and "one seed against one seed" in out
-    with pytest.raises(ValueError, match=r"x-s1 and y-s1 differ in fusion \(one: x, other: y\); name runs of one kind"):
+    with pytest.raises(
+        ValueError, match=r"x-s1 and y-s1 differ in fusion \(one: x, other: y\); name runs of one kind"
+    ):
         evaluate.main(["--compare", str(tmp_path / "*-s*"), str(tmp_path / "y-s1")])
     for pattern, message in (("z-s*", "no such run folder"), ("z", "no such run folder")):
         with pytest.raises(FileNotFoundError, match=message):
@@ -178,17 +200,21 @@ def test_what_counts_as_another_seed_of_the_same_system():
     config = vars(train.parse_args(["--device", "cpu"])) | {
         "labels": ["O"], "threads": 1, "processes": 1, "versions": {"torch": "2.15"}, "encoder_parameters": 5,
         "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
-        "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager", "version_torch": "2.15"},
+        "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager",
+                          "version_torch": "2.15"},
     }  # fmt: skip
     free = {"seed", "data_dir", "images", "cache_dir", "features", "notes", "run_dir", "device", "overwrite",
-            "resume", "save_every", "system", "generated", "relevance_median", "eval_batch_size", "threads", "processes", "versions"}  # fmt: skip
+            "resume", "save_every", "system", "generated", "relevance_median", "eval_batch_size", "threads",
+            "processes", "versions"}  # fmt: skip
     known = system_settings(config)
     for key in config.keys() - {"data", "features_made", "text_encoder"}:
         assert (system_settings(config | {key: "other"}) == known) == (key in free), key
     for part, inner, same in (
         ("data", {"train": {"file": "elsewhere", "sha256": "a", "variant": "v"}}, True),
         ("data", {"train": {"file": "data/train.txt", "sha256": "other", "variant": "v"}}, False),
-        ("features_made", config["features_made"] | {"sha256": "last bits", "engine": "inductor", "version_torch": "2.11"}, True),
+        ("features_made",
+            config["features_made"] | {"sha256": "last bits", "engine": "inductor", "version_torch": "2.11"},
+            True),
         ("features_made", config["features_made"] | {"views": 1}, False),
         ("features_made", config["features_made"] | {"weights": "x"}, False),
         ("features_made", None, False),
@@ -203,12 +229,20 @@ def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):
     images.mkdir(parents=True)
     dataset = make_dataset(images, leak=True, task="ner")
     for split, examples in dataset.examples.items():
-        posts = ("\n".join([f"IMGID:{e.image_id}", *(f"{w} {y}" for w, y in zip(e.words, e.labels, strict=True)), ""])
-                 for e in examples)  # fmt: skip
+        posts = (
+            "\n".join([
+                f"IMGID:{e.image_id}", *(f"{w} {y}" for w, y in zip(e.words, e.labels, strict=True)), ""
+            ])
+            for e in examples
+        )  # fmt: skip
         (tmp_path / "mine" / f"{split}.txt").write_text("\n".join(posts))
     evaluate.main(["--leak-check", str(tmp_path / "mine")])
     out = capsys.readouterr().out
-    assert "600 of 600 photos found" in out and "AUC on valid" in out and "WARNING: 'PER' can be told from the photo's files" in out
+    assert (
+        "600 of 600 photos found" in out
+        and "AUC on valid" in out
+        and "WARNING: 'PER' can be told from the photo's files" in out
+    )
     with pytest.raises(ValueError, match="has no test file"):
         evaluate.main(["--leak-check", str(tmp_path / "mine"), "--split", "test"])
     with pytest.raises(FileNotFoundError, match="no image folder"):
@@ -218,14 +252,15 @@ def test_leak_check_of_a_folder_on_the_command_line(tmp_path, capsys):
     assert "is neither a folder nor one of twitter2015" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- notes
+# ------------------------------------------------------------------------------------------------------ notes
 
 
 @pytest.mark.parametrize("words, text, stands", [
     ("Kevin Durant", "1. kevin DURANT (person)", True), ("Kevin Durant", "Durant, Kevin", False),
-    ("Kevin Durant", "Kevin-Durant!", True), ("Kevin Durant", "Kevin and Durant", False), ("Ada", "ada", True),
-    ("Ada", "Nevada", False), ("@ NBA", "the #NBA", True), ("York 's", "New York's", True), ("É", "é", True),
-    ("New York", "new", False), ("! 😀", "! 😀", False), ("! 😀", "", False), ("x", "", False),
+    ("Kevin Durant", "Kevin-Durant!", True), ("Kevin Durant", "Kevin and Durant", False),
+    ("Ada", "ada", True), ("Ada", "Nevada", False), ("@ NBA", "the #NBA", True),
+    ("York 's", "New York's", True), ("É", "é", True), ("New York", "new", False), ("! 😀", "! 😀", False),
+    ("! 😀", "", False), ("x", "", False),
 ])  # fmt: skip
 def test_a_mention_stands_in_a_text_by_whole_words(words, text, stands):
     assert stands_in(words.split(), text) == stands
@@ -276,8 +311,13 @@ def test_gold_in_notes_by_hand(noted):
     dataset, path = noted
     found = note_leaks(dataset, "valid", Notes(path))
     assert found.keys() == {"about_post", "about_photo"}
-    for key, train, valid, unseen in (("about_post", (1, 3), (3, 5), (2, 3)), ("about_photo", (0, 3), (0, 5), (0, 3))):
-        assert found[key] == {"train": {"gold": train, "unseen": (0, 0)}, "valid": {"gold": valid, "unseen": unseen}}
+    for key, train, valid, unseen in (
+        ("about_post", (1, 3), (3, 5), (2, 3)), ("about_photo", (0, 3), (0, 5), (0, 3))
+    ):
+        assert found[key] == {
+            "train": {"gold": train, "unseen": (0, 0)},
+            "valid": {"gold": valid, "unseen": unseen},
+        }
 
 
 def test_only_what_notes_say_of_posts_looked_at_is_counted(noted, tmp_path):
@@ -293,7 +333,9 @@ def test_only_what_notes_say_of_posts_looked_at_is_counted(noted, tmp_path):
 def test_relations_need_both_names_in_the_note(tmp_path):
     """A row's own note before its photo's; half a pair is none."""
     words = ("Messi", "of", "FC", "Barcelona")
-    rows = [RelationExample(f"p@{i}", "p", words, (0, 1), (2, 4), y) for i, y in enumerate(["None", "/a", "/a"])]
+    rows = [
+        RelationExample(f"p@{i}", "p", words, (0, 1), (2, 4), y) for i, y in enumerate(["None", "/a", "/a"])
+    ]
     said = {"p": {"about_post": "fc barcelona's Messi"}, "p@1": {"about_post": "Messi, Barcelona"}}
     path = notes_file(tmp_path / "n.jsonl", said)
     dataset = Dataset("made", "relation", {}, {"train": rows[:1], "test": rows}, ())

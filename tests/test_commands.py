@@ -32,8 +32,9 @@ def test_dataset_name(tmp_path):
 
 
 @pytest.mark.parametrize("asked, device, capability, picked", [
-    ("auto", "cpu", None, "float32"), ("auto", "cuda", (9, 0), "bfloat16"), ("auto", "cuda:1", (8, 0), "bfloat16"),
-    ("auto", "cuda", (7, 5), "float32"), ("bfloat16", "cuda", (7, 5), "bfloat16"), ("float32", "cuda", (9, 0), "float32"),
+    ("auto", "cpu", None, "float32"), ("auto", "cuda", (9, 0), "bfloat16"),
+    ("auto", "cuda:1", (8, 0), "bfloat16"), ("auto", "cuda", (7, 5), "float32"),
+    ("bfloat16", "cuda", (7, 5), "bfloat16"), ("float32", "cuda", (9, 0), "float32"),
     ("bfloat16", "cpu", None, "bfloat16"),
 ])  # fmt: skip
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, asked, device, capability, picked):
@@ -55,7 +56,8 @@ def test_a_process_touches_no_gpu_but_its_own(monkeypatch, together, asked, touc
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     assert join_processes(asked) == (0, 4 if together else 1, touched)
-    assert looked == [touched] and current == [touched] * (":" in touched)  # torch takes no "cuda" without a number there
+    # torch takes no "cuda" without a number there.
+    assert looked == [touched] and current == [touched] * (":" in touched)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -68,7 +70,9 @@ def test_a_file_system_without_locks_is_said_and_gone_on_with(monkeypatch, tmp_p
     with alone_in(tmp_path):
         pass
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all(line.startswith("WARNING: ") and "no locks on this file system" in line for line in said)
+    assert len(said) == 2 and all(
+        line.startswith("WARNING: ") and "no locks on this file system" in line for line in said
+    )
 
 
 def test_another_error_of_a_lock_is_no_missing_lock(monkeypatch, tmp_path):
@@ -102,7 +106,11 @@ def test_no_memory_is_one_line_that_names_what_to_lower(monkeypatch, error):
     with pytest.raises(SystemExit) as ended:
         command_line(main, lower="lower --batch-size")
     said = ended.value.code
-    assert said.startswith("train.py: error: out of memory (") and said.endswith("; lower --batch-size") and "\n" not in said
+    assert (
+        said.startswith("train.py: error: out of memory (")
+        and said.endswith("; lower --batch-size")
+        and "\n" not in said
+    )
 
 
 def test_another_runtime_error_stays_what_it_is():
@@ -150,7 +158,8 @@ def test_a_bar_is_for_what_takes_long(monkeypatch, capsys, terminal, every):
             assert (bar.mininterval, bar.delay) == (every, every * short)
             bar.update(7)
     err = capsys.readouterr().err
-    assert err.count("epoch 3") >= 1 and err.rstrip().endswith("post/s]") and "9/9" in err  # of the long one alone
+    # A bar of the long one alone.
+    assert err.count("epoch 3") >= 1 and err.rstrip().endswith("post/s]") and "9/9" in err
     with progress_bar(9, "post", True) as bar:
         bar.update(9)
     assert capsys.readouterr().err == ""

@@ -71,7 +71,10 @@ def test_partition_loss_path_and_marginals_are_those_of_enumeration(drawn, biase
 
 def test_the_gradient_is_marginals_less_gold_and_reaches_every_parameter():
     crf, mask = random_crf(1), torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
-    logits, labels = torch.randn(3, 4, K).masked_fill_(~mask[..., None], math.nan).requires_grad_(), torch.randint(K, (3, 4))
+    logits, labels = (
+        torch.randn(3, 4, K).masked_fill_(~mask[..., None], math.nan).requires_grad_(),
+        torch.randint(K, (3, 4)),
+    )
     crf.loss(logits, mask, labels).sum().backward()
     assert logits.grad.isfinite().all() and not logits.grad[~mask].any()
     for i in (0, 2):
@@ -89,7 +92,9 @@ def test_the_gradient_is_marginals_less_gold_and_reaches_every_parameter():
 def test_a_new_one_is_a_softmax_of_each_word():
     torch.manual_seed(2)
     crf, logits, mask, labels = Crf(5), torch.randn(4, 7, 5), torch.rand(4, 7) < 0.7, torch.randint(5, (4, 7))
-    wanted = [F.cross_entropy(x[m], y[m], reduction="sum") for x, m, y in zip(logits, mask, labels, strict=True)]
+    wanted = [
+        F.cross_entropy(x[m], y[m], reduction="sum") for x, m, y in zip(logits, mask, labels, strict=True)
+    ]
     assert torch.allclose(crf.loss(logits, mask, labels), torch.stack(wanted), atol=1e-5)
     best, probability = crf.decode(logits, mask)
     softmax = logits.softmax(-1).max(-1)
@@ -112,7 +117,7 @@ def test_a_batch_is_its_posts_one_by_one_at_any_padding():
 
 
 def test_equal_scores_give_one_whole_path():
-    """Only 0 1 0 1 ... and 1 0 1 0 ... are best, and equal: a word of the one and a word of the other are neither."""
+    """Only 0 1 0 1 ... and 1 0 1 0 ... are best and equal; a word of one and one of the other are neither."""
     crf = Crf(2)
     with torch.no_grad():
         crf.transitions.fill_diagonal_(-5)
@@ -132,7 +137,9 @@ def test_long_and_extreme_posts_stay_finite():
 
 
 def test_float32_under_autocast_and_no_gradients_needed():
-    crf, logits, mask, labels = random_crf(5), torch.randn(2, 20, K), torch.ones(2, 20, dtype=torch.bool), torch.randint(K, (2, 20))
+    crf, logits, mask, labels = (
+        random_crf(5), torch.randn(2, 20, K), torch.ones(2, 20, dtype=torch.bool), torch.randint(K, (2, 20))
+    )
     wanted, path = crf.loss(logits, mask, labels), crf.decode(logits, mask)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(crf.loss(logits, mask, labels), wanted)
@@ -142,7 +149,7 @@ def test_float32_under_autocast_and_no_gradients_needed():
 
 
 def test_steps_grow_with_the_logarithm_of_the_longest_post():
-    """What a GPU waits for are kernels: those of a post of 64 words are at most twice those of 8, whatever the batch."""
+    """A GPU waits for kernels: a post of 64 words has at most twice those of 8, whatever the batch."""
 
     def kernels(posts, words):
         crf, logits = Crf(K), torch.randn(posts, words, K, requires_grad=True)

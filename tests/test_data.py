@@ -1,4 +1,4 @@
-"""The promises of data.py: hand-written files and what is read of them, batches against a second way to make them."""
+"""Promises of data.py: files by hand and what is read of them, batches against a second way to make them."""
 
 import argparse
 import hashlib
@@ -58,8 +58,10 @@ def refused(path, line, reason):
 @pytest.mark.parametrize("content", [
     PLAIN, PLAIN[:-1], PLAIN[:-2], PLAIN.replace("\n", "\r\n"), "\ufeff" + PLAIN, PLAIN.replace("\n\n", "\n"),
     PLAIN.replace("\n\n", "\n\n\n"), PLAIN.replace("\n\n", "\n  \n"), "\n" + PLAIN,
-    *(PLAIN.replace("\n\n", f"\n{blank}\n") for blank in ("\t", " \t\t ", "\u00a0", "\t\r", "-DOCSTART-\tO", "-DOCSTART- -X- O")),
-    *(re.sub(r"(IMGID:.)", rf"\1{end}", PLAIN) for end in ("\t", " \t ", "\tO", "\tO\r")), "-DOCSTART-\n\n" + PLAIN,
+    *(PLAIN.replace("\n\n", f"\n{blank}\n")
+        for blank in ("\t", " \t\t ", "\u00a0", "\t\r", "-DOCSTART-\tO", "-DOCSTART- -X- O")),
+    *(re.sub(r"(IMGID:.)", rf"\1{end}", PLAIN) for end in ("\t", " \t ", "\tO", "\tO\r")),
+    "-DOCSTART-\n\n" + PLAIN,
 ])  # fmt: skip
 def test_ner_file(tmp_path, content):
     assert read_ner(tmp_path, content) == POSTS
@@ -69,8 +71,13 @@ def test_ner_file(tmp_path, content):
 def test_ner_file_without_photos(tmp_path, blank):
     notes, path = [], write(tmp_path / "x", f"a\tO\nb\tB-PER\n{blank}c\tI-PER\n{blank}")
     posts, second = data.read_ner(path, LABELS, notes), 3 + blank.count("\n")
-    assert posts == [NerExample("line 1", None, ("a", "b"), ("O", "B-PER")), NerExample(f"line {second}", None, ("c",), ("I-PER",))]
-    assert notes == ["no IMGID line: 2 posts without photo"] + ["2 -DOCSTART- lines left out"] * ("DOC" in blank)
+    assert posts == [
+        NerExample("line 1", None, ("a", "b"), ("O", "B-PER")),
+        NerExample(f"line {second}", None, ("c",), ("I-PER",)),
+    ]
+    assert notes == (
+        ["no IMGID line: 2 posts without photo"] + ["2 -DOCSTART- lines left out"] * ("DOC" in blank)
+    )
 
 
 def test_a_photo_line_with_a_label_starts_a_post_too(tmp_path):
@@ -111,17 +118,23 @@ def test_label_schemes(tmp_path, scheme, seed):
     assert strict(made, IOB2) == strict(posts, scheme) and any(strict(made, IOB2))
     changed = sum(a != b for pair in zip(posts, made, strict=True) for a, b in zip(*pair, strict=True))
     name = {"IOBES": "BIOES"}.get(scheme.__name__, scheme.__name__)
-    assert notes == ([] if scheme is IOB2 else [f"{name} labels read as BIO, {changed} changed"]) and (made == posts) == (scheme is IOB2)
+    assert (
+        notes == ([] if scheme is IOB2 else [f"{name} labels read as BIO, {changed} changed"])
+        and (made == posts) == (scheme is IOB2)
+    )
 
 
 def test_orphans_in_a_bio_file_stay(tmp_path):
     notes, labels = [], ["I-PER", "O", "B-LOC", "O", "B-PER", "I-LOC", "B-LOC", "B-LOC"]
-    (post,) = data.read_ner(write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels)), LABELS, notes)
+    (post,) = data.read_ner(
+        write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels)), LABELS, notes
+    )
     assert (list(post.labels), notes) == (labels, [])
 
 
 @pytest.mark.parametrize("labels, line, said", [
-    (["B-PER", "E-PER", "B-LOC", "O"], 4, "'B-LOC' before 'O' is not BIOES, and 'E-PER' elsewhere in the file is not BIO"),
+    (["B-PER", "E-PER", "B-LOC", "O"], 4,
+        "'B-LOC' before 'O' is not BIOES, and 'E-PER' elsewhere in the file is not BIO"),
     (["S-PER", "B-LOC", "E-PER"], 3, "'B-LOC' before 'E-PER' is not BIOES"),
     (["B-LOC", "L-LOC", "I-PER"], 4, "'I-PER' before 'O' is not BILOU"),
     (["U-LOC", "O", "E-PER"], 4, "'E-PER' before 'O' is not BILOU"),
@@ -134,14 +147,17 @@ def test_labels_of_no_one_scheme_are_refused(tmp_path, labels, line, said):
 
 
 # What strip, split and splitlines take for a space or for the end of a line is a part of the word.
-@pytest.mark.parametrize("word", ["", "IMGID:1", *"\u00a0\u200b\ufe0f\ufeff ", *map("a{}b".format, " \u2028\x85\f\r"),
-                                  "\N{WOMAN}\u200d\N{ROCKET}", "\u200f\u05e9\u05dc\u05d5\u05dd"])  # fmt: skip
+@pytest.mark.parametrize("word", [
+    "", "IMGID:1", *"\u00a0\u200b\ufe0f\ufeff ", *map("a{}b".format, " \u2028\x85\f\r"),
+    "\N{WOMAN}\u200d\N{ROCKET}", "\u200f\u05e9\u05dc\u05d5\u05dd",
+])  # fmt: skip
 def test_ner_odd_words_survive(tmp_path, word):
     (post,) = read_ner(tmp_path, f"IMGID:1\na\tO\n{word}\tB-PER\nc\tI-PER\n\n")
     assert (post.words, post.labels) == (("a", word, "c"), ("O", "B-PER", "I-PER"))
 
 
-@pytest.mark.parametrize("ids", [["1", "2", "1", "1"], ["a@7", "a", "a"]])  # the latter: a photo named as a later post
+# In the latter a photo is named as a later post.
+@pytest.mark.parametrize("ids", [["1", "2", "1", "1"], ["a@7", "a", "a"]])
 def test_ner_repeated_ids(tmp_path, ids):
     posts = read_ner(tmp_path, "".join(f"IMGID:{image_id}\nw\tO\n\n" for image_id in ids))
     assert [post.image_id for post in posts] == ids
@@ -150,15 +166,16 @@ def test_ner_repeated_ids(tmp_path, ids):
 
 @pytest.mark.parametrize("content, line, reason", [
     ("IMGID:1\na O\n", 2, "word<TAB>label, found 'a O'"), (POST + "2\n", 5, "word<TAB>label, found '2'"),
-    ("IMGID:1\na\tX\tO\n", 2, "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep the word and one label, as cut -f1,3 does"),
+    ("IMGID:1\na\tX\tO\n", 2,
+        "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep the word and one label, as cut -f1,3 does"),
     ("IMGID:1\na\tS-ORG\n", 2, "unknown label 'B-ORG'"),
     ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
     ("IMGID:1\na\tb-Per\n", 2, "unknown label 'b-Per'"), ("IMGID:1\na\to\n", 2, "unknown label 'o'"),
     (POST + "c\tO\n", 5, "no IMGID"), ("c\tO\n\n" + POST, 1, "no IMGID"),
     (b"IMGID:1\na\tO\nb\xff\tO\n", 3, "not UTF-8"), (b"IMGID:1\na\tO\n\xc3", 3, "not UTF-8"),
     (b"\xef\xbb\xbfIMGID:1\na\tO\n\xff\tO\n", 3, "not UTF-8"),  # the byte order mark must not shift the count
-    (POST + "IMGID:2\n\nIMGID:3\na\tO\n", 5, "post 2 has no words"), (POST + "IMGID:2", 5, "post 2 has no words"),
-    ("IMGID:2\nIMGID:3\na\tO\n", 1, "post 2 has no words"),
+    (POST + "IMGID:2\n\nIMGID:3\na\tO\n", 5, "post 2 has no words"),
+    (POST + "IMGID:2", 5, "post 2 has no words"), ("IMGID:2\nIMGID:3\na\tO\n", 1, "post 2 has no words"),
     *((f"{POST}IMGID:{image_id}\na\tO\n", 5, "not a plain file name") for image_id in PATHS),
 ])  # fmt: skip
 def test_ner_errors(tmp_path, content, line, reason):
@@ -166,15 +183,21 @@ def test_ner_errors(tmp_path, content, line, reason):
         read_ner(tmp_path, content)
 
 
-@pytest.mark.parametrize("head, tail", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2), (1, 2)), ((3, 4), (0, 4))])
+@pytest.mark.parametrize(
+    "head, tail", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2), (1, 2)), ((3, 4), (0, 4))]
+)
 def test_mnre_spans(tmp_path, head, tail):
     path = write(tmp_path / "x", row(h={"name": "", "pos": list(head)}, t={"pos": list(tail)}))
-    assert read_mnre(path, RELATIONS) == [RelationExample("1.jpg@1", "1.jpg", tuple(TOKENS), head, tail, MEMBER)]
+    assert read_mnre(path, RELATIONS) == [
+        RelationExample("1.jpg@1", "1.jpg", tuple(TOKENS), head, tail, MEMBER)
+    ]
 
 
 @pytest.mark.parametrize("start, end", [("", "\n"), ("", "\r\n"), ("\ufeff", "\n")])
 def test_mnre_rows_that_share_a_photo(tmp_path, start, end):
-    path = write(tmp_path / "x", (start + row() + row(relation="None") + "\n" + row()[:-1]).replace("\n", end))
+    path = write(
+        tmp_path / "x", (start + row() + row(relation="None") + "\n" + row()[:-1]).replace("\n", end)
+    )
     found = [(example.id, example.image_id, example.label) for example in read_mnre(path, RELATIONS)]
     assert found == [("1.jpg@1", "1.jpg", MEMBER), ("1.jpg@2", "1.jpg", "None"), ("1.jpg@4", "1.jpg", MEMBER)]
 
@@ -185,25 +208,33 @@ def test_mnre_rows_that_share_a_photo(tmp_path, start, end):
     lambda rows: "".join(json.dumps(r) + "\n" for r in rows),
     lambda rows: "".join(json.dumps(r, ensure_ascii=False).replace("/", "\\/") + "\r\n" for r in rows),
     lambda rows: "".join(f"{json.dumps(r) if i % 2 else r}\n" for i, r in enumerate(rows)),
-    json.dumps, lambda rows: "\ufeff\n" + json.dumps(rows, indent=2), lambda rows: f" [\n{json.dumps(rows[0])}\n,\n{json.dumps(rows[1])}\n]\n\n",
+    json.dumps, lambda rows: "\ufeff\n" + json.dumps(rows, indent=2),
+    lambda rows: f" [\n{json.dumps(rows[0])}\n,\n{json.dumps(rows[1])}\n]\n\n",
 ])  # fmt: skip
 def test_mnre_rows_of_any_form(tmp_path, form, allowed):
     words = ["\N{GRINNING FACE}", "a\\/b", '"', "it's", "\\u0041", "\u00a0", "\u2028", "Ann", "Lee"]
-    rows = [ROW | {"token": words, "h": {"name": "Ann Lee", "pos": [7, 9]}, "t": {"name": name, "pos": [0, 1]}, "more": more}
-            for name, more in (("\N{GRINNING FACE}", None), ("", [True, {"x": 1.5}]))]  # fmt: skip
+    rows = [
+        ROW | {"token": words, "h": {"name": "Ann Lee", "pos": [7, 9]},
+               "t": {"name": name, "pos": [0, 1]}, "more": more}
+        for name, more in (("\N{GRINNING FACE}", None), ("", [True, {"x": 1.5}]))
+    ]  # fmt: skip
     found = read_mnre(write(tmp_path / "x", form(rows)), allowed)
-    assert [(e.words, e.head, e.tail, e.label, e.image_id) for e in found] == [(tuple(words), (7, 9), (0, 1), MEMBER, "1.jpg")] * 2
+    assert [(e.words, e.head, e.tail, e.label, e.image_id) for e in found] == [
+        (tuple(words), (7, 9), (0, 1), MEMBER, "1.jpg")
+    ] * 2
     assert [e.id for e in found] == ["1.jpg@1", "1.jpg@2"]
 
 
 @pytest.mark.parametrize("content, line, reason", [
     (json.dumps(ROW)[:-1], 1, r"not a row .*\(not JSON: Expecting ',' delimiter at character 1"),
     (json.dumps(ROW).replace("null", "nul").replace('"h"', "h"), 1, "not JSON: Expecting property name"),
-    (f"{ROW}"[:-1] + ", 'x': null}", 1, r"\(ValueError: malformed node or string\)"), (row() + "[1, 2]", 2, "not a row .*TypeError"),
+    (f"{ROW}"[:-1] + ", 'x': null}", 1, r"\(ValueError: malformed node or string\)"),
+    (row() + "[1, 2]", 2, "not a row .*TypeError"),
     (json.dumps(ROW | {"token": ["\ud83d", *TOKENS]}), 1, r"'\\ud83d' holds half a character"),
-    (f"[\n{row()}]", 2, "not a JSON array of rows .Expecting property name"), ("[\n1]", 2, "row 1: not a row"),
-    (json.dumps([ROW, ROW | {"relation": "x"}], indent=1), 24, "row 2: unknown label 'x'"), ("[" * 100_000, 1, "too deep"),
-    (json.dumps([ROW]) + "\n{}", 2, "Extra data"),
+    (f"[\n{row()}]", 2, "not a JSON array of rows .Expecting property name"),
+    ("[\n1]", 2, "row 1: not a row"),
+    (json.dumps([ROW, ROW | {"relation": "x"}], indent=1), 24, "row 2: unknown label 'x'"),
+    ("[" * 100_000, 1, "too deep"), (json.dumps([ROW]) + "\n{}", 2, "Extra data"),
 ])  # fmt: skip
 def test_mnre_errors_say_why(tmp_path, content, line, reason):
     path = write(tmp_path / "x", content)
@@ -213,8 +244,10 @@ def test_mnre_errors_say_why(tmp_path, content, line, reason):
 
 @pytest.mark.parametrize("end", ["h", "t"])
 @pytest.mark.parametrize("pos, name, said", [
-    ([0, 1], "Messi joins", r"'{}' is named 'Messi joins', but pos \[0, 1\] holds 'Messi'; is the end inclusive\? .* \[0, 2\]"),
-    ([2, 2], "Miami", r"'{}' pos is not a span \[start, end\) of its 4 words; is the end inclusive\? .* \[2, 3\]"),
+    ([0, 1], "Messi joins",
+        r"'{}' is named 'Messi joins', but pos \[0, 1\] holds 'Messi'; is the end inclusive\? .* \[0, 2\]"),
+    ([2, 2], "Miami",
+        r"'{}' pos is not a span \[start, end\) of its 4 words; is the end inclusive\? .* \[2, 3\]"),
     ([2, 2], "today", r"'{}' pos is not a span \[start, end\) of its 4 words$"),
     ([1, 3], "Miami", r"'{}' is named 'Miami', but pos \[1, 3\] holds 'joins Miami'; correct one of them"),
     ([3, 4], "x\ny", r"'{}' is named 'x\\ny', but pos \[3, 4\] holds 'today'; correct one of them"),
@@ -252,9 +285,11 @@ HUGE = row().replace("[2, 3]", f"[0x{'f' * 5000}, 3]")  # Python does not print 
     *((row(t=t), "not a row") for t in ({"pos": [1]}, {"pos": 3}, {"pos": None}, [0, 1], {})),
     *((str({k: v for k, v in ROW.items() if k != key}), f"not a row .*{key}") for key in ROW),
     *((row(token=words), "list of words") for words in ([], "Messi joins", [1, 2, 3, 4], None)),
-    (row(relation="/per/per/foe"), "unknown label '/per/per/foe'"), (row(relation=[]), "text"), (row(img_id=1), "text"),
+    (row(relation="/per/per/foe"), "unknown label '/per/per/foe'"), (row(relation=[]), "text"),
+    (row(img_id=1), "text"),
     *((row(img_id=image_id), "not a plain file name") for image_id in PATHS), (b"\xff", "not UTF-8"),
-    *((line, "not a row") for line in ("{", "x y", "null", "[]", "1", "'a'", "\0", "[" * 100_000, "-" * 100_000 + "1")),
+    *((line, "not a row")
+        for line in ("{", "x y", "null", "[]", "1", "'a'", "\0", "[" * 100_000, "-" * 100_000 + "1")),
 ])  # fmt: skip
 def test_mnre_errors(tmp_path, line, reason):
     path = write(tmp_path / "x", row().encode() + (line if isinstance(line, bytes) else line.encode()))
@@ -267,7 +302,8 @@ def test_mnre_errors(tmp_path, line, reason):
     ("twitter2015", "twitter2015_txt/train.txt", "twitter2015_txt/val.txt"),
     ("mnre", "mnre_txt/mnre_train.txt", "mnre_txt/mnre_val.txt"),
     ("mnre", "mnre/mnre_txt/mnre_train.txt", "mnre/mnre_txt/mnre_val .txt"),
-    ("mnre", "mnre/txt/ours_train.txt", "mnre/txt/ours_val.txt"), ("mnre", "mnre/mnre_train.txt", "mnre/mnre_dev.txt"),
+    ("mnre", "mnre/txt/ours_train.txt", "mnre/txt/ours_val.txt"),
+    ("mnre", "mnre/mnre_train.txt", "mnre/mnre_dev.txt"),
     ("twitter2017", "twitter2017/train.txt", "twitter2017/dev.txt"),
 ])  # fmt: skip
 def test_text_layouts(tmp_path, monkeypatch, name, train, valid):
@@ -281,7 +317,11 @@ def test_text_layouts(tmp_path, monkeypatch, name, train, valid):
     assert dataset.image_ids() == (["1.jpg", "2.jpg"] if name == "mnre" else ["1", "2"])
     assert dataset.fingerprints() == {
         "train": {"file": str(files["train"]), "sha256": digests[0], "variant": "known"},
-        "valid": {"file": str(files["valid"]), "sha256": digests[1], "variant": "not a file of a known release"},
+        "valid": {
+            "file": str(files["valid"]),
+            "sha256": digests[1],
+            "variant": "not a file of a known release",
+        },
     }
 
 
@@ -294,7 +334,9 @@ def test_image_layouts(tmp_path, name, folder):
     assert find_photos(["1"], photos.image_folders(name, tmp_path)) == {"1": photo}
     assert find_photos(["1"], photos.image_folders(name, tmp_path, other.parent)) == {"1": other}
     for images, sought in ((None, Path("no", name, "images")), ("none", "none")):
-        with pytest.raises(FileNotFoundError, match=f"no image folder {sought}: put the photos there .* --images"):
+        with pytest.raises(
+            FileNotFoundError, match=f"no image folder {sought}: put the photos there .* --images"
+        ):
             photos.image_folders(name, "no", images)
 
 
@@ -305,15 +347,17 @@ def types(*names):
 @pytest.mark.parametrize("name, train, valid, labels, said", [
     ("twitter2017", types("PER"), types("ORG"), data.bio_labels(("LOC", "MISC", "ORG", "PER")),
      "train never shows 7 of the 9 labels: O B-LOC I-LOC B-MISC I-MISC B-ORG I-ORG"),
-    ("twitter2015", types("PER", "LOC", "ORG", "MISC") + POST, POST, data.bio_labels(("LOC", "MISC", "ORG", "PER")), None),
-    ("twitter2015", types("PER", "LOC", "ORG", "OTHER") + POST, POST, data.bio_labels(("LOC", "ORG", "OTHER", "PER")), None),
+    ("twitter2015", types("PER", "LOC", "ORG", "MISC") + POST, POST,
+     data.bio_labels(("LOC", "MISC", "ORG", "PER")), None),
+    ("twitter2015", types("PER", "LOC", "ORG", "OTHER") + POST, POST,
+     data.bio_labels(("LOC", "ORG", "OTHER", "PER")), None),
     ("twitter2015", POST, types("MISC"), data.bio_labels(("LOC", "MISC", "ORG", "PER")),
      "train never shows 7 of the 9 labels: B-LOC I-LOC B-MISC I-MISC B-ORG I-ORG I-PER"),
     ("twitter2015", types("PER", "LOC", "ORG") + POST, POST, data.bio_labels(("LOC", "ORG", "OTHER", "PER")),
      "neither OTHER nor MISC occurs: taken for the original release, which says OTHER"),
     ("mnre", "".join(row(relation=relation) for relation in RELATIONS), row(), RELATIONS, None),
-    ("mnre", "".join(row(relation=relation) for relation in RELATIONS[2:]), row(relation=RELATIONS[1]), RELATIONS,
-     "train never shows 2 of the 23 labels: None /loc/loc/contain"),
+    ("mnre", "".join(row(relation=relation) for relation in RELATIONS[2:]), row(relation=RELATIONS[1]),
+     RELATIONS, "train never shows 2 of the 23 labels: None /loc/loc/contain"),
 ])  # fmt: skip
 def test_labels_are_those_of_the_release(tmp_path, name, train, valid, labels, said):
     write(tmp_path / name / "train.txt", train)
@@ -321,15 +365,24 @@ def test_labels_are_those_of_the_release(tmp_path, name, train, valid, labels, s
     dataset = data.load_dataset(name, tmp_path)
     assert dataset.labels == labels
     assert dataset.notes[:1] == ((said,) if said else ())
-    with refused(write(tmp_path / name / "test.txt", row(relation="x") if name == "mnre" else types("x")), "[12]", "unknown label"):
+    with refused(
+        write(tmp_path / name / "test.txt", row(relation="x") if name == "mnre" else types("x")),
+        "[12]",
+        "unknown label",
+    ):
         data.load_dataset(name, tmp_path)
 
 
 @pytest.mark.parametrize("train, other", [("MISC", "OTHER"), ("OTHER", "MISC")])
 def test_two_releases_of_twitter2015_are_refused(tmp_path, train, other):
-    paths = [write(tmp_path / "twitter2015" / f"{split}.txt", types(kind)) for split, kind in (("train", train), ("valid", other))]
+    paths = [
+        write(tmp_path / "twitter2015" / f"{split}.txt", types(kind))
+        for split, kind in (("train", train), ("valid", other))
+    ]
     misc, other = paths if train == "MISC" else paths[::-1]
-    with pytest.raises(ValueError, match=re.escape(f"{misc}: says MISC as the relabelled release does, {other} says OTHER")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{misc}: says MISC as the relabelled release does, {other} says OTHER")
+    ):
         data.load_dataset("twitter2015", tmp_path)
 
 
@@ -344,9 +397,11 @@ def test_empty_and_absent_splits(tmp_path, split):
 
 
 @pytest.mark.parametrize("image_id, expected", [
-    ("1", "a/1.jpg"), ("1.jpg", "a/1.jpg"), ("2", "a/2.PNG"), ("2.png", "a/2.PNG"), ("train_3", "b/TRAIN_3.JPEG"),
-    ("4", "a/4"), ("Y", "b/Y.jpg"), ("y", "b/y.jpg"),  # the last two are two photos
-    *((image_id, None) for image_id in ("5", "6", "outside", "../outside", "../outside.jpg", "../b/Y", ".", "..", "")),
+    ("1", "a/1.jpg"), ("1.jpg", "a/1.jpg"), ("2", "a/2.PNG"), ("2.png", "a/2.PNG"),
+    ("train_3", "b/TRAIN_3.JPEG"), ("4", "a/4"),
+    ("Y", "b/Y.jpg"), ("y", "b/y.jpg"),  # the last two are two photos
+    *((image_id, None)
+        for image_id in ("5", "6", "outside", "../outside", "../outside.jpg", "../b/Y", ".", "..", "")),
 ])  # fmt: skip
 def test_find_photos(tmp_path, image_id, expected):
     for name in "a/1.jpg a/2.PNG a/4 a/5.txt b/1.jpg b/TRAIN_3.JPEG b/Y.jpg b/y.jpg outside.jpg".split():
@@ -362,15 +417,18 @@ NFC = unicodedata.normalize("NFC", NFD)
 
 @pytest.mark.parametrize("image_id, names, expected", [
     *(("x", f"x{ending}", f"x{ending}") for ending in (*photos.ENDINGS, ".JPG", ".Tiff")),
-    *(("x", f"x.jpg{more}", f"x.jpg{more}") for more in ("_large", ":large", ":orig", "?name=large", ".jpg", ".1", ".12", " ")),
+    *(("x", f"x.jpg{more}", f"x.jpg{more}")
+        for more in ("_large", ":large", ":orig", "?name=large", ".jpg", ".1", ".12", " ")),
     ("x", "x.png:900x900", "x.png:900x900"), ("x", "x?format=jpg&name=large", "x?format=jpg&name=large"),
     ("x", "X.JPG_LARGE", "X.JPG_LARGE"), (NFC, f"{NFD}.jpg", f"{NFD}.jpg"), (NFD, f"{NFC}.jpg", f"{NFC}.jpg"),
-    (NFC.upper(), f"{NFD}.jpg.1", f"{NFD}.jpg.1"), ("x.jpg", "x.png", "x.png"), ("x.jpg", "x", "x"), ("x.jpg", "x.jpg.jpg", "x.jpg.jpg"),
-    ("copy (1)", "copy (1).jpg|copy.jpg", "copy (1).jpg"), ("copy", "copy (1).jpg", None), ("x", "._x.jpg", None), ("x", "._x", None),
-    ("._x", "._x.jpg", None), ("x", "x.mp4|x.txt|x.jpg.part|xy.jpg|y_x.jpg|x_large|x.1", None), ("1", "01.jpg|11.jpg|1 (1).jpg", None),
+    (NFC.upper(), f"{NFD}.jpg.1", f"{NFD}.jpg.1"), ("x.jpg", "x.png", "x.png"), ("x.jpg", "x", "x"),
+    ("x.jpg", "x.jpg.jpg", "x.jpg.jpg"), ("copy (1)", "copy (1).jpg|copy.jpg", "copy (1).jpg"),
+    ("copy", "copy (1).jpg", None), ("x", "._x.jpg", None), ("x", "._x", None), ("._x", "._x.jpg", None),
+    ("x", "x.mp4|x.txt|x.jpg.part|xy.jpg|y_x.jpg|x_large|x.1", None), ("1", "01.jpg|11.jpg|1 (1).jpg", None),
     # Of several: the exact name, then a fixed order of endings, and only then a like name.
-    ("x", "x.png|x.jpg|X.jpg", "x.jpg"), ("x.png", "x.jpg|x.png|x.png.jpg", "x.png"), ("x.png", "x.jpg|x.png.jpg", "x.png.jpg"),
-    ("x", "x.webp|x.gif|x.tif", "x.webp"), ("x", "x.jpg.1|x.heic", "x.heic"), ("x", "x.jpg.1|X.avif", "X.avif"),
+    ("x", "x.png|x.jpg|X.jpg", "x.jpg"), ("x.png", "x.jpg|x.png|x.png.jpg", "x.png"),
+    ("x.png", "x.jpg|x.png.jpg", "x.png.jpg"), ("x", "x.webp|x.gif|x.tif", "x.webp"),
+    ("x", "x.jpg.1|x.heic", "x.heic"), ("x", "x.jpg.1|X.avif", "X.avif"),
     ("x", "x.png_large|x.jpg.1|x.jpg.jpg.1", "x.jpg.1"), ("x.jpg", "x.bmp|x.gif", "x.gif"),
 ])  # fmt: skip
 def test_names_of_photos(tmp_path, image_id, names, expected):
@@ -378,38 +436,59 @@ def test_names_of_photos(tmp_path, image_id, names, expected):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name in [*order, *names.split("|")[3:], "other.jpg"]:
             write(folder / name, "")
-        assert find_photos([image_id, "other"], [folder]) == {image_id: expected and folder / expected, "other": folder / "other.jpg"}
+        assert find_photos([image_id, "other"], [folder]) == {
+            image_id: expected and folder / expected,
+            "other": folder / "other.jpg",
+        }
     names = {name: name for name in ["other.jpg", *names.split("|")] if not name.startswith("._")}
     assert photos.by_name([image_id], names) == {image_id: expected}  # as captions are found
 
 
 def test_why_a_photo_is_missing(tmp_path):
-    for name in ("a.mp4", "B.jpg.part", "._c.jpg", "d.png", "sub/e.jpg", "train/f.jpg", "sub/g.JPG_large", "g.txt", "k/._k.jpg"):
+    for name in (
+        "a.mp4", "B.jpg.part", "._c.jpg", "d.png", "sub/e.jpg", "train/f.jpg", "sub/g.JPG_large", "g.txt",
+        "k/._k.jpg",
+    ):  # fmt: skip
         write(tmp_path / "images" / name, "")
     (tmp_path / "images" / "closed").mkdir(mode=0)
     folders, reasons = photos.image_folders("x", images=tmp_path / "images"), {}
     found = find_photos([*"abcefgk", "d.jpg", "../images/d", "absent"], folders, reasons)
-    assert {image_id: path.name for image_id, path in found.items() if path} == {"f": "f.jpg", "d.jpg": "d.png"}
+    assert (
+        {image_id: path.name for image_id, path in found.items() if path} == {"f": "f.jpg", "d.jpg": "d.png"}
+    )
     assert reasons == {
-        "a": "no such file; 'a.mp4' lies there", "b": "no such file; 'B.jpg.part' lies there", "d.jpg": "taken from 'd.png'",
-        "e": "no such file; 'sub/e.jpg' lies there", "g": "no such file; 'g.txt' lies there",
+        "a": "no such file; 'a.mp4' lies there", "b": "no such file; 'B.jpg.part' lies there",
+        "d.jpg": "taken from 'd.png'", "e": "no such file; 'sub/e.jpg' lies there",
+        "g": "no such file; 'g.txt' lies there",
     }  # fmt: skip
 
 
 def test_all_usual_places_are_searched(tmp_path):
     (tmp_path / "mnre" / "images").mkdir(parents=True)
-    first, second = write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", ""), write(tmp_path / "mnre_image" / "2.jpg", "")
+    first, second = (
+        write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", ""),
+        write(tmp_path / "mnre_image" / "2.jpg", ""),
+    )
     write(tmp_path / "img_org" / "val" / "1.jpg", "")
     assert find_photos(["1", "2"], photos.image_folders("mnre", tmp_path)) == {"1": first, "2": second}
     only = photos.image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
-    assert only == [first.parent.parent, first.parent] and find_photos(["1", "2"], only) == {"1": first, "2": None}
+    assert (
+        only == [first.parent.parent, first.parent]
+        and find_photos(["1", "2"], only) == {"1": first, "2": None}
+    )
 
 
 def test_a_data_sets_own_folder_comes_first_and_mnres_is_no_others(tmp_path):
-    own, mnre = write(tmp_path / "twitter2017" / "images" / "16.png", ""), write(tmp_path / "img_org" / "train" / "16.jpg", "")
+    own, mnre = (
+        write(tmp_path / "twitter2017" / "images" / "16.png", ""),
+        write(tmp_path / "img_org" / "train" / "16.jpg", ""),
+    )
     second = write(tmp_path / "twitter2017_images" / "16.jpg", "")
     folders = photos.image_folders("twitter2017", tmp_path)
-    assert folders == [own.parent, second.parent] and find_photos(["16", "17"], folders) == {"16": own, "17": None}
+    assert (
+        folders == [own.parent, second.parent]
+        and find_photos(["16", "17"], folders) == {"16": own, "17": None}
+    )
     assert find_photos(["16"], photos.image_folders("mnre", tmp_path)) == {"16": mnre}
 
 
@@ -441,14 +520,22 @@ def relation(words, head, tail):
 
 
 RNG = random.Random(0)
-WORDS = ["Messi", "TODAYS", "@fan", "#messi", "don't", "😍", "x2", "\u00a0", "\u200b", "\ufe0f", "", "...", "good"]
+WORDS = [
+    "Messi", "TODAYS", "@fan", "#messi", "don't", "😍", "x2", "\u00a0", "\u200b", "\ufe0f", "", "...", "good",
+]  # fmt: skip
 WORD_LISTS = [RNG.choices(WORDS, k=RNG.randint(1, 12)) for _ in range(60)]
-RANDOM_POSTS = [NerExample("", "", tuple(words), tuple(RNG.choices(LABELS, k=len(words)))) for words in WORD_LISTS]
-PAIRS = [relation(["Todays", "\u200b", "@fan", "good"], *pair) for pair in itertools.product(spans(4), repeat=2)]
+RANDOM_POSTS = [
+    NerExample("", "", tuple(words), tuple(RNG.choices(LABELS, k=len(words)))) for words in WORD_LISTS
+]
+PAIRS = [
+    relation(["Todays", "\u200b", "@fan", "good"], *pair) for pair in itertools.product(spans(4), repeat=2)
+]
 
 
 def test_encode_by_hand(encoder_dir):
-    post = NerExample("1", "1", ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O"))
+    post = NerExample(
+        "1", "1", ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O")
+    )
     tokenizer = load_tokenizer(encoder_dir)
     (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
     tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
@@ -481,10 +568,13 @@ def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
         wanted = {"input_ids": ids, "own": (1, len(ids) - 1), "cut_words": cut}
         assert encoded == wanted | {"word_starts": starts, "labels": labels}
     assert counts == expected
-    assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]  # as the posts are meant
+    # As the posts are meant to be.
+    assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]
 
 
-@pytest.mark.parametrize("task, examples, labels", [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)])
+@pytest.mark.parametrize(
+    "task, examples, labels", [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)]
+)
 @pytest.mark.parametrize("max_len", [9, 100])
 def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len):
     fast = tokenizer_for(encoder_dir, task)
@@ -510,7 +600,9 @@ def test_words_that_look_like_markers():
 @pytest.mark.parametrize("max_len", [6, 9, 16, 200])
 def test_encode_relations(encoder_dir, max_len):
     tokenizer, cases = tokenizer_for(encoder_dir, "relation"), random.Random(0).choices(spans(20), k=120)
-    examples = [relation(["Messi", "todays"] * 10, *pair) for pair in zip(cases[::2], cases[1::2], strict=True)]
+    examples = [
+        relation(["Messi", "todays"] * 10, *pair) for pair in zip(cases[::2], cases[1::2], strict=True)
+    ]
     examples.append(relation(["good"] * 60, (58, 60), (0, 1)))
     rows, counts = encode(tokenizer, examples, ("None", MEMBER), max_len)
     for example, encoded in zip(examples, rows, strict=True):
@@ -518,8 +610,12 @@ def test_encode_relations(encoder_dir, max_len):
         assert len(tokens) <= max_len and (tokens[0], tokens[-1], encoded["labels"]) == ("[CLS]", "[SEP]", 1)
         assert (tokens[encoded["head_index"]], tokens[encoded["tail_index"]]) == ("[E1]", "[E2]")
         if max_len == 200:
-            assert encoded["input_ids"] == tokenizer(" ".join(encoding.mark_entities(example)[0]))["input_ids"]
-    assert (counts["cut_posts"], counts["cut_words"] > 0) == ((0, False) if max_len == 200 else (len(rows), True))
+            assert (
+                encoded["input_ids"] == tokenizer(" ".join(encoding.mark_entities(example)[0]))["input_ids"]
+            )
+    assert (counts["cut_posts"], counts["cut_words"] > 0) == (
+        (0, False) if max_len == 200 else (len(rows), True)
+    )
 
 
 def test_window():
@@ -542,7 +638,9 @@ def test_window():
 def test_every_post_is_in_one_batch(seed, size):
     for n in (*range(26), *(50 * size * pools + d for pools in (1, 3) for d in (-1, 0, 1))):
         lengths = np.random.default_rng(n).integers(3, 60, n)
-        batches = encoding.length_batches(lengths, size, None if seed is None else np.random.default_rng(seed))
+        batches = encoding.length_batches(
+            lengths, size, None if seed is None else np.random.default_rng(seed)
+        )
         assert sorted(itertools.chain(*batches)) == list(range(n))
         assert len(batches) == math.ceil(n / size) and all(1 <= len(batch) <= size for batch in batches)
         if seed is None:
@@ -550,7 +648,7 @@ def test_every_post_is_in_one_batch(seed, size):
 
 
 def test_batches_are_random_and_pad_little():
-    lengths = np.random.default_rng(0).gamma(6, 4, 3000).astype(int) + 5  # of sub-tokens: 6 to 70, on average 28
+    lengths = np.random.default_rng(0).gamma(6, 4, 3000).astype(int) + 5  # sub-tokens: 6 to 70, on average 28
 
     def efficiency(batches):
         return sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
@@ -569,7 +667,8 @@ def test_collate():
     words = [{"input_ids": [2, 7, 8, 3], "own": (1, 3), "word_starts": [1, -1, 2], "labels": [0, IGNORE, 4]},
              {"input_ids": [2, 9, 3], "own": (1, 2), "word_starts": [1], "labels": [1]}]  # fmt: skip
     pairs = [{"input_ids": [2, 3], "own": (1, 1), "head_index": 1, "tail_index": 0, "labels": 5},
-             {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "tail_index": 3, "labels": 0}]  # fmt: skip
+             {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "tail_index": 3,
+              "labels": 0}]  # fmt: skip
     batches = [encoding.collate(words, 99), encoding.collate(pairs, 99)]
     own = [batch.pop("own_mask").tolist() for batch in batches]
     assert own == [[[False, True, True, False], [False, True, False, False]], [[False] * 4, [True] * 4]]
@@ -582,7 +681,9 @@ def test_collate():
     assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}
 
 
-@pytest.mark.parametrize("reader, kind", [(r, k) for r in ("read_ner", "read_mnre") for k in faults.CONTENTS[r]])
+@pytest.mark.parametrize(
+    "reader, kind", [(r, k) for r in ("read_ner", "read_mnre") for k in faults.CONTENTS[r]]
+)
 def test_fuzz(reader, kind):
     counts = faults.fuzz(reader, kind, 150)
     assert counts["inputs"] == 150 and counts["read"] + counts["refused"] == 150
@@ -590,17 +691,20 @@ def test_fuzz(reader, kind):
 
 
 
-# -------------------------------------------------------------------------------------------------- your own data
+# ---------------------------------------------------------------------------------------------- your own data
 
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder in the CoNLL-with-IMGID form with labels of its own; returns a function that writes a split."""
+    """A folder in the CoNLL-with-IMGID form with labels of its own; returns a function to write a split."""
     folder = tmp_path / "mine"
     folder.mkdir()
 
     def write(split, *posts, separator=" "):
-        text = "\n".join(f"IMGID:{split}{i}\n" + "".join(f"{w}{separator}{y}\n" for w, y in post) for i, post in enumerate(posts))
+        text = "\n".join(
+            f"IMGID:{split}{i}\n" + "".join(f"{w}{separator}{y}\n" for w, y in post)
+            for i, post in enumerate(posts)
+        )
         (folder / f"{split}.txt").write_text(text, encoding="utf-8")
         return str(folder)
 
@@ -615,8 +719,12 @@ def test_own_folder_has_labels_of_its_own(own, separator):
     dataset = data.load_dataset(folder, "no such folder")
     assert (dataset.name, dataset.task) == ("mine", "ner")
     assert dataset.labels == ("O", "B-персона", "I-персона", "B-地名", "I-地名")  # in the order of their names
-    assert dataset.examples["test"][0].words == ("東京", "/") and dataset.examples["test"][0].image_id == "test0"
-    assert all(variant["variant"] == "not a file of a known release" for variant in dataset.fingerprints().values())
+    assert (
+        dataset.examples["test"][0].words == ("東京", "/") and dataset.examples["test"][0].image_id == "test0"
+    )
+    assert all(
+        variant["variant"] == "not a file of a known release" for variant in dataset.fingerprints().values()
+    )
     Path(folder, "images").mkdir()
     assert photos.image_folders(folder)[0] == Path(folder, "images")
 
@@ -641,7 +749,9 @@ def test_conversions_are_said_once_a_file(own):
     assert dataset.notes == ("test: BIOES labels read as BIO, 1 changed",)
 
 
-@pytest.mark.parametrize("line, columns", [("a b O", "3 columns, 'a', 'b', 'O'.* cut -d' ' -f1,3 "), ("a", "'a'$")])
+@pytest.mark.parametrize(
+    "line, columns", [("a b O", "3 columns, 'a', 'b', 'O'.* cut -d' ' -f1,3 "), ("a", "'a'$")]
+)
 def test_a_word_and_label_too_few_or_many(own, line, columns):
     folder = own("test", [("x", "O")])
     with open(Path(folder, "test.txt"), "a", encoding="utf-8") as file:
@@ -650,7 +760,9 @@ def test_a_word_and_label_too_few_or_many(own, line, columns):
         data.load_dataset(folder)
 
 
-@pytest.mark.parametrize("other", ["Персона", "персона\u200b", "персо\u00adна", "\ufeffперсона", unicodedata.normalize("NFD", "й")])
+@pytest.mark.parametrize(
+    "other", ["Персона", "персона\u200b", "персо\u00adна", "\ufeffперсона", unicodedata.normalize("NFD", "й")]
+)
 def test_types_that_look_alike_are_pointed_out(own, other):
     posts = [("a", "B-персона")], [("b", f"B-{other}")], [("c", "B-место")]
     folder = own("train", *posts, [("d", "B-й")])
@@ -658,7 +770,12 @@ def test_types_that_look_alike_are_pointed_out(own, other):
     said = f"{pair[0]!r} and {pair[1]!r} differ in case or in what cannot be seen; are they one?"
     assert data.load_dataset(folder).notes == (said,)
     own("train", posts[0], posts[2], [("d", "B-й")])
-    with pytest.raises(ValueError, match=re.escape(f"{folder}/test.txt: labels that train does not have: B-{other}; correct them; {said}")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            f"{folder}/test.txt: labels that train does not have: B-{other}; correct them; {said}"
+        ),
+    ):
         data.load_dataset(own("test", posts[1]))
 
 
@@ -671,15 +788,21 @@ def test_own_folder_of_relations(tmp_path):
     write(folder / "dev.txt", lines("None", "Other", img_id=None) + lines("na"))
     dataset = data.load_dataset(str(folder))
     assert (dataset.task, dataset.name, dataset.labels) == ("relation", "own", ("None", "Other", "worksFor"))
-    assert [example.label for example in dataset.examples["train"]] == ["worksFor", "None", "Other", "None", "None"]
-    assert [(e.id, e.image_id) for e in dataset.examples["valid"]] == [("row 1", None), ("row 2", None), ("1.jpg@3", "1.jpg")]
+    assert [example.label for example in dataset.examples["train"]] == [
+        "worksFor", "None", "Other", "None", "None",
+    ]  # fmt: skip
+    assert [(e.id, e.image_id) for e in dataset.examples["valid"]] == [
+        ("row 1", None), ("row 2", None), ("1.jpg@3", "1.jpg"),
+    ]  # fmt: skip
     assert dataset.image_ids() == ["1.jpg"]
     assert dataset.notes == (
-        "train: 'NA' read as 'None', no relation (2 rows)", "train: 'no_relation' read as 'None', no relation (1 rows)",
+        "train: 'NA' read as 'None', no relation (2 rows)",
+        "train: 'no_relation' read as 'None', no relation (1 rows)",
         "valid: 2 of 3 rows name no photo (img_id)", "valid: 'na' read as 'None', no relation (1 rows)",
     )  # fmt: skip
     for relation, said in (("bornIn", "test.txt: labels that train does not have: bornIn; correct them"),
-                           (" ", "test.txt:1: relation ' ' is no name"), ("a\nb", r"test.txt:1: relation 'a\\nb' is no name"),
+                           (" ", "test.txt:1: relation ' ' is no name"),
+                           ("a\nb", r"test.txt:1: relation 'a\\nb' is no name"),
                            (3, "test.txt:1: 'img_id' and 'relation' must be text")):  # fmt: skip
         write(folder / "test.txt", lines(relation))
         with pytest.raises(ValueError, match=said):
@@ -687,7 +810,8 @@ def test_own_folder_of_relations(tmp_path):
 
 
 @pytest.mark.parametrize("content, task", [
-    (row(), "relation"), ("\ufeff\n \n" + json.dumps(ROW), "relation"), ("[\n{", "relation"), (f"[{row()}]", "relation"), ("{", "relation"),
+    (row(), "relation"), ("\ufeff\n \n" + json.dumps(ROW), "relation"), ("[\n{", "relation"),
+    (f"[{row()}]", "relation"), ("{", "relation"),
     (PLAIN, "ner"), ("[\tO\n", "ner"), ("{ B-x\n", "ner"), ("[ NN O\n", "ner"), ("", "ner"), (None, "ner"),
 ])  # fmt: skip
 def test_train_tells_the_task_of_an_own_folder(tmp_path, content, task):
@@ -705,18 +829,24 @@ def test_read_captions(tmp_path):
     assert captions == {"1.jpg": "a dog : brown", "2.PNG": "a\u00a0cat :x", "3.jpg": ""}
     assert photos.by_name(["1", "2", "3.jpg", "4"], captions) == {
         "1": "a dog : brown", "2": "a\u00a0cat :x", "3.jpg": "", "4": None}  # fmt: skip
-    for text, message in (("x", ":1: expected '<photo> :<caption>'"), ("a :b\na :c", ":2: a has a caption already")):
+    for text, message in (
+        ("x", ":1: expected '<photo> :<caption>'"), ("a :b\na :c", ":2: a has a caption already")
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             photos.read_captions(path)
 
 
-@pytest.mark.parametrize("read, allowed", [(read_mnre, RELATIONS), (data.read_ner, LABELS), (data.read_ner, None)])
+@pytest.mark.parametrize(
+    "read, allowed", [(read_mnre, RELATIONS), (data.read_ner, LABELS), (data.read_ner, None)]
+)
 def test_a_line_of_100_megabytes_is_one_clear_error(tmp_path, read, allowed):
     path = tmp_path / "long.txt"
     with open(path, "wb") as file:
         file.write(b"IMGID:1\n" if read is not read_mnre else b"")
         file.write(b"[1," * 33_000_000 + b"\n")
-    with pytest.raises(ValueError, match=r"long.txt:\d: a line of 99,000,000 characters; no post has one so long") as error:
+    with pytest.raises(
+        ValueError, match=r"long.txt:\d: a line of 99,000,000 characters; no post has one so long"
+    ) as error:
         read(path, allowed)
     assert len(str(error.value)) < 300

@@ -1,4 +1,4 @@
-"""The demo data sets as `python demo.py` writes them: the first as it always was, and what the second is for."""
+"""The demo data sets as `python demo.py` writes them: the first as it was, and what the second is for."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def posts(root):
-    """[(example, note, [(name, type)], scene of the photo, scene of the picture drawn from the text)] of demo-notes."""
+    """[(example, note, [(name, type)], the photo's scene, the generated picture's)] of demo-notes."""
     notes = [json.loads(line) for line in (root / "demo-notes" / "notes.jsonl").read_text().splitlines()]
     examples = [example for split in load_dataset("demo-notes", root).examples.values() for example in split]
     rows = []
@@ -46,7 +46,9 @@ def posts(root):
         assert note["id"] == example.image_id
         spans = sorted(entity_spans(example.labels), key=lambda span: span[1])
         names = [(" ".join(example.words[start:end]), kind) for kind, start, end in spans]
-        scenes = [scene(root / "demo-notes" / kind / f"{example.image_id}.jpg") for kind in ("images", "generated")]
+        scenes = [
+            scene(root / "demo-notes" / kind / f"{example.image_id}.jpg") for kind in ("images", "generated")
+        ]
         rows.append((example, note, names, *scenes))
     return rows
 
@@ -54,12 +56,17 @@ def posts(root):
 def scene(path):
     """The type that a drawn picture stands for: the background nearest to its corner."""
     corner = Image.open(path).convert("RGB").getpixel((2, 2))
-    return min(demo.BACKGROUNDS, key=lambda kind: sum((a - b) ** 2 for a, b in zip(demo.BACKGROUNDS[kind], corner, strict=True)))
+    return min(
+        demo.BACKGROUNDS,
+        key=lambda kind: sum((a - b) ** 2 for a, b in zip(demo.BACKGROUNDS[kind], corner, strict=True)),
+    )
 
 
 def test_the_first_set_is_what_it_was(root):
     """Every published figure on `demo` is of these posts."""
-    texts = b"".join((root / "demo" / f"{name}.txt").read_bytes() for name in ("train", "valid", "test", "captions"))
+    texts = b"".join(
+        (root / "demo" / f"{name}.txt").read_bytes() for name in ("train", "valid", "test", "captions")
+    )
     assert hashlib.sha256(texts).hexdigest()[:16] == "8bfd825e1d24adc0"
     captions = (root / "demo" / "captions.txt").read_text().splitlines()
     assert len(captions) == len(list((root / "demo" / "images").iterdir())) == 560
@@ -85,19 +92,24 @@ def test_the_second_set_is_read_without_a_remark(root):
 
 def test_a_fifth_of_the_photos_are_another_posts(root, posts):
     wrong = [row for row in posts if not row[1]["relevance"]]
-    assert Counter(note["id"].split("_")[0] for _, note, *_ in wrong) == {split: n // 5 for split, n in COUNTS.items()}
+    assert Counter(note["id"].split("_")[0] for _, note, *_ in wrong) == {
+        split: n // 5 for split, n in COUNTS.items()
+    }
     own = set()
     for example, note, names, shown, _ in posts:
         assert note["relevance"] in (0, 1) and (shown == names[0][1]) == note["relevance"]
         if note["relevance"]:
             own.add((root / "demo-notes" / "images" / f"{example.image_id}.jpg").read_bytes())
     assert len(own) == 960 - 192
-    taken = [(root / "demo-notes" / "images" / f"{example.image_id}.jpg").read_bytes() in own for example, *_ in wrong]
+    taken = [
+        (root / "demo-notes" / "images" / f"{example.image_id}.jpg").read_bytes() in own
+        for example, *_ in wrong
+    ]
     assert sum(taken) > 0.7 * len(wrong)  # of the others, the post they are taken from has a wrong one itself
 
 
 def test_who_knows_which_photos_are_wrong_can_be_right(posts):
-    """A rule that reads name, photo and relevance makes no mistake; one that reads name and photo alone makes some."""
+    """A rule that reads name, photo and relevance makes no mistake; one of name and photo makes some."""
     misled, kinds = 0, defaultdict(Counter)
     for _, note, names, shown, _ in posts:
         name, kind = names[0]
@@ -107,7 +119,9 @@ def test_who_knows_which_photos_are_wrong_can_be_right(posts):
             misled += (shown if shown in demo.AMBIGUOUS[name] else usual) != kind
             kinds[name][kind] += note["relevance"]
     assert 0.02 * len(posts) < misled < 0.06 * len(posts)
-    assert {name: set(count) for name, count in kinds.items()} == {name: set(of) for name, of in demo.AMBIGUOUS.items()}
+    assert {name: set(count) for name, count in kinds.items()} == {
+        name: set(of) for name, of in demo.AMBIGUOUS.items()
+    }
     assert all(min(count.values()) >= 3 for count in kinds.values())
 
 
@@ -129,7 +143,7 @@ def test_made_up_names_are_told_by_nothing_in_the_text(root, posts):
 
 
 def test_notes_are_what_can_be_known(posts):
-    """The list of names says no type of a name of several; what is said of the photo is so of the one that is shown."""
+    """The names' list says no type of a name of several; what is said of the photo is so of the one shown."""
     for _, note, names, shown, _ in posts:
         said = [name if name in demo.AMBIGUOUS else f"{name} ({demo.KINDS[kind]})" for name, kind in names]
         assert note["about_post"].split("; ") == said

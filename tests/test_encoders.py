@@ -1,4 +1,4 @@
-"""Kinds of text encoders, built tiny on the spot: what they save, what of them trains, and how their tokenizers cut words."""
+"""Kinds of text encoders, built tiny here: what they save, what trains, how their tokenizers cut words."""
 
 import copy
 import json
@@ -22,8 +22,12 @@ from model import SYSTEMS, load_run
 from scores import mentions, read_predictions
 from text_encoder import load_text_encoder, load_tokenizer
 
-TWEETS = """so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 , it's GREAT ...
-    | naïve café-goers ( x2 ) http://t.co/Ab1cD | they’re GO!! & "quoted" | a | 30pts 4 KD's team 💪🏽 | : ) | Zürich 東京 дом"""
+TWEETS = (
+    "so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 ,"
+    " it's GREAT ...\n"
+    '    | naïve café-goers ( x2 ) http://t.co/Ab1cD | they’re GO!! & "quoted" | a'
+    " | 30pts 4 KD's team 💪🏽 | : ) | Zürich 東京 дом"
+)
 WORDS = [*TWEETS.split(), *PROBE]
 SENTENCES = [random.Random(i).choices(WORDS, k=1 + i % 14) for i in range(60)]
 PROJECT = Path(__file__).parents[1]
@@ -38,23 +42,25 @@ def encoder_of(kind, folder):
 
 def run(data_dir, encoder, run_dir, *more):
     """Train on the demo posts, text only; returns the run folder."""
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--text-encoder", encoder, "--fusion", "none", "--max-len", 64,
-             "--epochs", 2, "--lr", 1e-3, "--run-dir", run_dir, *more]  # fmt: skip
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--text-encoder", encoder, "--fusion", "none",
+             "--max-len", 64, "--epochs", 2, "--lr", 1e-3, "--run-dir", run_dir, *more]  # fmt: skip
     return train.main([str(flag) for flag in flags])
 
 
 def answers_again(run_dir):
     """(what a run answers when it is loaded again, what it answered when it was trained)."""
     loaded, config, dataset, posts = evaluate.open_run(run_dir, "test", "cpu")
-    again = evaluate.predict(loaded, posts, config["labels"], 12, "cpu", "float32", mentions(dataset.examples["train"]))
+    again = evaluate.predict(
+        loaded, posts, config["labels"], 12, "cpu", "float32", mentions(dataset.examples["train"])
+    )
     return again, list(read_predictions(run_dir / "predictions-test.jsonl"))
 
 
-# ------------------------------------------------------------------------------------------------ weights and parts
+# ------------------------------------------------------------------------------------------ weights and parts
 
 
 def views_of_one_block(encoder):
-    """Make query, key and value weights of a BERT parts of one tensor, as GTE's are when transformers has loaded them."""
+    """Make query, key and value weights of a BERT parts of one tensor, as transformers loads GTE's."""
     for layer in encoder.encoder.layer:
         attention = layer.attention.self
         parts = [attention.query, attention.key, attention.value]
@@ -76,14 +82,19 @@ def test_parameters_that_share_storage_train_save_and_load(data_dir, encoder_dir
     again, answered = answers_again(folder)
     assert again == answered
     ours, expected = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], value) for key, value in expected.items())
+    assert ours.keys() == expected.keys() and all(
+        torch.equal(ours[key], value) for key, value in expected.items()
+    )
 
 
 def unused_parts(folder):
     """{name} of the parameters to which transformers' own model of a folder gives no gradient."""
     encoder = AutoModel.from_pretrained(folder).train()
     encoder(input_ids=torch.randint(5, 50, (2, 20))).last_hidden_state.square().sum().backward()
-    return {name for name, parameter in encoder.named_parameters() if parameter.grad is None and "pooler" not in name}
+    return {
+        name for name, parameter in encoder.named_parameters()
+        if parameter.grad is None and "pooler" not in name
+    }
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "markuplm"])
@@ -94,7 +105,9 @@ def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, mon
     out, (trained, _, _) = capsys.readouterr().out, load_run(folder)
     after = dict(trained.encoder.named_parameters())
     assert unused and {name for name in after if torch.equal(after[name], before[name])} == unused
-    count, first = sum(before[name].numel() for name in unused), next(name for name in before if name in unused)
+    count, first = (
+        sum(before[name].numel() for name in unused), next(name for name in before if name in unused)
+    )
     total = sum(parameter.numel() for parameter in after.values())
     assert f"encoder    {total:,} parameters, {total - count:,} trained at 0.001\n" in out
     assert f"\n           {count:,} frozen: " in out and f"(first: encoder.{first})\n" in out
@@ -125,7 +138,9 @@ def test_trying_an_encoder_out_leaves_no_trace(encoder_dir, monkeypatch):
     monkeypatch.setattr(text_encoder, "try_out", lambda *_: None)
     untried, other, untried_state = loaded()
     assert torch.equal(state, untried_state) and tokenizer.get_vocab() == other.get_vocab()
-    assert encoder.training == untried.training and all(p.grad is None and p.requires_grad for p in encoder.parameters())
+    assert encoder.training == untried.training and all(
+        p.grad is None and p.requires_grad for p in encoder.parameters()
+    )
     expected = untried.state_dict()
     assert encoder.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
@@ -149,12 +164,16 @@ def test_states_that_know_no_other_word_are_refused(encoder_dir, tmp_path):
         torch.nn.init.zeros_(layer.attention.self.value.weight)
     source.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_dir).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a bert cannot be used as a text encoder here .*no word's state knows of another"):
+    with pytest.raises(
+        ValueError, match="a bert cannot be used as a text encoder here .*no word's state knows of another"
+    ):
         load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
 
 
 def test_an_encoder_whose_pooler_is_always_called(data_dir, tmp_path):
-    again, answered = answers_again(run(data_dir, encoder_of("layoutlm", tmp_path / "encoder"), tmp_path / "run"))
+    again, answered = answers_again(
+        run(data_dir, encoder_of("layoutlm", tmp_path / "encoder"), tmp_path / "run")
+    )
     assert again == answered
 
 
@@ -164,7 +183,7 @@ def test_every_kind_has_its_row():
     assert [kind for kind in kinds if kind in KINDS] == list(KINDS) and "fails" not in rows
 
 
-# -------------------------------------------------------------------------------------------------- left to right
+# ---------------------------------------------------------------------------------------------- left to right
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -210,21 +229,24 @@ def test_dropout_reaches_a_decoder(tmp_path):
     assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
 
 
-# -------------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 
 QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def tokenizers():
-    """{name: fast tokenizer}: words of a list are glued by all but WordPiece, and by SentencePiece's kind as it is set."""
+    """{name: fast tokenizer}: all but WordPiece glue a list's words, SentencePiece's kind as it is set."""
     level, split = pre_tokenizers.ByteLevel, pre_tokenizers.Split(Regex(QWEN), "isolated")
     made = {"WordPiece": build_tokenizer("words", WORDS), "byte-level": build_tokenizer("bytes", WORDS)}
     for name, pre_tokenizer in {
         "byte-level, offsets with spaces": level(add_prefix_space=False, trim_offsets=False),
-        "byte-level after digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), level(add_prefix_space=False)]),
+        "byte-level after digits": pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), level(add_prefix_space=False)]
+        ),
         "Qwen": pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)]),
         "Qwen, prefixed": pre_tokenizers.Sequence([split, level(add_prefix_space=True, use_regex=False)]),
     }.items():
@@ -232,14 +254,20 @@ def tokenizers():
         made[name].backend_tokenizer.pre_tokenizer = pre_tokenizer
     for scheme in ("always", "first", "never"):
         letters = sorted({letter for word in WORDS for letter in word})
-        metaspace = Tokenizer(models.Unigram([("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0)], 0))
+        metaspace = Tokenizer(
+            models.Unigram([("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0)], 0)
+        )
         metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-        made[f"SentencePiece, {scheme}"] = PreTrainedTokenizerFast(tokenizer_object=metaspace, unk_token="<unk>")
+        made[f"SentencePiece, {scheme}"] = PreTrainedTokenizerFast(
+            tokenizer_object=metaspace, unk_token="<unk>"
+        )
     return made
 
 
 TOKENIZERS = tokenizers()
-ODD = [["a", "", "b"], ["\u00a0", "b"], ["😍", "a b", "\u200b", "GO"], ["#", "#"], ["x"], ["<s>", "a"], ["", ""]]
+ODD = [
+    ["a", "", "b"], ["\u00a0", "b"], ["😍", "a b", "\u200b", "GO"], ["#", "#"], ["x"], ["<s>", "a"], ["", ""],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -250,13 +278,20 @@ def test_words_have_the_pieces_of_their_sentence(name, slow):
     for words, (ids, word_of) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
         assert ids == fast(" ".join(words), add_special_tokens=False)["input_ids"]
         assert word_of == sorted(word_of) and set(word_of) == set(range(len(words)))
-        offsets = fast(" ".join(words), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [len(" ".join(words[: n + 1])) for n in range(len(words))]  # where each word ends in the sentence
+        offsets = fast(
+            " ".join(words), add_special_tokens=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        # Where each word ends in the sentence.
+        ends = [len(" ".join(words[: n + 1])) for n in range(len(words))]
         if not slow:
             assert all(end <= ends[word] for word, (_, end) in zip(word_of, offsets, strict=True))
-            assert all(start >= ends[word - 1] for word, (start, _) in zip(word_of, offsets, strict=True) if word)
+            assert all(
+                start >= ends[word - 1] for word, (start, _) in zip(word_of, offsets, strict=True) if word
+            )
     for words, (ids, word_of) in zip(ODD, split_pieces(tokenizer, ODD), strict=True):
-        assert len(ids) == len(word_of) and word_of == sorted(word_of) and set(word_of) <= set(range(len(words)))
+        assert (
+            len(ids) == len(word_of) and word_of == sorted(word_of) and set(word_of) <= set(range(len(words)))
+        )
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "qwen2"])
@@ -268,8 +303,13 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
     again = load_tokenizer(saved)
     rows = split_pieces(tokenizer, SENTENCES)
     assert rows == split_pieces(again, SENTENCES)
-    assert [ids for ids, _ in rows] == published([" ".join(words) for words in SENTENCES], add_special_tokens=False)["input_ids"]
-    examples = [RelationExample("", "", tuple(words), (0, 1), (len(words) - 1, len(words)), RELATIONS[0]) for words in SENTENCES]
+    assert [ids for ids, _ in rows] == published(
+        [" ".join(words) for words in SENTENCES], add_special_tokens=False
+    )["input_ids"]
+    examples = [
+        RelationExample("", "", tuple(words), (0, 1), (len(words) - 1, len(words)), RELATIONS[0])
+        for words in SENTENCES
+    ]
     marked, _ = encode(again, examples, RELATIONS, 100)
     assert marked == encode(tokenizer, examples, RELATIONS, 100)[0]
     markers = set(again.convert_tokens_to_ids(list(MARKERS)))
@@ -277,15 +317,19 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
     for example, row in zip(examples, marked, strict=True):
         starts = [row["input_ids"][row[key]] for key in ("head_index", "tail_index")]
         assert again.convert_ids_to_tokens(starts) == ["[E1]", "[E2]"]
-        rest = [i for i in row["input_ids"][len(prefix) : len(row["input_ids"]) - len(suffix)] if i not in markers]
-        # Between markers words have the pieces that they have without them; the first now stands after a marker and a space.
+        rest = [
+            i for i in row["input_ids"][len(prefix) : len(row["input_ids"]) - len(suffix)] if i not in markers
+        ]
+        # Between markers words keep their pieces; the first now stands after a marker and a space.
         assert rest == published(" " + " ".join(example.words), add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_that_takes_word_lists_once_it_is_asked_is_asked(tmp_path):
     """RoBERTa's kind: each word, the first too, has the pieces that it has after a space."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"])}
+    vocabulary = {
+        piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"])
+    }
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))

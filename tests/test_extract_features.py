@@ -1,4 +1,4 @@
-"""The feature file: its numbers against torchvision's own forward pass, and its bytes through every kind of trouble."""
+"""The feature file: numbers against torchvision's forward pass, bytes through every kind of trouble."""
 
 import errno
 import os
@@ -35,7 +35,8 @@ def run(data_dir, tmp_path):
 
     def extract(*args):
         fixed = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--weights", "random",
-                 "--img-size", 64, "--views", 2, "--batch-size", 8, "--workers", 0, "--limit", 10]  # fmt: skip
+                 "--img-size", 64, "--views", 2, "--batch-size", 8, "--workers", 0,
+                 "--limit", 10]  # fmt: skip
         return main([str(arg) for arg in [*fixed, *args]])
 
     return extract
@@ -69,7 +70,7 @@ def test_regions_are_the_last_map_of_resnet50_row_by_row(run, data_dir, size, si
 
 
 def close(found, expected):
-    """Within float16 rounding of float32 sums in another order; the smallest values cancel from larger ones."""
+    """Within float16 rounding of float32 sums in another order; the smallest cancel from larger ones."""
     np.testing.assert_allclose(found, expected, rtol=2**-10, atol=1e-3 * float(abs(expected).max()))
 
 
@@ -78,8 +79,10 @@ def test_folded_batch_norms_are_those_of_training(run, data_dir, tmp_path):
     model = random_resnet50().eval()
     for norm in model.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
-            for values, (low, high) in ((norm.running_mean, (-0.2, 0.2)), (norm.running_var, (0.5, 2)), (norm.weight, (0.3, 1)),
-                                        (norm.bias, (-0.2, 0.2))):  # fmt: skip
+            for values, (low, high) in (
+                (norm.running_mean, (-0.2, 0.2)), (norm.running_var, (0.5, 2)),
+                (norm.weight, (0.3, 1)), (norm.bias, (-0.2, 0.2)),
+            ):  # fmt: skip
                 torch.nn.init.uniform_(values, low, high)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     cache = FeatureCache(run("--weights", tmp_path / "weights.safetensors", "--limit", 3, "--views", 1))
@@ -116,7 +119,9 @@ def test_what_is_compiled_by_itself(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(extract_features, "create_file", create_file)
-    for many, compiler, more in ((20, "g++", []), (21, "g++", []), (20, None, []), (20, "g++", ["--no-compile"])):
+    for many, compiler, more in (
+        (20, "g++", []), (21, "g++", []), (20, None, []), (20, "g++", ["--no-compile"])
+    ):
         monkeypatch.setattr(backbones, "COMPILE_FROM", many)
         monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
         with pytest.raises(KeyboardInterrupt):
@@ -127,10 +132,15 @@ def test_what_is_compiled_by_itself(run, monkeypatch):
 def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     path = run()
     with h5py.File(path) as file:
-        assert set(file) == {"regions", "num_regions", "grid", "image_id", "status", "reason", "crc32", "photo_bytes"}
+        assert set(file) == {
+            "regions", "num_regions", "grid", "image_id", "status", "reason", "crc32", "photo_bytes",
+        }  # fmt: skip
         assert all(file[name].dtype.kind != "O" and file[name].chunks is None for name in file)
-        assert all(h5py.check_string_dtype(file.attrs.get_id(key).dtype) is None or
-                   h5py.check_string_dtype(file.attrs.get_id(key).dtype).length for key in file.attrs)  # fmt: skip
+        assert all(
+            h5py.check_string_dtype(file.attrs.get_id(key).dtype) is None
+            or h5py.check_string_dtype(file.attrs.get_id(key).dtype).length
+            for key in file.attrs
+        )
         assert file["regions"].dtype == np.float16 and file["regions"].shape == (10, 2, 4, 2048)
         ids = [name.decode() for name in file["image_id"]]
     assert ids == load_dataset("demo", data_dir).image_ids()[:10]
@@ -138,7 +148,9 @@ def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     body = torch.nn.Sequential(*list(random_resnet50().children())[:-2])
     assert attrs["weights_sha256"] == state_hash(body)
     assert attrs["weights"] == f"random-{attrs['weights_sha256'][:12]}"
-    assert (attrs["dataset"], attrs["backbone"], attrs["img_size"], attrs["views"]) == ("demo", "resnet50", 64, 2)
+    assert (attrs["dataset"], attrs["backbone"], attrs["img_size"], attrs["views"]) == (
+        "demo", "resnet50", 64, 2,
+    )  # fmt: skip
     assert attrs["version_torch"] == str(torch.__version__) and attrs["mean"] == [0.485, 0.456, 0.406]
 
 
@@ -199,7 +211,9 @@ def test_finished_file_is_left_alone_and_other_settings_are_named(run):
     assert run() == path and (path.read_bytes(), path.stat().st_mtime_ns) == before
     with pytest.raises(ValueError) as error:
         run("--views", 3, "--seed", 2)
-    for part in ("views (file: 2, asked: 3)", "seed (file: 1337, asked: 2)", "weights (file: random-", "--overwrite"):
+    for part in (
+        "views (file: 2, asked: 3)", "seed (file: 1337, asked: 2)", "weights (file: random-", "--overwrite"
+    ):
         assert part in str(error.value)
     assert "img_size" not in str(error.value) and path.read_bytes() == before[0]
     assert FeatureCache(run("--views", 3, "--overwrite")).views == 3
@@ -209,7 +223,9 @@ def test_unfinished_file_of_other_settings_is_refused(run, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FeatureWriter, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         run()
-    with pytest.raises(ValueError, match=r"partial: made with other settings: views \(file: 2, asked: 3\); --over"):
+    with pytest.raises(
+        ValueError, match=r"partial: made with other settings: views \(file: 2, asked: 3\); --over"
+    ):
         run("--views", 3)
 
 
@@ -227,7 +243,7 @@ def test_second_process_on_one_file_stops(run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A folder with the data sets `odd` and `clean` of `faults.write_odd_files`; which of their photos are pictures."""
+    """A folder with the data sets `odd` and `clean` of `faults`; which of their photos are pictures."""
     folder = tmp_path_factory.mktemp("odd")
     faults.write_odd_files(folder, large=False)
     return folder, {path.stem for path in (folder / "clean" / "images").iterdir()}
@@ -235,7 +251,10 @@ def odd(tmp_path_factory):
 
 def test_photos_of_every_kind(run, odd):
     folder, pictures = odd
-    cache, clean = (FeatureCache(run("--dataset", folder / name, "--limit", 99, "--views", 1)) for name in ("odd", "clean"))
+    cache, clean = (
+        FeatureCache(run("--dataset", folder / name, "--limit", 99, "--views", 1))
+        for name in ("odd", "clean")
+    )
     assert len(pictures) == 21 and len(cache.rows) == 21 + 10 + 1  # files that are none, and an absent one
     for image_id, row in cache.rows.items():
         status = OK if image_id in pictures else MISSING if image_id == "absent" else UNREADABLE
@@ -245,9 +264,12 @@ def test_photos_of_every_kind(run, odd):
         assert np.array_equal(cache.regions[cache.rows[alike], 0], cache.regions[cache.rows["PNG"], 0])
     deep = folder / "odd" / "images" / "16 bits.jpg"
     resnet = load_backbone("resnet50", "random", 64)
-    decoded, _, _ = Photos(["x"], {"x": deep}, resnet, 1, seed=0).read(0)  # 16 bits a pixel become 8, not white
+    # 16 bits a pixel become 8, not white.
+    decoded, _, _ = Photos(["x"], {"x": deep}, resnet, 1, seed=0).read(0)
     grey = Image.fromarray((np.asarray(Image.open(deep)) // 256).astype(np.uint8))
-    assert np.array_equal(decoded[0].permute(1, 2, 0), grey.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.array_equal(
+        decoded[0].permute(1, 2, 0), grey.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+    )
     for name, said in (("cut JPEG", "truncated"), ("text", "identify"), ("bomb", "DecompressionBombError")):
         assert said in cache.reasons[cache.rows[name]]
     # A photo that is not there is no picture at all: zeros and a mask of False, never a grey image.
@@ -265,10 +287,13 @@ def test_a_disk_that_fills_in_mid_write_is_said_and_nothing_is_lost(run, tmp_pat
         left -= 1
         if left < 0:
             raise OSError(28, "No space left on device")
-        return pwrite(fd, raw[: max(1, len(raw) // 2)], at)  # half of what was asked, as a nearly full disk may
+        # Half of what was asked, as a nearly full disk may.
+        return pwrite(fd, raw[: max(1, len(raw) // 2)], at)
 
     monkeypatch.setattr(os, "pwrite", filling)
-    with pytest.raises(OSError, match="demo-resnet50-64-first10.h5.partial: No space left on device; make room"):
+    with pytest.raises(
+        OSError, match="demo-resnet50-64-first10.h5.partial: No space left on device; make room"
+    ):
         run("--overwrite")
     assert not (tmp_path / "demo-resnet50-64-first10.h5").exists()
     monkeypatch.setattr(os, "pwrite", pwrite)
@@ -292,7 +317,9 @@ def test_odd_pictures_are_what_their_clean_copy_is(read, odd):
     folder, pictures = odd
     for path in (folder / "odd" / "images").iterdir():
         if path.stem in pictures:
-            (found, status, reason), (expected, _, _) = read(path), read(folder / "clean" / "images" / f"{path.stem}.png")
+            (found, status, reason), (expected, _, _) = (
+                read(path), read(folder / "clean" / "images" / f"{path.stem}.png")
+            )
             assert (status, reason) == (OK, "") and torch.equal(found, expected), path.name
 
 
@@ -328,7 +355,10 @@ def test_report_lists_what_is_missing(run, data_dir, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "10 photos, 9 found, x 2 views" in out and f"{10 * 2 * 4 * 2048 * 2:,} bytes" in out
     assert f"{path}: 10 photos, 8 ok, 1 missing, 1 unreadable" in out
-    assert "missing: train_0003 (no such file)" in out and "unreadable: train_0004 (UnidentifiedImageError" in out
+    assert (
+        "missing: train_0003 (no such file)" in out
+        and "unreadable: train_0004 (UnidentifiedImageError" in out
+    )
     shutil.copy(images / "train_0002.jpg", images / "train_0003.jpg")
     run("--images", images)
     assert "1 photos recorded as missing are there now (first: train_0003)" in capsys.readouterr().out
@@ -405,8 +435,9 @@ def run_captions(data_dir, tmp_path):
     def extract(*more, edit=lambda lines: lines):
         lines = (data_dir / "demo" / "captions.txt").read_text(encoding="utf-8").splitlines()
         (tmp_path / "captions.txt").write_text("\n".join(edit(lines)), encoding="utf-8")
-        given = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--backbone", "caption", "--captions",
-                 tmp_path / "captions.txt", "--text-encoder", data_dir / "demo" / "encoder", "--overwrite", *more]  # fmt: skip
+        given = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path,
+                 "--backbone", "caption", "--captions", tmp_path / "captions.txt",
+                 "--text-encoder", data_dir / "demo" / "encoder", "--overwrite", *more]  # fmt: skip
         return main([str(arg) for arg in given])
 
     return extract
@@ -448,7 +479,10 @@ def test_captions_that_cannot_be_used(run_captions, edit, more, message):
         run_captions(*more, edit=edit)
 
 
-@pytest.mark.parametrize("args", [["--backbone", "caption"], ["--captions", "x"], ["--backbone", "caption", "--captions", "x", "--views", "2"]])
+@pytest.mark.parametrize("args", [
+    ["--backbone", "caption"], ["--captions", "x"],
+    ["--backbone", "caption", "--captions", "x", "--views", "2"],
+])  # fmt: skip
 def test_caption_flags_go_together(args, capsys):
     with pytest.raises(SystemExit):
         main(args)
@@ -485,7 +519,8 @@ def test_a_flipped_bit_anywhere_in_a_row_is_found_when_it_is_read(run, tmp_path)
                 with pytest.raises(ValueError, match=r"are damaged .view \d.; extract_features.py --verify"):
                     cache.read([cache.ids[row]], [view])
                 cache.read([ids[(row + 1) % rows]])  # the others are as they were
-            except (ValueError, UnicodeDecodeError, KeyError) as error:  # an id or a status that cannot be: refused on opening
+            except (ValueError, UnicodeDecodeError, KeyError) as error:
+                # An id or a status that cannot be: refused on opening.
                 assert name in ("image_id", "status", "reason", "photo_bytes"), (name, at, error)
     path.write_bytes(whole)
     assert all(map(FeatureCache(path).whole, range(10)))
@@ -503,13 +538,17 @@ def test_verify_names_damaged_rows_and_only_they_are_done_again(run, capsys, mon
     damaged[start + 2 * size + 5] ^= 16
     damaged[name + 2 * 7] ^= 1
     path.write_bytes(damaged)
-    with monkeypatch.context() as stopped:  # in the middle of marking: a finished name never stands over rows not done
+    # In the middle of marking: a finished name never stands over rows not done.
+    with monkeypatch.context() as stopped:
         stopped.setattr(os, "pwrite", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("--verify")
     assert not path.exists()
     run()
-    with pytest.raises(ValueError, match="2 of 10 rows are damaged .train_0002, train_0007.; the same command without --verify"):
+    with pytest.raises(
+        ValueError,
+        match="2 of 10 rows are damaged .train_0002, train_0007.; the same command without --verify",
+    ):
         run("--verify")
     assert not path.exists()
     written, write = [], FeatureWriter.write
@@ -535,7 +574,13 @@ def test_photos_changed_behind_a_finished_file_are_refused(run, data_dir, tmp_pa
     assert run("--images", images) == path
     assert "1 of the photos it was made of are not here" in capsys.readouterr().out
     Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")  # one that is there is enough
-    with pytest.raises(ValueError, match=rf"other photos than those here: 1 differ in size .first: train_0003; it was made from {images}"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"other photos than those here: 1 differ in size .first: train_0003;"
+            rf" it was made from {images}"
+        ),
+    ):
         run("--images", images)
 
 
@@ -551,7 +596,10 @@ def test_an_unfinished_file_is_not_filled_with_other_photos(run, data_dir, tmp_p
             run("--images", images)
     Image.new("RGB", (50, 50)).save(images / "train_0003.jpg")
     (images / "train_0000.jpg").write_bytes(photo)
-    with pytest.raises(ValueError, match=r"h5.partial: made of other photos than those here: 1 differ in size .first: train_0003"):
+    with pytest.raises(
+        ValueError,
+        match=r"h5.partial: made of other photos than those here: 1 differ in size .first: train_0003",
+    ):
         run("--images", images)
     shutil.copy(data_dir / "demo" / "images" / "train_0003.jpg", images)
     assert (FeatureCache(run("--images", images)).status == OK).all()
@@ -568,8 +616,12 @@ def test_queues_of_decoded_photos_fit_the_shared_memory(photos_held, workers):
 def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch, capsys):
     path = run()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000) if place == "/dev/shm" else usage)
-    monkeypatch.setattr(os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: usage._replace(free=1000) if place == "/dev/shm" else usage
+    )
+    monkeypatch.setattr(
+        os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place)
+    )
     assert [loading.shared_memory(processes) for processes in (1, 5)] == [500, 100]
     (tmp_path / "other").mkdir()
     other = run("--workers", 2, "--cache-dir", tmp_path / "other")
@@ -602,4 +654,7 @@ def test_an_eps_is_never_run(run, data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run_it)
     cache = FeatureCache(run("--images", images))
-    assert cache.status[3] == UNREADABLE and "an EPS, which another program would have to run" in cache.reasons[3]
+    assert (
+        cache.status[3] == UNREADABLE
+        and "an EPS, which another program would have to run" in cache.reasons[3]
+    )

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 
 def test_pages(tmp_path, monkeypatch):
-    """All but long runs, in two pages of other parts. One kill of each command, one run of tables.py for two."""
+    """All but long runs, two pages of other parts. One kill of each command, one run of tables.py for two."""
     made, command = faults.MADE["tables.py"], faults.COMMANDS["tables.py"]
     monkeypatch.setitem(faults.COMMANDS, "tables.py", [part for part in command if part != "demo/film"])
     monkeypatch.setitem(faults.MADE, "tables.py", tuple(name for name in made if "-film-" not in name))
@@ -30,7 +30,9 @@ def test_pages(tmp_path, monkeypatch):
 
     pages = [write("--kills", "1", "--fuzz", "0"), write("--kills", "0", "--no-files", "--fuzz", "60")]
     assert [page.count("\n## ") for page in pages] == [3, 1]  # parts left out are left out of the page
-    lines = [line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")]
+    lines = [
+        line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")
+    ]
     cells = {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
     for name in faults.COMMANDS:
         _, killed, working, same = cells[f"`{name}`"]
@@ -87,10 +89,14 @@ def of_rows(change):
 
 @pytest.mark.parametrize("name, damage, said", [
     ("extract_features.py", lambda folder: flip(folder / faults.FEATURES, -9), "finished, but different"),
-    ("extract_features.py", of_rows(lambda file: file["regions"].__setitem__((3, 1, 0, 7), 99)), "done, but other bytes"),
-    ("extract_features.py", of_rows(lambda file: file["crc32"].__setitem__((3, 1), 99)), "done, but other checksums"),
-    ("train.py", lambda folder: cut(folder / faults.RUN / "predictions-test.jsonl"), "another predictions-test.jsonl"),
-    ("train.py", lambda folder: (folder / faults.RUN / "log.jsonl").write_text('{"epoch": 2}\n'), "another log"),
+    ("extract_features.py", of_rows(lambda file: file["regions"].__setitem__((3, 1, 0, 7), 99)),
+        "done, but other bytes"),
+    ("extract_features.py", of_rows(lambda file: file["crc32"].__setitem__((3, 1), 99)),
+        "done, but other checksums"),
+    ("train.py", lambda folder: cut(folder / faults.RUN / "predictions-test.jsonl"),
+        "another predictions-test.jsonl"),
+    ("train.py", lambda folder: (folder / faults.RUN / "log.jsonl").write_text('{"epoch": 2}\n'),
+        "another log"),
     ("predict.py", lambda folder: flip(folder / "answers.jsonl", 8), "other answers"),
 ])  # fmt: skip
 def test_damage_is_noticed(tmp_path, cache_dir, name, damage, said):
@@ -104,7 +110,8 @@ def test_damage_is_noticed(tmp_path, cache_dir, name, damage, said):
     save_file({"weight": torch.zeros(3)}, whole / faults.RUN / "model.safetensors")
     shutil.copytree(whole, folder)
     shutil.copy(folder / faults.FEATURES, folder / f"{faults.FEATURES}.partial")
-    with h5py.File(folder / f"{faults.FEATURES}.partial", "r+") as file:  # a row that is not done may hold anything
+    # A row that is not done may hold anything.
+    with h5py.File(folder / f"{faults.FEATURES}.partial", "r+") as file:
         file["status"][5], file["regions"][5] = 0, 9
     for path in (f"{faults.RUN}/log.jsonl", "answers.jsonl"):
         cut(folder / path)

@@ -33,7 +33,9 @@ def test_cache_reads_what_h5py_reads(made):
         assert np.array_equal(regions, stored[::-1][range(40), views or 0]) and regions.any(-1).all()
         assert mask.all() and mask.shape == (40, 4) and regions.dtype == torch.float16
         assert grid.tolist() == [[2, 2]] * 40
-    assert (cache.attrs["dataset"], cache.attrs["img_size"], cache.attrs["format"]) == ("demo", 64, features.FORMAT)
+    assert (cache.attrs["dataset"], cache.attrs["img_size"], cache.attrs["format"]) == (
+        "demo", 64, features.FORMAT,
+    )  # fmt: skip
     values = [v for value in cache.attrs.values() for v in (value if type(value) is list else [value])]
     assert {type(value) for value in values} == {str, int, float}
 
@@ -45,9 +47,13 @@ def test_regions_kept_on_a_device_are_those_of_the_file(made):
         file["crc32"][2] = features.row_crc32(file["regions"][2], ids[2], 0, [2, 2], features.MISSING, "")
     mapped, kept = FeatureCache(path), FeatureCache(path)
     kept.keep_on("cpu")
-    for photos, views in (([ids[5], None, ids[2], ids[5]], [1, 0, 1, 0]), ([ids[39], ids[0]], None), ([None], None)):
+    for photos, views in (
+        ([ids[5], None, ids[2], ids[5]], [1, 0, 1, 0]), ([ids[39], ids[0]], None), ([None], None)
+    ):
         expected, found = mapped.read(photos, views), kept.read(photos, views)
-        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+        assert expected.keys() == found.keys() and all(
+            torch.equal(expected[key], found[key]) for key in expected
+        )
     with open(path, "r+b") as file:
         file.seek(h5py.File(path)["regions"].id.get_offset() + 7 * kept.regions[0].nbytes)
         file.write(b"\x55")
@@ -60,8 +66,12 @@ def test_collate_with_photos(made, views):
     path, stored, ids = made
     # Rows 1 and 2 say that there was no photo but hold regions, which must not come through.
     with h5py.File(path, "r+") as file:
-        file["status"][1], file["status"][2], file["num_regions"][3] = features.MISSING, features.UNREADABLE, 3
-        for row, count, status in ((1, 4, features.MISSING), (2, 4, features.UNREADABLE), (3, 3, features.OK)):
+        file["status"][1], file["status"][2], file["num_regions"][3] = (
+            features.MISSING, features.UNREADABLE, 3
+        )
+        for row, count, status in (
+            (1, 4, features.MISSING), (2, 4, features.UNREADABLE), (3, 3, features.OK)
+        ):
             file["crc32"][row] = features.row_crc32(stored[row], ids[row], count, [2, 2], status, "")
     cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
     assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
@@ -101,7 +111,8 @@ def cut(keep):
     *((cut(keep), ValueError, "not a readable HDF5 file|cut off") for keep in (-1, -2000, 700_000, 2000, 0)),
     (edit(lambda file: file.attrs.modify("format", 2)), ValueError, "format 2, expected 4"),
     (edit(lambda file: file.attrs.pop("format")), ValueError, "format none, expected 4"),
-    (edit(lambda file: file.pop("crc32")), ValueError, "make it anew"), (edit(chunk), ValueError, "make it anew"),
+    (edit(lambda file: file.pop("crc32")), ValueError, "make it anew"),
+    (edit(chunk), ValueError, "make it anew"),
     (edit(lambda file: file["status"].__setitem__(slice(2), 0)), ValueError, "2 photos not done"),
     (edit(lambda file: file.attrs.modify("seed", 1)), ValueError, "what it says of itself is damaged"),
     # Another program's file, with text as h5py stores it by itself.
@@ -118,13 +129,16 @@ def test_require(made):
     path, _, ids = made
     cache = FeatureCache(path)
     assert cache.require(ids, "demo") is None
-    message = rf"\A{re.escape(str(path))}: no row for 2 of mnre's 42 photos \(first: y\); it was made for demo\. "
+    message = (
+        rf"\A{re.escape(str(path))}: no row for 2 of mnre's 42 photos \(first: y\); it was made for demo\. "
+    )
     with pytest.raises(ValueError, match=message):
         cache.require([*ids, "y", "x"], "mnre")
     assert cache.require(ids, "another name for the same photos") is None
 
 
-def read_bytes(cache, photos, views):  # torch cannot send tensors out of a forked process that has used threads
+# torch cannot send tensors out of a forked process that has used threads.
+def read_bytes(cache, photos, views):
     return [tensor.numpy().tobytes() for tensor in cache.read(photos, views).values()]
 
 

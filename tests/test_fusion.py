@@ -1,4 +1,4 @@
-"""The promises of fusion.py, each layer as it starts and with noise on its parameters; formulas against plain loops."""
+"""Promises of fusion.py, for layers as they start and with noise; formulas against plain loops."""
 
 import math
 
@@ -16,7 +16,7 @@ WEIGHTED = ["attention", "cross-attention", "bimodal", "co-attention", "pyramid"
 ORDERED = ["pyramid"]  # these read where a region lies, so its order says something
 GARBAGE = [1, 1e4, 1e30, math.inf, math.nan]  # 1e30 is finite in float32, its square is not
 
-# A fresh film is text only and a fresh bias often zero: noise on the parameters shows what the start would hide.
+# A fresh film is text only, a fresh bias often zero: noise on the parameters shows what the start would hide.
 CASES = [(name, noise) for name in FUSIONS for noise in (0, 0.3) if name in TRAINED or not noise]
 every_case = pytest.mark.parametrize("name, noise", CASES)
 
@@ -64,7 +64,7 @@ def spoil(values, mask, scale):
 
 
 def gradients(fusion, text, text_mask, regions, region_mask):
-    """Of a loss on the real tokens, for text, regions and each parameter; zeros for what the loss does not reach."""
+    """Of a loss on the real tokens, for text, regions and each parameter; zeros where it does not reach."""
     text, regions = text.clone().requires_grad_(), regions.clone().requires_grad_()
     loss = fusion(text, text_mask, regions, region_mask)[text_mask].square().sum()
     return torch.autograd.grad(loss, [text, regions, *fusion.parameters()], materialize_grads=True)
@@ -132,7 +132,9 @@ def test_no_photo_leaves_text_as_it_came(name, noise, training):
 @every_case
 def test_no_photo_gives_finite_gradients(name, noise):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise).train(), batch()
-    assert all(gradient.isfinite().all() for gradient in gradients(fusion, text, text_mask, regions, region_mask))
+    assert all(
+        gradient.isfinite().all() for gradient in gradients(fusion, text, text_mask, regions, region_mask)
+    )
     # Where no post has a photo, the loss is of the text alone.
     of_text, *others = gradients(fusion, text, text_mask, regions, torch.zeros_like(region_mask))
     assert torch.equal(of_text, 2 * text * text_mask[..., None])
@@ -144,10 +146,12 @@ def test_batched_equals_one_by_one(name, noise):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
     fused, weights = fusion(text, text_mask, regions, region_mask, return_weights=True)
     for i in range(len(text)):
-        t, r = text_mask[i], region_mask[i] if region_mask[i].any() else slice(0, 1)  # no photo: one masked region
+        # No photo: one masked region.
+        t, r = text_mask[i], region_mask[i] if region_mask[i].any() else slice(0, 1)
         alone, alone_weights = fusion(
-            text[i, t][None], text_mask[i, t][None], regions[i, r][None], region_mask[i, r][None], return_weights=True
-        )
+            text[i, t][None], text_mask[i, t][None],
+            regions[i, r][None], region_mask[i, r][None], return_weights=True,
+        )  # fmt: skip
         close(fused[i, t], alone[0])
         if name in WEIGHTED:
             close(weights[i, t][:, r], alone_weights[0])
@@ -237,17 +241,19 @@ def test_a_fresh_layer_does_not_weigh_all_regions_alike(name):
 def find_asked_region(name, steps, width, region_dim=128, heads=8, size=32, things=8):
     """Accuracy by step of a layer and a linear head that learn to read the one region a token asks for.
 
-    A photo has 49 regions, each showing one of 8 things in one of 4 colours; a token names the thing that a single region
-    shows, and the answer is that region's colour: chance is 0.25.
+    A photo has 49 regions, each showing one of 8 things in one of 4 colours; a token names the thing that a
+    single region shows, and the answer is that region's colour: chance is 0.25.
     """
     torch.manual_seed(0)
-    shapes, colours, asks = torch.randn(things, region_dim), torch.randn(4, region_dim), torch.randn(things, width)
+    shapes, colours, asks = (
+        torch.randn(things, region_dim), torch.randn(4, region_dim), torch.randn(things, width)
+    )
     layer, head = build(name, width, region_dim, heads, dropout=0.0), torch.nn.Linear(width, 4)
     parameters, rows, correct = [*layer.parameters(), *head.parameters()], torch.arange(size), []
-    optimizer = torch.optim.AdamW(parameters, lr=1.1e-3, weight_decay=0.01)  # as train.py trains a fusion layer
+    optimizer = torch.optim.AdamW(parameters, lr=1.1e-3, weight_decay=0.01)  # as train.py trains a fusion
     for _ in range(steps):
         asked, place = torch.randint(things, (size,)), torch.randint(49, (size,))
-        shown = (asked[:, None] + torch.randint(1, things, (size, 49))) % things  # anything but what is asked for
+        shown = (asked[:, None] + torch.randint(1, things, (size, 49))) % things  # anything but what is asked
         shown[rows, place] = asked
         colour = torch.randint(4, (size, 49))
         masks = torch.ones(size, 1).bool(), torch.ones(size, 49).bool()
@@ -293,7 +299,9 @@ def film_reference(layer, tokens, regions):
 def attention_reference(layer, tokens, regions):
     regions, fused, weights = [layer.regions.linear.weight @ unit(region) for region in regions], [], []
     for h in tokens:
-        weights.append(softmax([layer.score(torch.tanh(layer.token(h) + layer.region(v)))[0] for v in regions]))
+        weights.append(
+            softmax([layer.score(torch.tanh(layer.token(h) + layer.region(v)))[0] for v in regions])
+        )
         c = mix(weights[-1], [layer.context(v) for v in regions])
         fused.append(h + torch.sigmoid(layer.gate(torch.cat((h, c)))) * c)
     return fused, weights
@@ -324,7 +332,9 @@ def bimodal_reference(layer, tokens, regions):
     regions = [layer.regions.linear.weight @ unit(region) for region in regions]
     contexts, weights = [[] for _ in tokens], [0] * len(tokens)
     for s in HEAD_SLICES:
-        affinity = [[layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions] for h in tokens]
+        affinity = [
+            [layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions] for h in tokens
+        ]
         enriched = []
         for r, v in enumerate(regions):
             said = mix(softmax([row[r] for row in affinity]), [layer.token_value(h)[s] for h in tokens])
@@ -335,7 +345,9 @@ def bimodal_reference(layer, tokens, regions):
     fused = []
     for h, context in zip(tokens, map(torch.cat, contexts), strict=True):
         z = torch.sigmoid(layer.gate(torch.cat((context, h))))
-        fused.append(h + z * torch.tanh(layer.image_unit(context)) + (1 - z) * torch.tanh(layer.token_unit(h)))
+        fused.append(
+            h + z * torch.tanh(layer.image_unit(context)) + (1 - z) * torch.tanh(layer.token_unit(h))
+        )
     return fused, weights
 
 
@@ -547,7 +559,7 @@ def test_pyramid_sees_where_a_region_lies_and_needs_to_be_told():
         alone(text, text_mask, regions, region_mask)
 
 
-# --------------------------------------------------------------------------------- saliency and its second picture
+# ---------------------------------------------------------------------------- saliency and its second picture
 
 
 def two_pictures(noise=0.3, **more):

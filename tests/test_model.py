@@ -64,7 +64,9 @@ def test_text_only_is_transformers_token_classifier(encoder_dir, data_dir):
             given = tokenizer(list(example.words), is_split_into_words=True, return_tensors="pt")
             expected = reference(**given).logits[0]
             for word in range(len(example.words)):
-                torch.testing.assert_close(logits[i, word], expected[given.word_to_tokens(word).start], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    logits[i, word], expected[given.word_to_tokens(word).start], rtol=1e-4, atol=1e-5
+                )
 
 
 @torch.no_grad()
@@ -77,8 +79,13 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
     for row, found in zip(rows, logits, strict=True):
         ids = torch.tensor([row["input_ids"]])
         states = model.encoder(input_ids=ids).last_hidden_state[0]
-        start, end = (row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker)) for marker in (MARKERS[0], MARKERS[2]))
-        torch.testing.assert_close(found, model.head.linear(torch.cat((states[start], states[end]))), rtol=1e-4, atol=1e-5)
+        start, end = (
+            row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker))
+            for marker in (MARKERS[0], MARKERS[2])
+        )
+        torch.testing.assert_close(
+            found, model.head.linear(torch.cat((states[start], states[end]))), rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -91,13 +98,16 @@ def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_
     photos = [example.image_id for example in examples]
     pad = tokenizer.pad_token_id
     logits = model(collate(rows, pad, cache, photos))
-    without, text_only = model(collate(rows, pad, cache, [None] * len(rows))), make(encoder_dir, dataset, "none")[0]
+    without, text_only = (
+        model(collate(rows, pad, cache, [None] * len(rows))), make(encoder_dir, dataset, "none")[0]
+    )
     text_only.head.load_state_dict(model.head.state_dict())
     for i, row in enumerate(rows):
         alone = model(collate([row], pad, cache, photos[i : i + 1]))[0]
         together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(without, text_only(collate(rows, pad)), rtol=0, atol=0)  # no photo is exactly text only
+    # No photo is exactly text only.
+    torch.testing.assert_close(without, text_only(collate(rows, pad)), rtol=0, atol=0)
     real = collate(rows, pad)["labels"] >= 0
     assert (fusion == "none") == bool(torch.equal(logits[real], without[real]))
 
@@ -122,8 +132,10 @@ def test_byte_level_bpe_encoder(tmp_path, data_dir):
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
-    config = RobertaConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                           intermediate_size=32, max_position_embeddings=64, pad_token_id=1)  # fmt: skip
+    config = RobertaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
     RobertaModel(config).save_pretrained(tmp_path)
     for name in ("demo", "mnre"):
         dataset = load_dataset(name, data_dir)
@@ -137,7 +149,10 @@ def test_byte_level_bpe_encoder(tmp_path, data_dir):
             for word, start, end in zip(example.words, starts, starts[1:], strict=False):
                 assert tokenizer.decode(row["input_ids"][start:end]) == f" {word}"
         batch = collate(rows, tokenizer.pad_token_id)
-        batch |= {"regions": torch.zeros(24, 1, 2048, dtype=torch.float16), "region_mask": torch.ones(24, 1).bool()}
+        batch |= {
+            "regions": torch.zeros(24, 1, 2048, dtype=torch.float16),
+            "region_mask": torch.ones(24, 1).bool(),
+        }
         assert model(batch).isfinite().all()
 
 
@@ -158,9 +173,13 @@ def test_entity_markers_start_apart(encoder_dir, data_dir, tmp_path, padded):
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
     assert (cosines - torch.eye(4)).abs().max() < 0.5
     assert ((rows.norm(dim=1) > norm / 2) & (rows.norm(dim=1) < 2 * norm)).all()
-    row = encode(tokenizer, load_dataset("mnre", data_dir).examples["train"][:1], RELATIONS, 128)[0][0]["input_ids"]
+    row = encode(
+        tokenizer, load_dataset("mnre", data_dir).examples["train"][:1], RELATIONS, 128
+    )[0][0]["input_ids"]
     swap = dict(zip(ids, (ids[2], ids[3], ids[0], ids[1]), strict=True))  # head for tail
-    states, swapped = (encoder(torch.tensor([side])).last_hidden_state for side in (row, [swap.get(i, i) for i in row]))
+    states, swapped = (
+        encoder(torch.tensor([side])).last_hidden_state for side in (row, [swap.get(i, i) for i in row])
+    )
     assert (states - swapped).norm() > 0.1 * states.norm()
 
 
@@ -183,7 +202,9 @@ def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(encoder_dir / "model.safetensors")
     lost = next(key for key in weights if "attention" in key)
-    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ValueError, match=f"1 weights missing .first: {lost}"):
         load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
     for source in ("absent/folder", str(tmp_path / "absent")):
@@ -224,7 +245,9 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 def test_every_system_names_its_parts():
-    assert {name: (system.text_encoder, system.backbone, system.img_size) for name, system in SYSTEMS.items()} == {
+    assert {
+        name: (system.text_encoder, system.backbone, system.img_size) for name, system in SYSTEMS.items()
+    } == {
         "roberta-resnet50": ("roberta-base", "resnet50", 224),
         "bert-resnet50": ("bert-base-uncased", "resnet50", 224),
         "clip-bert": ("bert-base-uncased", "clip", 224),
@@ -251,12 +274,16 @@ def close(found, expected):
 
 @torch.no_grad()
 def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
-    """The states under the head are BlipForImageTextRetrieval's, given the photo itself, one post at a time."""
+    """The states under the head are BlipForImageTextRetrieval's, given the photo itself, a post at a time."""
     model, tokenizer, cache = make_system("blip", data_dir, cache_dir, dataset)
     folder, examples = data_dir / "demo" / "blip", dataset.examples["valid"]
-    reference, processor = BlipForImageTextRetrieval.from_pretrained(folder).eval(), AutoImageProcessor.from_pretrained(folder)
+    reference, processor = (
+        BlipForImageTextRetrieval.from_pretrained(folder).eval(),
+        AutoImageProcessor.from_pretrained(folder),
+    )
     reference.text_encoder.resize_token_embeddings(len(tokenizer))
-    reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())  # the markers' new rows
+    # The markers' new rows.
+    reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     logits = model(collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples]))
     for row, example, found in zip(rows, examples, logits, strict=True):
@@ -268,9 +295,11 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
 
 @torch.no_grad()
 def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
-    """From the cached pixels the same as ViltForTokenClassification from its processor's, for photos of any shape."""
+    """Cached pixels give what its processor's give ViltForTokenClassification, for photos of any shape."""
     model, tokenizer, cache = make_system("vilt", data_dir, cache_dir, dataset)
-    folder, examples = data_dir / "demo" / "vilt", dataset.examples["valid"] + dataset.examples.get("test", [])
+    folder, examples = (
+        data_dir / "demo" / "vilt", dataset.examples["valid"] + dataset.examples.get("test", [])
+    )
     reference = ViltForTokenClassification.from_pretrained(folder, num_labels=len(dataset.labels)).eval()
     reference.resize_token_embeddings(len(tokenizer))
     reference.vilt.load_state_dict(model.encoder.state_dict(), strict=False)  # the markers' new rows
@@ -305,7 +334,9 @@ def test_vilts_places_are_interpolated_as_transformers_does(data_dir, cache_dir,
     h, w = grid
     torch.manual_seed(0)
     pixels = torch.randint(256, (1, 3, 16 * h, 16 * w), dtype=torch.uint8)
-    patches = pixels.unflatten(3, (w, 16)).unflatten(2, (h, 16)).permute(0, 2, 4, 1, 3, 5).reshape(1, h * w, 768)
+    patches = (
+        pixels.unflatten(3, (w, 16)).unflatten(2, (h, 16)).permute(0, 2, 4, 1, 3, 5).reshape(1, h * w, 768)
+    )
     regions, mask = torch.zeros(1, 60, 768, dtype=torch.uint8), torch.zeros(1, 60, dtype=torch.bool)
     regions[:, : h * w], mask[:, : h * w] = patches, True
     found = model.embed(regions, mask, torch.tensor([grid]))
@@ -364,7 +395,8 @@ def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dat
 
 
 @pytest.mark.parametrize("system, folder, message", [
-    ("clip-bert", "vilt", "it is a vilt, not a plain text encoder"), ("clip-bert", "blip", "it is a blip, not a plain"),
+    ("clip-bert", "vilt", "it is a vilt, not a plain text encoder"),
+    ("clip-bert", "blip", "it is a blip, not a plain"),
     ("blip", "encoder", "it is a bert, not a blip"), ("vilt", "encoder", "it is a bert, not a vilt"),
     ("vilt", "clip", "cannot be loaded"), ("blip", "absent", "cannot be loaded"),
 ])  # fmt: skip
@@ -375,22 +407,32 @@ def test_another_kind_of_encoder_is_refused(data_dir, system, folder, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("system, part", [("blip", "text_encoder"), ("blip", "crossattention"), ("vilt", "encoder.layer")])
+@pytest.mark.parametrize(
+    "system, part", [("blip", "text_encoder"), ("blip", "crossattention"), ("vilt", "encoder.layer")]
+)
 def test_a_missing_encoder_weight_is_an_error(data_dir, tmp_path, system, part):
     shutil.copytree(data_dir / "demo" / system, tmp_path / system)
     weights = load_file(tmp_path / system / "model.safetensors")
     lost = next(key for key in weights if part in key)
-    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / system / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if k != lost},
+        tmp_path / system / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="1 weights missing"):
         load_text_encoder(str(tmp_path / system), SYSTEMS[system], "ner", 0.1)
 
 
-@pytest.mark.parametrize("system, message", [("blip", "attends to image states of width 64, the feature file has 2048"),
-                                             ("vilt", "takes patches of 768 values, the feature file has 2048")])  # fmt: skip
+@pytest.mark.parametrize("system, message", [
+    ("blip", "attends to image states of width 64, the feature file has 2048"),
+    ("vilt", "takes patches of 768 values, the feature file has 2048"),
+])  # fmt: skip
 def test_features_of_another_width_are_refused(data_dir, cache_dir, system, message):
     dataset = load_dataset("demo", data_dir)
     with pytest.raises(ValueError, match=message):
-        make(data_dir / "demo" / system, dataset, None, system, FeatureCache(cache_dir / "demo-resnet50-64.h5"))
+        make(
+            data_dir / "demo" / system, dataset, None, system, FeatureCache(cache_dir / "demo-resnet50-64.h5")
+        )
 
 
 def test_dropout_reaches_every_kind_of_encoder(data_dir):

@@ -1,4 +1,4 @@
-"""Notes: what a file may hold, the tokenizer's own form for two texts, and that what is the photo's goes with the photo."""
+"""Notes: what a file may hold, the tokenizer's own form for two texts; what is the photo's goes with it."""
 
 import json
 
@@ -21,18 +21,26 @@ from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from scores import read_predictions
 from text_encoder import load_text_encoder
 
-FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5, "phrases": ["a hoop"], "with_photo": False}
+FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5,
+        "phrases": ["a hoop"], "with_photo": False}  # fmt: skip
 
 
 def write(path, notes):
-    path.write_text("".join(f"{note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)}\n" for note in notes), encoding="utf-8")
+    path.write_text(
+        "".join(
+            f"{note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)}\n" for note in notes
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
 def notes_of(dataset):
     """A note of each post: its own name for the post, and for its photo."""
     posts = [example for split in dataset.examples.values() for example in split]
-    return [{"id": e.id, "about_post": f"post {e.words[0]}", "about_photo": f"photo {e.image_id}"} for e in posts]
+    return [
+        {"id": e.id, "about_post": f"post {e.words[0]}", "about_photo": f"photo {e.image_id}"} for e in posts
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +51,19 @@ def noted(data_dir, tmp_path_factory):
 
 
 def train_run(folder, data_dir, encoder_dir, cache_dir, *more):
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder", encoder_dir]
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
+             "--text-encoder", encoder_dir]  # fmt: skip
     flags += ["--epochs", 1, "--lr", 1e-3, "--device", "cpu", "--run-dir", folder, *more]
     return train.main([str(flag) for flag in flags])
 
 
-# ------------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- the file
 
 
 def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
-    path = write(tmp_path / "n.jsonl", [FULL | {"reason": 3}, "", {"id": "b@2", "about_post": None, "relevance": 1}])
+    path = write(
+        tmp_path / "n.jsonl", [FULL | {"reason": 3}, "", {"id": "b@2", "about_post": None, "relevance": 1}]
+    )
     kept = {key: value for key, value in FULL.items() if key != "id"}
     assert read_notes(path) == {"a": kept, "b@2": {"relevance": 1}}
 
@@ -60,11 +71,15 @@ def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"), ({"id": 3}, "an id that is text"),
-        ({"id": "a"}, "a second note for a"), ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
-        ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"), ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
-        ({"id": "b", "relevance": True}, "relevance must be"), ('{"id": "b", "relevance": NaN}', "relevance must be"),
-        ({"id": "b", "phrases": "x"}, "phrases must be a list"), ({"id": "b", "phrases": ["x", 1]}, "phrases must be a list"),
+        ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"),
+        ({"id": 3}, "an id that is text"), ({"id": "a"}, "a second note for a"),
+        ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
+        ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"),
+        ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
+        ({"id": "b", "relevance": True}, "relevance must be"),
+        ('{"id": "b", "relevance": NaN}', "relevance must be"),
+        ({"id": "b", "phrases": "x"}, "phrases must be a list"),
+        ({"id": "b", "phrases": ["x", 1]}, "phrases must be a list"),
         ({"id": "b", "with_photo": 1}, "with_photo must be true or false"),
     ],
 )  # fmt: skip
@@ -96,7 +111,8 @@ def test_coverage_counts_every_key_and_ids_of_no_post(noted, encoder_dir, tmp_pa
     lines = Notes(path, tokenizer, "both", 128).coverage(dataset.examples)
     assert "42 notes, 2 of no post here" in lines[0]
     assert lines[1:] == [
-        "train: about_post of 24, about_photo of 23, relevance of 1 of 24 posts", "valid: about_post of 8, about_photo of 8 of 8 posts",
+        "train: about_post of 24, about_photo of 23, relevance of 1 of 24 posts",
+        "valid: about_post of 8, about_photo of 8 of 8 posts",
         "test: about_post of 8, about_photo of 8 of 8 posts",
     ]  # fmt: skip
     path = write(tmp_path / "other.jsonl", [{"id": "nobody's", "about_post": "x"}])
@@ -104,7 +120,7 @@ def test_coverage_counts_every_key_and_ids_of_no_post(noted, encoder_dir, tmp_pa
         Notes(path, tokenizer, "both", 128).coverage(dataset.examples)
 
 
-# ------------------------------------------------------------------------------------------------ second segments
+# -------------------------------------------------------------------------------------------- second segments
 
 
 @pytest.fixture(params=["bert", "roberta"])
@@ -113,7 +129,9 @@ def tokenizer(request, encoder_dir, tmp_path):
     if request.param == "bert":
         return AutoTokenizer.from_pretrained(encoder_dir)
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
-    return RobertaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_prefix_space=True)
+    return RobertaTokenizerFast(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_prefix_space=True
+    )
 
 
 def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):
@@ -124,9 +142,13 @@ def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):
         made = segments(row, {"about_post": "so good, so near"})
         both = tokenizer(" ".join(example.words), "so good, so near")["input_ids"]
         assert made["input_ids"] == both
-        assert {key: made[key] for key in ("word_starts", "labels")} == {key: row[key] for key in ("word_starts", "labels")}
-        alone = tokenizer(" ".join(example.words))["input_ids"]  # the post's own tokens, special ones included
-        assert made["text_length"] == len(alone) and made["input_ids"][: len(alone)] == alone == row["input_ids"]
+        assert {key: made[key] for key in ("word_starts", "labels")} == {
+            key: row[key] for key in ("word_starts", "labels")
+        }
+        alone = tokenizer(" ".join(example.words))["input_ids"]  # the post's own tokens, special ones too
+        assert (
+            made["text_length"] == len(alone) and made["input_ids"][: len(alone)] == alone == row["input_ids"]
+        )
         assert not made["note_cut"]
 
 
@@ -138,7 +160,9 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
     note = {"about_post": " so good ", "about_photo": "today"}
     whole = Segments(tokenizer, "both", 500)(row, note)["input_ids"]
     longest = len(a + middle + b)
-    assert [Segments(tokenizer, "both", longest - cut)(row, note)["note_cut"] for cut in (0, 1)] == [False, True]
+    assert (
+        [Segments(tokenizer, "both", longest - cut)(row, note)["note_cut"] for cut in (0, 1)] == [False, True]
+    )
     assert whole[len(row["input_ids"]) :][-len(a + middle + b + suffix) :] == a + middle + b + suffix
     for length in (1, 2, 3, len(a + middle)):
         segments = Segments(tokenizer, "both", length)
@@ -148,7 +172,9 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
         assert len(made) - len(row["input_ids"]) == segments.longest
 
 
-@pytest.mark.parametrize("note", [{}, {"about_post": ""}, {"about_post": " \n"}, {"about_photo": "of no interest"}])
+@pytest.mark.parametrize(
+    "note", [{}, {"about_post": ""}, {"about_post": " \n"}, {"about_photo": "of no interest"}]
+)
 def test_without_anything_to_say_the_batch_is_what_it_was(tokenizer, data_dir, note):
     dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
@@ -162,7 +188,9 @@ def test_a_batch_masks_what_is_not_the_post(tokenizer, data_dir):
     dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     segments = Segments(tokenizer, "post", 128)
-    batch = collate([segments(row, {"about_post": "so good"} if i % 2 else {}) for i, row in enumerate(rows)], 1)
+    batch = collate(
+        [segments(row, {"about_post": "so good"} if i % 2 else {}) for i, row in enumerate(rows)], 1
+    )
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     assert torch.equal(batch["text_mask"].sum(1), lengths)
     assert torch.equal(batch["text_mask"].long().cummin(1).values, batch["text_mask"].long())
@@ -183,7 +211,10 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
             parameter += 0.3 * torch.randn_like(parameter)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     segments = Segments(tokenizer, "post", 128)
-    photos = {"regions": torch.randn(len(rows), 4, 16), "region_mask": torch.ones(len(rows), 4, dtype=torch.bool)}
+    photos = {
+        "regions": torch.randn(len(rows), 4, 16),
+        "region_mask": torch.ones(len(rows), 4, dtype=torch.bool),
+    }
     plain = collate(rows, 0) | photos
     noted = collate([segments(row, {"about_post": "so good today"}) for row in rows], 0) | photos
     with torch.inference_mode():
@@ -192,12 +223,14 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
         assert torch.allclose(model(plain), model(noted), atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------- what is the photo's own
+# ------------------------------------------------------------------------------------ what is the photo's own
 
 
 @pytest.mark.parametrize("with_photo", [False, True])
 @pytest.mark.parametrize("extra", ["post", "photo", "both"])
-def test_what_was_written_with_the_photo_in_view_moves_and_hides_with_it(noted, encoder_dir, tmp_path, with_photo, extra):
+def test_what_was_written_with_the_photo_in_view_moves_and_hides_with_it(
+    noted, encoder_dir, tmp_path, with_photo, extra
+):
     dataset, _ = noted
     path = write(tmp_path / "n.jsonl", [note | {"with_photo": with_photo} for note in notes_of(dataset)])
     tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
@@ -254,42 +287,59 @@ def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
 
 
 def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
-    """Half the notes were written with the photo in view: without it as many posts have a second segment, shuffled or not."""
+    """Half the notes had the photo in view: without it as many have a second segment, shuffled or not."""
     dataset, _ = noted
-    path = write(tmp_path / "n.jsonl", [note | {"with_photo": i % 2 > 0} for i, note in enumerate(notes_of(dataset))])
+    path = write(
+        tmp_path / "n.jsonl", [note | {"with_photo": i % 2 > 0} for i, note in enumerate(notes_of(dataset))]
+    )
     counts = []
     for shuffle in (False, True):
-        notes, examples = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "post", 128), dataset.examples["train"]
+        notes, examples = (
+            Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "post", 128), dataset.examples["train"]
+        )
         rows, _ = encode(notes.segments.tokenizer, examples, dataset.labels, 128)
         notes.attach(rows, examples, "train")
         assert not shuffle or notes.shuffle(rows, 0) == 24
-        hidden, seen = ([notes.shown(row, photo and row["image_id"]) for row in rows] for photo in (None, True))
+        hidden, seen = (
+            [notes.shown(row, photo and row["image_id"]) for row in rows] for photo in (None, True)
+        )
         counts.append([sum("text_length" in row for row in made) for made in (hidden, seen)])
         assert sum(notes.has_photo(row["image_id"]) for row in rows) == 12
     assert counts == [[12, 24]] * 2
 
 
-def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_for_it(data_dir, encoder_dir, tmp_path):
+def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_for_it(
+    data_dir, encoder_dir, tmp_path
+):
     dataset = load_dataset("mnre", data_dir)
     examples = dataset.examples["train"][:2]  # of one photo
-    path = write(tmp_path / "n.jsonl", [{"id": examples[0].id, "about_post": "x"}, {"id": examples[1].id, "about_photo": "a hoop"}])
+    path = write(
+        tmp_path / "n.jsonl",
+        [{"id": examples[0].id, "about_post": "x"}, {"id": examples[1].id, "about_photo": "a hoop"}],
+    )
     notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "photo", 128)
     notes.attach([{}, {}], examples, "train")
-    assert notes.has_photo(examples[0].image_id) and notes.of_photo[examples[0].image_id]["about_photo"] == "a hoop"
+    assert (
+        notes.has_photo(examples[0].image_id)
+        and notes.of_photo[examples[0].image_id]["about_photo"] == "a hoop"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture(scope="module")
 def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
-    """{name: folder} of one run on the text and the notes of post and photo, with a CRF, and of one with film."""
+    """{name: folder} of one run on the text and notes of post and photo, with a CRF, and one with film."""
     root, (_, path) = tmp_path_factory.mktemp("runs"), noted
     more = {"none": ("--decoder", "crf"), "film": ()}
     return {
-        fusion: train_run(root / fusion, data_dir, encoder_dir, cache_dir, "--fusion", fusion, "--notes", path, "--extra", "both", *flags)
+        fusion: train_run(
+            root / fusion, data_dir, encoder_dir, cache_dir,
+            "--fusion", fusion, "--notes", path, "--extra", "both", *flags,
+        )
         for fusion, flags in more.items()
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("fusion", ["none", "film"])
@@ -306,22 +356,34 @@ def test_a_run_reads_back_as_it_was_scored(runs, fusion):
 def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir, tmp_path):
     dataset = load_dataset("mnre", data_dir)
     posts = [(split, example) for split, part in dataset.examples.items() for example in part]
-    said = [{"id": f"{split}/{e.id}", "about_post": f"{split} {e.words[0]}", "about_photo": e.image_id} for split, e in posts]
+    said = [
+        {"id": f"{split}/{e.id}", "about_post": f"{split} {e.words[0]}", "about_photo": e.image_id}
+        for split, e in posts
+    ]
     path = write(tmp_path / "n.jsonl", said)
     more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
     model, config, dataset, shown = open_run(folder, "valid", "cpu")
     examples, rows = shown.examples, shown.rows
-    assert [row["note"]["about_post"] for row in rows] == [f"valid {example.words[0]}" for example in examples]
+    assert [row["note"]["about_post"] for row in rows] == [
+        f"valid {example.words[0]}" for example in examples
+    ]
     again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(folder / "predictions-valid.jsonl")
-    assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded] and all(r["extra"] for r in recorded)
+    assert (
+        [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
+        and all(r["extra"] for r in recorded)
+    )
     post = {"words": list(examples[0].words), "head": list(examples[0].head), "tail": list(examples[0].tail)}
-    answer = predict.Predictor(folder, "cpu", "random")(post | rows[0]["note"] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")})
+    answer = predict.Predictor(folder, "cpu", "random")(
+        post | rows[0]["note"] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")}
+    )
     assert answer["photo"] and "note" not in answer and answer["relation"] in dataset.labels
 
 
-def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(
+    noted, data_dir, encoder_dir, cache_dir, tmp_path
+):
     dataset, _ = noted
     path = write(tmp_path / "n.jsonl", [{"id": dataset.examples["train"][0].id, "about_post": " "}])
     flags = (data_dir, encoder_dir, cache_dir, "--fusion", "film")
@@ -336,9 +398,16 @@ def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs)
     assert check["photos"] == 8
     model, config, _, shown = open_run(runs["none"], "test", "cpu")
     rows, notes, ids = shown.rows, shown.notes, [example.image_id for example in shown.examples]
-    for swap, found in ((shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])):
-        changed = [notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {}))) for row in rows]
-        again = evaluate.predict(model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32")
+    for swap, found in (
+        (shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])
+    ):
+        changed = [
+            notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {})))
+            for row in rows
+        ]
+        again = evaluate.predict(
+            model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32"
+        )
         assert evaluate.score(again)["token"] == pytest.approx(found["token"])
 
 
@@ -348,7 +417,9 @@ def test_the_image_check_knows_what_a_share_of_train_holds(noted, data_dir, enco
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
     scored = json.loads((folder / "metrics-test.json").read_text())
     check = image_check(folder, "test", 1, "cpu")["true"]
-    assert [check[part] for part in ("entity_seen", "entity_unseen")] == [scored[part] for part in ("entity_seen", "entity_unseen")]
+    assert [check[part] for part in ("entity_seen", "entity_unseen")] == [
+        scored[part] for part in ("entity_seen", "entity_unseen")
+    ]
 
 
 def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
@@ -363,33 +434,48 @@ def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
 
 def test_new_posts_bring_their_notes(runs, noted):
     dataset, path = noted
-    known, posts = {note["id"]: note for note in map(json.loads, path.read_text(encoding="utf-8").splitlines())}, dataset.examples["test"]
+    known, posts = (
+        {note["id"]: note for note in map(json.loads, path.read_text(encoding="utf-8").splitlines())},
+        dataset.examples["test"],
+    )
     predictor = predict.Predictor(runs["none"], "cpu")
     given = [{"words": list(e.words)} | {k: v for k, v in known[e.id].items() if k != "id"} for e in posts]
-    for answer, record in zip(predictor(given), read_predictions(runs["none"] / "predictions-test.jsonl"), strict=True):
+    for answer, record in zip(
+        predictor(given), read_predictions(runs["none"] / "predictions-test.jsonl"), strict=True
+    ):
         found, wanted = answer["entities"], predict.entities(record, None, None)
         assert [(e["type"], e["words"]) for e in found] == [(e["type"], e["words"]) for e in wanted]
-        assert [e["probability"] for e in found] == pytest.approx([e["probability"] for e in wanted], abs=1e-5)
+        assert [e["probability"] for e in found] == pytest.approx(
+            [e["probability"] for e in wanted], abs=1e-5
+        )
     bare, wrong = predictor([{"text": "so good"}, {"text": "so good", "about_post": 3}])
     assert bare["note"] == "no about_post and no about_photo given, which the run reads"
     assert wrong["error"].startswith("about_post must be text, not 3")
-    (long, odd) = predictor([{"text": "so good", "about_post": "so " * 300, "about_photo": "x"},
-                             {"text": "so good", "about_post": "x", "about_photo": "y", "relevance": 17}])  # fmt: skip
+    (long, odd) = predictor([
+        {"text": "so good", "about_post": "so " * 300, "about_photo": "x"},
+        {"text": "so good", "about_post": "x", "about_photo": "y", "relevance": 17},
+    ])  # fmt: skip
     assert long["note"] == "of its notes only the first 128 sub-tokens were read"
     assert "error" not in odd and "note" not in odd  # relevance is no key that the run reads
 
 
-def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_dir, encoder_dir, cache_dir, tmp_path, capsys):
+def test_the_control_is_trained_and_scored_on_the_notes_of_others(
+    noted, data_dir, encoder_dir, cache_dir, tmp_path, capsys
+):
     """The control trains on what `Notes.shuffle` says, and is scored so again."""
     _, path = noted
     more = ("--fusion", "none", "--notes", path, "--extra", "post")
-    folder = train_run(tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes")
+    folder = train_run(
+        tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes"
+    )
     model, config, _, shown = open_run(folder, "test", "cpu")
     own = [shown.notes.notes[example.id]["about_post"] for example in shown.examples]
     moved = [row["note"]["about_post"] != said for row, said in zip(shown.rows, own, strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
     again = evaluate.predict(model, shown, config["labels"], 12, "cpu", "float32")
-    assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")]
+    assert [r["predicted"] for r in again] == [
+        r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")
+    ]
     evaluate.main(["--run", str(folder), "--device", "cpu"])
     assert "TRAINED AND SCORED WITH OTHER POSTS' NOTES" in capsys.readouterr().out
     # A pattern of the true runs leaves the control out, whose name begins as theirs.
@@ -401,8 +487,11 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
         run_notes({"notes": None}, None, [], [], "test", "n.jsonl")
     # Another text under the same name is another system to the tables.
-    argv = [str(a) for a in ("--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64, "--text-encoder",
-            encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu", *more, "--run-dir", tmp_path / "run-s1")]  # fmt: skip
+    argv = [str(a) for a in (
+        "--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
+        "--text-encoder", encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu", *more,
+        "--run-dir", tmp_path / "run-s1",
+    )]  # fmt: skip
     assert tables.other_run(argv) == "" and tables.finished(argv)
     other = write(tmp_path / "other.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
     argv[argv.index(str(path))] = str(other)
@@ -414,7 +503,8 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(noted, data_di
     [
         (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"),
         (("--notes", "n.jsonl"), "--notes: nothing reads them"),
-        (("--shuffle-notes",), "--shuffle-notes: it gives posts"), (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
+        (("--shuffle-notes",), "--shuffle-notes: it gives posts"),
+        (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
         (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
         (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),
         (("--dataset", "mnre", "--decoder", "crf"), "a relation is one label"),
@@ -437,6 +527,8 @@ def test_mistakes_are_one_line(noted, data_dir, encoder_dir, cache_dir, tmp_path
     alone = write(tmp_path / "one.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
     with pytest.raises(ValueError, match="--shuffle-notes: fewer than 2 posts of train have an about_post"):
         train_run(tmp_path / "d", *given, "--notes", alone, "--shuffle-notes")
-    with pytest.raises(ValueError, match="--shuffle-photos: of no post of train there is a photo, or a note on one"):
+    with pytest.raises(
+        ValueError, match="--shuffle-photos: of no post of train there is a photo, or a note on one"
+    ):
         train_run(tmp_path / "c", *given, "--notes", path, "--shuffle-photos")
     assert not list(tmp_path.glob("[abcd]"))  # a mistake leaves no run folder behind

@@ -1,4 +1,4 @@
-"""A fusion, a loss and a system of one's own, from outside the project: examples/own.py, which README shows."""
+"""A fusion, loss and system of one's own, from outside the project: examples/own.py, which README shows."""
 
 import json
 import shutil

@@ -19,11 +19,17 @@ def test_rows(flags, tmp_path):
     parts = json.loads(made.read_text())["parts"]
     rows = {row["what"]: row for part in parts.values() for row in part["rows"]}
     assert list(parts) == ["training", "prediction", "photos"]
-    assert rows["loss of the first batch, Trainer's model / ours, dropout off"]["value"] == pytest.approx(1, abs=1e-4)
+    assert (
+        rows["loss of the first batch, Trainer's model / ours, dropout off"]["value"]
+        == pytest.approx(1, abs=1e-4)
+    )
     assert rows["words that both label alike"]["value"] == 1
     for name in ("Trainer", "Trainer, by length"):
         assert rows[f"sub-tokens seen, {name} / ours"]["value"] == 1
-        assert rows[f"real / padded sub-tokens, {name}"]["note"] == rows["real / padded sub-tokens, ours"]["note"]
+        assert (
+            rows[f"real / padded sub-tokens, {name}"]["note"]
+            == rows["real / padded sub-tokens, ours"]["note"]
+        )
     timed = [row for what, row in rows.items() if what.startswith(("training step", "prediction"))]
     assert len(timed) == 2 + 4 + 1 and all(0 < row["low"] <= row["value"] <= row["high"] for row in timed)
 
@@ -45,7 +51,9 @@ def test_both_take_the_same_steps(flags, tmp_path):
     parsed = dict(zip(("dataset", "data_dir", "encoder"), flags[1::2], strict=False))
     args = argparse.Namespace(**parsed, device="cpu", batch_size=8, lr=1e-3, fusion_lr=1e-2)
     posts = peers.Posts(args)
-    ours, model, rows = peers.Ours(posts), peers.peer_model(posts.encoder, posts.labels), posts.rows["train"][:8]
+    ours, model, rows = (
+        peers.Ours(posts), peers.peer_model(posts.encoder, posts.labels), posts.rows["train"][:8]
+    )
     peers.copy_weights(ours.model, model)
     for module in (*ours.model.modules(), *model.modules()):
         if isinstance(module, torch.nn.Dropout):

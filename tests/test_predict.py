@@ -1,4 +1,4 @@
-"""A finished run on new posts: words, photos, answers, and files of posts that survive whatever is in them."""
+"""A finished run on new posts: words, photos, answers, and files of posts that survive what is in them."""
 
 import fcntl
 import io
@@ -33,7 +33,8 @@ from scores import entity_spans, read_predictions
 TYPED = [
     ("RT @jehnny_b: What a day! #NewYorkMets VS #Sa…", "RT @ jehnny_b : What a day ! # NewYorkMets VS # Sa …",
      "RT @jehnny_b : What a day ! # NewYorkMets VS # Sa …"),
-    ("I don't know Donald's $10,000.", "I don ' t know Donald ' s $ 10,000 .", "I do n't know Donald 's $ 10,000 ."),
+    ("I don't know Donald's $10,000.", "I don ' t know Donald ' s $ 10,000 .",
+     "I do n't know Donald 's $ 10,000 ."),
     ("2nd, 7:30 pm (Q-polls) ...", "2 nd , 7 : 30 pm ( Q - polls ) . . .", "2nd , 7:30 pm ( Q - polls ) ..."),
     (".@POTUS met J. Cole in the U.S. :)", ". @ POTUS met J . Cole in the U . S . :)",
      ".@POTUS met J. Cole in the U.S. :)"),
@@ -73,16 +74,19 @@ def test_long_nonsense_is_split_in_no_time():
     started = time.perf_counter()
     for part in ("a", "@_", "x'", "www.", "A. ", "http://", "1.", "1_", "_", ".", "n't"):
         for task in TASKS:
-            assert len(new_posts.split_words(part + part[-1:] * 10**5 + part * 10**5, task)) <= new_posts.MOST_WORDS + 1
+            assert (
+                len(new_posts.split_words(part + part[-1:] * 10**5 + part * 10**5, task))
+                <= new_posts.MOST_WORDS + 1
+            )
     assert time.perf_counter() - started < 10
 
 
-# --------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
 def runs(data_dir, cache_dir, encoder_dir, tmp_path_factory):
-    """A function (system or fusion, data set) -> (run folder, its --weights or None), trained at the first call."""
+    """A function (system or fusion, data set) -> (run folder, --weights or None), trained on first call."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def get(system="film", dataset="demo"):
@@ -93,7 +97,8 @@ def runs(data_dir, cache_dir, encoder_dir, tmp_path_factory):
             more = ["--model", system, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
             weights = str(data_dir / "demo" / part)
         if name not in made:
-            flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder / name]
+            flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset,
+                     "--run-dir", folder / name]  # fmt: skip
             train.main([str(arg) for arg in [*flags, *more, "--epochs", 2, "--lr", 1e-3, "--max-len", 40]])
             made[name] = folder / name
         return made[name], weights
@@ -120,7 +125,8 @@ def posts_of(data_dir, split="test"):
     posts = []
     for example in load_dataset("demo", data_dir).examples[split]:
         name = f"{example.image_id}.jpg"
-        post = {"id": example.id, "words": list(example.words), "image": str(images / name), "caption": captions[name]}
+        post = {"id": example.id, "words": list(example.words), "image": str(images / name),
+                "caption": captions[name]}  # fmt: skip
         posts.append(post)
     return posts
 
@@ -175,20 +181,31 @@ def test_relations_by_words_and_by_characters(runs, data_dir):
         ends = [start + len(word) for start, word in zip(starts, e.words, strict=True)]
         head, tail = ([starts[a], ends[b - 1]] for a, b in (e.head, e.tail))
         typed.append({"text": " ".join(e.words), "image": image, "head": head, "tail": tail})
-    for answer, record in zip(predictor(posts), read_predictions(run / "predictions-valid.jsonl"), strict=True):
+    for answer, record in zip(
+        predictor(posts), read_predictions(run / "predictions-valid.jsonl"), strict=True
+    ):
         assert answer == {"id": None, "photo": True, "relation": record["predicted"],
                           "probability": pytest.approx(record["probability"], abs=1e-4)}  # fmt: skip
     assert predictor(typed) == predictor(posts)
     # A span within a word is a word of its own, and spaces do not count.
-    inside = new_posts.read_post({"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation")
-    assert inside[0].words == ("Anti", "Messi", "of", "BBC") and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4))
+    inside = new_posts.read_post(
+        {"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation"
+    )
+    assert (
+        inside[0].words == ("Anti", "Messi", "of", "BBC")
+        and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4))
+    )
 
 
 def test_entities_of_typed_text_have_their_characters(clip, data_dir):
     for post in posts_of(data_dir):
         text = "  " + " ".join(post["words"]).replace("@ ", "@").replace(" !", "!") + " \n"
-        answer, by_words = clip([post | {"text": text, "words": None}, post | {"words": words_of(text, "ner")}])
-        assert [e["probability"] for e in answer["entities"]] == [e["probability"] for e in by_words["entities"]]
+        answer, by_words = clip(
+            [post | {"text": text, "words": None}, post | {"words": words_of(text, "ner")}]
+        )
+        assert [e["probability"] for e in answer["entities"]] == [
+            e["probability"] for e in by_words["entities"]
+        ]
         for entity, other in zip(answer["entities"], by_words["entities"], strict=True):
             start, end = entity["chars"]
             assert entity["text"] == text[start:end] and "chars" not in other
@@ -205,7 +222,9 @@ def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
     Image.open(whole).save(tmp_path / "png.jpg", "png")
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.jpg")
-    words = next(post["words"] for post in posts_of(data_dir) if film([post | {"image": None}])[0]["entities"])
+    words = next(
+        post["words"] for post in posts_of(data_dir) if film([post | {"image": None}])[0]["entities"]
+    )
     names = ["none.jpg", "text.jpg", "empty.jpg", "folder.jpg", "pipe.jpg", "cut.jpg", "x" * 5000, "a\0b", ""]
     plain, *answers = film([{"words": words}, *({"words": words, "image": name} for name in names)], tmp_path)
     assert plain["photo"] is False and "note" not in plain
@@ -221,7 +240,10 @@ def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
 def test_a_link_is_not_followed_and_says_what_to_do(film):
     answer = film([{"text": "Jordan today", "image": "https://example.org/1.jpg"}])[0]
     assert answer["photo"] is False
-    assert answer["note"].startswith("https://example.org/1.jpg: a link") and "download it first" in answer["note"]
+    assert (
+        answer["note"].startswith("https://example.org/1.jpg: a link")
+        and "download it first" in answer["note"]
+    )
 
 
 def test_one_post_an_opened_image_and_many_are_answered_alike(film, data_dir):
@@ -237,34 +259,51 @@ def test_one_post_an_opened_image_and_many_are_answered_alike(film, data_dir):
 def test_one_opened_image_in_several_posts(clip, data_dir, tmp_path):
     """Decoded by one thread: opened, not read yet, and large enough for two to meet in it."""
     words = {"words": posts_of(data_dir)[0]["words"]}
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)).save(tmp_path / "large.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), np.uint8)).save(
+        tmp_path / "large.jpg"
+    )
     with Image.open(tmp_path / "large.jpg") as photo:
         answers = clip([words | {"image": photo}] * 8)
-    assert answers == clip([words | {"image": str(tmp_path / "large.jpg")}] * 8) and all(answer["photo"] for answer in answers)
+    assert (
+        answers == clip([words | {"image": str(tmp_path / "large.jpg")}] * 8)
+        and all(answer["photo"] for answer in answers)
+    )
     broken = Image.open(io.BytesIO((tmp_path / "large.jpg").read_bytes()[:9000]))
-    assert clip(words | {"image": broken})["note"].startswith("opened image: OSError: image file is truncated")
+    assert clip(words | {"image": broken})["note"].startswith(
+        "opened image: OSError: image file is truncated"
+    )
 
 
 def test_what_is_no_post_is_an_error_in_its_place(film):
-    assert film("Jordan")["error"].startswith("not a post") and film(["Jordan", {"text": "Jordan"}])[0]["error"].startswith("not a")
+    assert (
+        film("Jordan")["error"].startswith("not a post")
+        and film(["Jordan", {"text": "Jordan"}])[0]["error"].startswith("not a")
+    )
     assert len(film(post for post in [{"text": "Jordan"}] * 2)) == 2
 
 
 def test_blank_lines_are_no_posts(runs, tmp_path):
-    (tmp_path / "in.jsonl").write_text('\n{"text": "Jordan", "id": 1}\n  \n\r\n{"text": "Paris", "id": 2}\n\n')
+    (tmp_path / "in.jsonl").write_text(
+        '\n{"text": "Jordan", "id": 1}\n  \n\r\n{"text": "Paris", "id": 2}\n\n'
+    )
     answers = jsonl(answer(runs("none"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
-    assert [(a["line"], a["id"]) for a in answers] == [(2, 1), (5, 2)] and not any("error" in a for a in answers)
+    assert (
+        [(a["line"], a["id"]) for a in answers] == [(2, 1), (5, 2)] and not any("error" in a for a in answers)
+    )
 
 
 @pytest.mark.parametrize("system, args, message", [
     ("film", ["--head", "0", "1"], "--head does not go with .* finds entities in text and image"),
-    ("film", ["--caption", "x"], "--caption does not go with"), ("none", ["--image", "x.jpg"], "--image .* entities in text; "),
+    ("film", ["--caption", "x"], "--caption does not go with"),
+    ("none", ["--image", "x.jpg"], "--image .* entities in text; "),
     ("bert-caption", ["--image", "x.jpg"], "finds entities in text and caption; leave it out"),
 ])  # fmt: skip
 def test_options_that_do_not_go_with_the_run_are_refused(runs, system, args, message):
     run, weights = runs(system)
     with pytest.raises(ValueError, match=message):
-        predict.main(["--run", str(run), "--text", "Jordan", *args, *(["--weights", weights] if weights else [])])
+        predict.main(
+            ["--run", str(run), "--text", "Jordan", *args, *(["--weights", weights] if weights else [])]
+        )
 
 
 def test_features_that_do_not_fit_are_no_photo(runs, data_dir, monkeypatch):
@@ -287,7 +326,8 @@ def test_captions_stand_for_photos(runs):
     ])  # fmt: skip
     assert [answer["photo"] for answer in rest] == [True, False, False, True, False]
     assert [answer.get("note") for answer in rest] == [
-        None, "caption: caption of a placeholder picture", "caption: empty caption", "caption: cut: 99 sub-tokens",
+        None, "caption: caption of a placeholder picture", "caption: empty caption",
+        "caption: cut: 99 sub-tokens",
         "the run looks at captions, not at images; give the post its caption",
     ]  # fmt: skip
     assert all(answer["entities"] == about(plain["entities"]) for answer in rest if not answer["photo"])
@@ -302,7 +342,8 @@ def test_words_that_were_cut_off_or_have_no_piece(film):
 
 @pytest.mark.parametrize("system, weights, changed, message", [
     ("clip-bert", None, {}, "were made with a local clip .file-[0-9a-f]{12}.; name it with --weights"),
-    ("clip-bert", "other", {}, "--weights .*other: not what the run's features were made with: weights_sha256 .run: "),
+    ("clip-bert", "other", {},
+        "--weights .*other: not what the run's features were made with: weights_sha256 .run: "),
     ("vilt", "vilt", {"mean": [0.0, 0.0, 0.0]}, "made with: mean .run: .0.0, 0.0, 0.0., here: "),
     ("vilt", "vilt", {"resizing": "other"}, "made with: resizing .run: other, here: "),
     ("film", None, {"seed": 1}, "--weights random: not what .* weights_sha256 "),
@@ -326,7 +367,8 @@ def test_another_backbone_is_refused(runs, data_dir, tmp_path, system, weights, 
 
 
 @pytest.mark.parametrize("recorded, asked", [
-    ("IMAGENET1K_V1", "imagenet"), ("IMAGENET1K_V2", "imagenet-v2"), ("random-0123456789ab", "random"), ("none", None),
+    ("IMAGENET1K_V1", "imagenet"), ("IMAGENET1K_V2", "imagenet-v2"), ("random-0123456789ab", "random"),
+    ("none", None),
     ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
 ])  # fmt: skip
 def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked):
@@ -342,17 +384,20 @@ def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked)
     assert calls == [("clip", asked, 224, 5)]
 
 
-# ----------------------------------------------------------------------------------------------- files of posts
+# --------------------------------------------------------------------------------------------- files of posts
 
 BROKEN = [
     (b"{", "not JSON"), (b'{"words": ' + b"[" * 10**5, "not JSON"), (b"[1]", "not a JSON object"),
-    (b'{"text": "\xff"}', "not UTF-8 (byte 10)"), (b'{"text": "' + b"a" * 2**20, "longer than 1,048,576 bytes"),
-    (b'{"image": "a.jpg"}', "needs either text or words"), (b'{"text": "a", "words": ["a"]}', "needs either text or"),
+    (b'{"text": "\xff"}', "not UTF-8 (byte 10)"),
+    (b'{"text": "' + b"a" * 2**20, "longer than 1,048,576 bytes"),
+    (b'{"image": "a.jpg"}', "needs either text or words"),
+    (b'{"text": "a", "words": ["a"]}', "needs either text or"),
     (b'{"text": 3}', "text is not text"), (b'{"text": "\\ud83d"}', "text holds half a character"),
     (b'{"text": " "}', "no words in it"), (b'{"words": []}', "no words in it"),
     (b'{"words": "a"}', "words is not a list"), (b'{"words": ["a", 3]}', "a word is not text"),
     (b'{"text": "a", "image": 3}', "image is not text"), (b'{"text": "a", "id": [1]}', "id is not text"),
-    (b'{"text": "a", "id": "\\udc00"}', "id holds half a character"), (b'{"text": "a", "id": true}', "id is not text"),
+    (b'{"text": "a", "id": "\\udc00"}', "id holds half a character"),
+    (b'{"text": "a", "id": true}', "id is not text"),
     (b'{"text": "' + b"a " * 2001 + b'"}', "more than 2000 words"),
 ]  # fmt: skip
 SPANS = [
@@ -367,7 +412,7 @@ def jsonl(path):
 
 @pytest.fixture
 def posts_file(tmp_path, data_dir):
-    """A function (number of posts) -> JSONL file of them, every seventh broken, photos beside it by relative name."""
+    """A function (number of posts) -> JSONL file, every seventh broken, photos beside it by relative name."""
     (tmp_path / "photos").symlink_to(data_dir / "demo" / "images")
 
     def make(count, name="posts.jsonl"):
@@ -376,7 +421,9 @@ def posts_file(tmp_path, data_dir):
         for i in range(count):
             post = rng.choice(posts)
             text, image = " ".join(post["words"] * rng.randint(1, 3)), f"photos/{Path(post['image']).name}"
-            lines.append(json.dumps({"id": f"p{i}", "text": text, "image": image}) if i % 7 else '{"id": "broken"}')
+            lines.append(
+                json.dumps({"id": f"p{i}", "text": text, "image": image}) if i % 7 else '{"id": "broken"}'
+            )
         (tmp_path / name).write_text("\n".join(lines) + "\n" * (count % 2))
         return tmp_path / name
 
@@ -445,13 +492,16 @@ def test_what_is_not_its_own_output_is_left_alone(runs, posts_file, tmp_path):
     made = out.read_bytes()
     first, second, all_of_it = ["--shard", "1/2"], ["--shard", "2/2"], []
     for content, source, run, more in [
-        (made, other, "clip-bert", first), (made, path, "clip-bert", second), (made, path, "clip-bert", all_of_it),
-        (made, path, "none", first), (made + made, path, "clip-bert", first), (b"thesis", path, "clip-bert", first),
+        (made, other, "clip-bert", first), (made, path, "clip-bert", second),
+        (made, path, "clip-bert", all_of_it), (made, path, "none", first),
+        (made + made, path, "clip-bert", first), (b"thesis", path, "clip-bert", first),
         (b"thesis\n", path, "clip-bert", first), (b'{"line": 2', path, "clip-bert", first),
         (b"[]\n", path, "clip-bert", first), (made + b"{", path, "clip-bert", first),
     ]:  # fmt: skip
         out.write_bytes(content)
-        with pytest.raises(ValueError, match=r"out.jsonl:\d+: not what this run answers to this --input and --shard"):
+        with pytest.raises(
+            ValueError, match=r"out.jsonl:\d+: not what this run answers to this --input and --shard"
+        ):
             answer(runs(run), source, out, *more)
         assert out.read_bytes() == content
     before = path.read_bytes()
@@ -464,7 +514,9 @@ def test_shards_are_the_whole(runs, posts_file, tmp_path):
     path, run = posts_file(150), runs("clip-bert")
     whole = jsonl(answer(run, path, tmp_path / "whole.jsonl"))
     parts = [jsonl(answer(run, path, tmp_path / f"{i}.jsonl", "--shard", f"{i}/4")) for i in (1, 2, 3, 4)]
-    assert [len(part) for part in parts] == [38, 38, 37, 37] and [a["line"] for a in parts[1][:3]] == [2, 6, 10]
+    assert (
+        [len(part) for part in parts] == [38, 38, 37, 37] and [a["line"] for a in parts[1][:3]] == [2, 6, 10]
+    )
     for a, b in zip(whole, sorted(itertools.chain(*parts), key=lambda a: a["line"]), strict=True):
         assert b == a | ({"entities": about(a["entities"])} if "entities" in a else {})
 
@@ -472,7 +524,9 @@ def test_shards_are_the_whole(runs, posts_file, tmp_path):
 def test_one_process_an_output(runs, posts_file, tmp_path):
     with open(tmp_path / "out.jsonl", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out.jsonl: another process is writing it; wait for it or stop it"):
+        with pytest.raises(
+            ValueError, match="out.jsonl: another process is writing it; wait for it or stop it"
+        ):
             answer(runs("clip-bert"), posts_file(3), tmp_path / "out.jsonl")
 
 
@@ -538,7 +592,7 @@ def test_windows_hold_no_more_than_their_bounds():
     assert all(sum(len(line) for _, line in window) <= new_posts.LINE + 2**18 for window in made)
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def test_one_post_on_the_command_line(runs, data_dir, clip, capsys):
@@ -552,11 +606,16 @@ def test_one_post_on_the_command_line(runs, data_dir, clip, capsys):
     out, err = capsys.readouterr()
     entities = clip([{"words": post["words"]}])[0]["entities"]
     assert err == "absent.jpg: no such file\n"
-    assert out == "".join(f"{e['probability']:.3f}  {e['type']:<5} {e['text']}\n" for e in entities) or "no entities\n"
+    assert (
+        out == "".join(f"{e['probability']:.3f}  {e['type']:<5} {e['text']}\n" for e in entities)
+        or "no entities\n"
+    )
     with pytest.raises(ValueError, match="the post: no words in it"):
         predict.main(["--run", str(run), "--text", " ", *flags])
     run, _ = runs("clip-bert", "mnre")
-    predict.main(["--run", str(run), "--text", "Messi at BBC", "--head", "0", "5", "--tail", "9", "12", *flags])
+    predict.main(
+        ["--run", str(run), "--text", "Messi at BBC", "--head", "0", "5", "--tail", "9", "12", *flags]
+    )
     assert re.fullmatch(r"0\.\d{3}  (None|/per/.*)", capsys.readouterr().out.splitlines()[-1])
 
 
@@ -576,7 +635,8 @@ def test_a_text_only_run_says_once_that_it_looks_at_no_image(runs, posts_file, t
     (["--text", "a", "--output", "b"], "--input and --output go together"),
     (["--input", "a", "--output", "b", "--image", "c"], "--image does not go with --input"),
     (["--text", "a", "--images", "b"], "--images does not go with --text or --words"),
-    *((["--input", "a", "--output", "b", "--shard", s], f"{s} is not i/n") for s in ("0/2", "3/2", "1", "a/b", "²/3")),
+    *((["--input", "a", "--output", "b", "--shard", s], f"{s} is not i/n")
+        for s in ("0/2", "3/2", "1", "a/b", "²/3")),
 ])  # fmt: skip
 def test_arguments_that_contradict_are_refused(more, message, capsys):
     with pytest.raises(SystemExit):

@@ -41,17 +41,22 @@ RUNS = {  # name: (data set, what to add to a quick run's arguments)
     "bert-caption": ("demo", ["--fusion", "bimodal"]),
     "mnre": ("mnre", ["--fusion", "cross-attention"]),
     "mnre-none": ("mnre", ["--fusion", "none"]),
-    "notes": ("demo", ["--fusion", "cross-attention", "--extra", "both", "--extra-len", 12, "--decoder", "crf"]),
+    "notes": (
+        "demo", ["--fusion", "cross-attention", "--extra", "both", "--extra-len", 12, "--decoder", "crf"]
+    ),
     "notes-none": ("demo", ["--fusion", "none", "--extra", "post"]),
     "mnre-notes": ("mnre", ["--fusion", "cross-attention", "--extra", "photo"]),
 }
 WITH_NOTES = [name for name in RUNS if "notes" in name]
 WITH_MAPS = ("cross-attention", "clip-bert", "blip", "vilt", "mnre", "notes", "mnre-notes")
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028", "&lt;b&gt;"]
+HOSTILE = [
+    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028",
+    "&lt;b&gt;",
+]  # fmt: skip
 
 
 def write_notes(path, dataset, data_dir):
-    """Notes on three photos in four: with it in view, too long, and on nothing but it; all of them hostile."""
+    """Notes on three photos in four: with it in view, too long, on nothing but it; all of them hostile."""
     posts = [example for posts in load_dataset(dataset, data_dir).examples.values() for example in posts]
     notes = []
     for i, image_id in enumerate(dict.fromkeys(example.image_id for example in posts)):
@@ -66,7 +71,8 @@ def write_notes(path, dataset, data_dir):
 def train_run(name, folder, data_dir, cache_dir, encoder_dir):
     """A quick run of `RUNS`; returns its folder."""
     dataset, more = RUNS[name]
-    flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder, "--epochs", 1]
+    flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder,
+             "--epochs", 1]  # fmt: skip
     flags += ["--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--max-len", 40, *more]
     if name in PARTS:
         _, size, _, text = PARTS[name]
@@ -86,7 +92,9 @@ def runs(tmp_path_factory, data_dir, cache_dir, encoder_dir):
 def embedded(path):
     """The JSON in a report."""
     text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    )
 
 
 def page_of(run, output, *more):
@@ -116,7 +124,7 @@ def copy_whole(run, folder, **changed):
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------- comparison
+# ------------------------------------------------------------------------------------------------- comparison
 
 
 @pytest.mark.parametrize("gold, predicted, expected", [
@@ -130,7 +138,8 @@ def copy_whole(run, folder, **changed):
     ("A 0 2", "B 1 3", ["wrong boundary A -", "wrong boundary - B"]),
     ("A 0 4", "A 0 1, B 3 4", ["wrong boundary - A", "wrong boundary A -", "wrong boundary - B"]),
     ("A 0 1, B 1 2", "A 0 2", ["wrong boundary A -", "wrong boundary - A", "wrong boundary B -"]),
-    ("A 0 1, B 2 3, C 4 5", "A 0 1, C 2 3, B 6 7", ["correct A A", "wrong type B C", "missed C -", "spurious - B"]),
+    ("A 0 1, B 2 3, C 4 5", "A 0 1, C 2 3, B 6 7",
+        ["correct A A", "wrong type B C", "missed C -", "spurious - B"]),
 ])  # fmt: skip
 def test_kinds_of_spans(gold, predicted, expected):
     def parse(text):
@@ -152,7 +161,7 @@ def test_every_span_has_one_kind(pair):
     for spans, column, alone in ((gold, 2, "missed"), (predicted, 3, "spurious")):
         assert {(row[column], *row[:2]) for row in compared if row[column] is not None} == spans
         other = predicted if spans is gold else gold
-        covered = {i for _, start, end in other for i in range(start, end)}  # word by word, not by comparing ends
+        covered = {i for _, start, end in other for i in range(start, end)}  # word by word, not by ends
         for row in compared:
             if row[column] is not None:
                 meets = not covered.isdisjoint(range(*row[:2]))
@@ -167,12 +176,14 @@ def test_every_span_has_one_kind(pair):
 
 
 def test_kinds_of_relations():
-    cases = {("None", "None"): "correct", ("x", "x"): "correct", ("x", "y"): "wrong type", ("x", "None"): "missed",
-             ("None", "x"): "spurious"}  # fmt: skip
+    cases = {
+        ("None", "None"): "correct", ("x", "x"): "correct", ("x", "y"): "wrong type",
+        ("x", "None"): "missed", ("None", "x"): "spurious",
+    }  # fmt: skip
     assert {pair: relation_kind(*pair) for pair in cases} == cases
 
 
-# ------------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------------- the page
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -196,7 +207,10 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
                 assert span[5] == (min(chances) if chances and span[3] else None)
         else:
             gold, predicted = {(0, 0): record["gold"]}, {(0, 0): record["predicted"]}
-            assert post["ends"] == [record["head"], record["tail"]] and post["spans"][0][5] == record["probability"]
+            assert (
+                post["ends"] == [record["head"], record["tail"]]
+                and post["spans"][0][5] == record["probability"]
+            )
         assert [tuple(span[:2]) for span in post["spans"]] == sorted(gold | predicted)
         for start, end, a, b, _, _ in post["spans"]:
             assert (a, b) == (gold.get((start, end)), predicted.get((start, end)))
@@ -211,12 +225,20 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
     assert sum(n for (a, b), n in pairs.items() if a == b != "None") == main["correct"]
     first, second, types = page["tables"]
     baseline = metrics["baseline"]
-    assert first["rows"][0] == [f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", "", ""]
-    assert first["rows"][1][1:] == [f"{main[key]:.4f}" for key in ("precision", "recall", "f1", "macro_f1")] + [
-        str(main["gold"]), str(main["predicted"])]  # fmt: skip
+    assert first["rows"][0] == [
+        f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", "", "",
+    ]  # fmt: skip
+    assert first["rows"][1][1:] == (
+        [f"{main[key]:.4f}" for key in ("precision", "recall", "f1", "macro_f1")]
+        + [str(main["gold"]), str(main["predicted"])]
+    )
     assert [row[1] for row in second["rows"]] == [
-        f"{baseline['accuracy']:.4f}", f"{metrics['token' if page['ner'] else 'row']['accuracy']:.4f}"]  # fmt: skip
-    assert {row[0]: row[3] for row in types["rows"]} == {kind: f"{s['f1']:.4f}" for kind, s in main["types"].items()}
+        f"{baseline['accuracy']:.4f}",
+        f"{metrics['token' if page['ner'] else 'row']['accuracy']:.4f}",
+    ]
+    assert {row[0]: row[3] for row in types["rows"]} == {
+        kind: f"{s['f1']:.4f}" for kind, s in main["types"].items()
+    }
     assert set(metrics["warnings"]) <= set(page["warnings"])
     assert page["log"] == [json.loads(line) for line in (runs[name] / "log.jsonl").read_text().splitlines()]
     assert ("wrong boundary" in page["kinds"]) == page["ner"]
@@ -258,7 +280,7 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
 
 @pytest.mark.parametrize("name", sorted({*WITH_MAPS} & {*WITH_NOTES}))
 def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path, name, monkeypatch):
-    """With their second segments: those change the tiny models' attention too little for `test_maps` to see."""
+    """With second segments: those change the tiny models' attention too little for `test_maps` to see."""
     looked_at = []
     monkeypatch.setattr(inputs, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
     page_of(runs[name], tmp_path / "page.html")
@@ -267,7 +289,9 @@ def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path
     answered = [posts.notes.shown(row, e.image_id) for row, e in zip(posts.rows, posts.examples, strict=True)]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")
-    looked_at, answered = (sorted([row.get(key) for key in kept] for row in side) for side in (looked_at, answered))
+    looked_at, answered = (
+        sorted([row.get(key) for key in kept] for row in side) for side in (looked_at, answered)
+    )
     assert looked_at == answered
 
 
@@ -285,7 +309,7 @@ def test_fine_grids_are_averaged_down():
     assert not place_maps(torch.zeros(1, 9), [3, 3])[0].any()
 
 
-# ---------------------------------------------------------------------------------------------------------- notes
+# ------------------------------------------------------------------------------------------------------ notes
 
 
 @pytest.mark.parametrize("name", WITH_NOTES)
@@ -374,7 +398,7 @@ def test_a_run_on_shuffled_photos_shows_nothing_said_of_them(runs, tmp_path):
     assert any(warning.endswith(said) for warning in page["warnings"])
 
 
-# --------------------------------------------------------------------------------------------------------- photos
+# ----------------------------------------------------------------------------------------------------- photos
 
 
 @pytest.mark.parametrize("size", [(300, 100), (64, 200), (120, 120)])
@@ -413,7 +437,9 @@ def test_thumbnails(tmp_path):
     exif[0x0112] = 6  # to be turned right: the left half is the upper one
     turned.save(tmp_path / "a.jpg", exif=exif)
     photo = thumbnail(tmp_path / "a.jpg")
-    assert photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200 and photo.getpixel((60, 200))[0] > 200
+    assert (
+        photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200 and photo.getpixel((60, 200))[0] > 200
+    )
     Image.new("RGBA", (50, 30), (0, 255, 0, 0)).save(tmp_path / "b.png")
     assert thumbnail(tmp_path / "b.png").size == (50, 30)  # small ones are not blown up
     Image.fromarray(np.full((40, 40), 128 * 256, np.uint16)).save(tmp_path / "c.png")
@@ -434,7 +460,9 @@ def test_photos_that_are_not_here_are_said_and_counted(runs, tmp_path, data_dir,
     assert page["photos"]["test_0004"] == "no such file; 'test_0004.txt' lies there"
     assert page["photos"]["test_0003"] == "cannot be read (UnidentifiedImageError)"
     shown = {post["photo"] for post in page["posts"] if "maps" in post}
-    assert shown == {"test_0001", "test_0002"} == {i for i, photo in page["photos"].items() if isinstance(photo, list)}
+    assert shown == {"test_0001", "test_0002"} == {
+        i for i, photo in page["photos"].items() if isinstance(photo, list)
+    }
     page = page_of(runs["film"], tmp_path / "page.html", "--data-dir", tmp_path)
     assert set(page["photos"].values()) == {"no such file"}
     assert any(warning.startswith("Photos not shown: no image folder") for warning in page["warnings"])
@@ -449,7 +477,7 @@ def test_rows_that_share_a_photo_embed_it_once(runs, tmp_path):
     assert output.read_text(encoding="utf-8").count(next(iter(page["photos"].values()))[0]) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- the file
 
 
 class Tags(HTMLParser):
@@ -464,9 +492,13 @@ class Tags(HTMLParser):
 def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
     _, records = predictions(runs["film"])
     outside = ["O"] * len(HOSTILE)
-    hostile = {"id": HOSTILE[0], "image_id": HOSTILE[1], "words": HOSTILE, "gold": outside, "predicted": outside}
+    hostile = {
+        "id": HOSTILE[0], "image_id": HOSTILE[1], "words": HOSTILE, "gold": outside, "predicted": outside,
+    }  # fmt: skip
     plain = page_of(copy_run(runs["film"], tmp_path / "plain", records), tmp_path / "plain.html")
-    page = page_of(copy_run(runs["film"], tmp_path / "hostile", [*records, hostile]), tmp_path / "hostile.html")
+    page = page_of(
+        copy_run(runs["film"], tmp_path / "hostile", [*records, hostile]), tmp_path / "hostile.html"
+    )
     post = next(post for post in page["posts"] if post["words"] == HOSTILE)
     assert (post["id"], post["photo"]) == tuple(HOSTILE[:2]) and len(plain["posts"]) + 1 == len(page["posts"])
     found = []
@@ -477,7 +509,9 @@ def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
         parser, text = Tags(), (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         parser.feed(text)
         found.append(parser.found)
-        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), ""))
+        assert not re.search(
+            r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), "")
+        )
     assert found[0] == found[1] == found[2]  # no tag more
     assert [tag for tag, _ in found[0]].count("script") == 2
     for _, attrs in found[0]:
@@ -497,7 +531,7 @@ def test_where_it_is_written(runs, tmp_path):
 
 
 def test_scores_that_are_there_are_shown(runs, tmp_path):
-    """The image check where it was made, scores of seen and unseen mentions where the predictions tell them."""
+    """The image check where it was made, scores of seen and unseen mentions where predictions tell them."""
     _, records = predictions(runs["film"])
     folder, metrics = copy_run(runs["film"], tmp_path / "run", records), score(records)
     assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
@@ -554,7 +588,9 @@ def test_a_part_of_the_posts_is_those_with_most_errors(runs, tmp_path, name):
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in whole["posts"]]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
     assert part["confusion"] == whole["confusion"] and part["tables"] == whole["tables"]
-    assert "5 are left out (--posts all shows them)" in part["facts"]["Shown"] and "Shown" not in whole["facts"]
+    assert (
+        "5 are left out (--posts all shows them)" in part["facts"]["Shown"] and "Shown" not in whole["facts"]
+    )
     assert part["photos"] == {post["photo"]: whole["photos"][post["photo"]] for post in part["posts"]}
     assert page_of(runs[name], tmp_path / "page.html") == whole  # 1,000 by default
     with pytest.raises(SystemExit):

@@ -19,14 +19,15 @@ from scores import entity_scores, entity_spans, format_scores, gold_fingerprint,
 from scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
 from scores import write_json_lines
 
-LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]  # B-I: a type like a label
+# B-I: a type like a label.
+LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]
 RATES = ("accuracy", "precision", "recall", "f1")
 TASKS = [("ner", "entity", "token"), ("relation", "relation", "row")]
 every_task = pytest.mark.parametrize("task", ["ner", "relation"])
 
 
 def make_labels(seed, posts, kept=0.7):
-    """Gold and predicted labels: any after any, half of them `O`; posts of 0 to 12 words, every fifth of one."""
+    """Gold and predicted labels: any after any, half `O`; posts of 0 to 12 words, every fifth of one."""
     rng, often = random.Random(seed), ["O"] * 5 + LABELS
     gold = [rng.choices(often, k=rng.randint(0, 12) if i % 5 else 1) for i in range(posts)]
     return gold, [[y if rng.random() < kept else rng.choice(LABELS) for y in labels] for labels in gold]
@@ -39,7 +40,8 @@ def make_records(task, seed=0, posts=40):
         pairs = [(rng.choice(kinds), rng.choice(kinds)) for _ in range(posts)]
     words = ("Messi", "\u00a0", "#", '{"', "½", "b c", "\u2028", "IMGID:7")
     return [
-        {"id": str(i), "words": rng.choices(words, k=len(y) if task == "ner" else 9), "gold": y, "predicted": predicted}
+        {"id": str(i), "words": rng.choices(words, k=len(y) if task == "ner" else 9), "gold": y,
+         "predicted": predicted}
         for i, (y, predicted) in enumerate(pairs) if y  # a CoNLL file has no empty posts
     ]  # fmt: skip
 
@@ -57,7 +59,9 @@ def ratios(precision, recall, f1, gold, predicted, correct):
 
 def check_report(scores, report):
     """Micro scores and those of each type are those of a report by seqeval or scikit-learn."""
-    ours = {("micro avg", *key) if key[0] != "types" else key[1:]: value for key, value in flat(scores).items()}
+    ours = {
+        ("micro avg", *key) if key[0] != "types" else key[1:]: value for key, value in flat(scores).items()
+    }
     assert {kind for kind, _ in ours} == report.keys() - {"macro avg", "weighted avg"}
     names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "gold": "support"}
     theirs = {(kind, name): report[kind][names[name]] for kind, name in ours if name in names}
@@ -67,15 +71,21 @@ def check_report(scores, report):
 
 def test_entity_spans_are_those_of_seqeval():
     for labels in itertools.chain(*make_labels(0, posts=2000)):
-        assert entity_spans(labels) == {(kind, start, last + 1) for kind, start, last in get_entities(labels)}, labels
+        assert entity_spans(labels) == {
+            (kind, start, last + 1) for kind, start, last in get_entities(labels)
+        }, labels
 
 
-@pytest.mark.parametrize("batches, posts", [(6, 600), (200, 2)])  # of few posts: one that differs is not drowned
+# Of few posts: one that differs is not drowned.
+@pytest.mark.parametrize("batches, posts", [(6, 600), (200, 2)])
 @pytest.mark.parametrize("how", [{}, {"mode": "strict", "scheme": IOB2}], ids=["lenient", "strict"])
 def test_entity_scores_are_those_of_seqeval(how, batches, posts):
     for seed in range(batches):
-        gold, predicted = ([["B-PER"], *side] for side in make_labels(seed, posts))  # no report without an entity
-        report = seqeval.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0, **how)
+        # No report without an entity.
+        gold, predicted = ([["B-PER"], *side] for side in make_labels(seed, posts))
+        report = seqeval.metrics.classification_report(
+            gold, predicted, output_dict=True, zero_division=0, **how
+        )
         check_report(entity_scores(gold, predicted, strict=bool(how)), report)
 
 
@@ -83,18 +93,27 @@ def test_seen_and_unseen_mentions_share_out_all_spans():
     """Against a search through every mention of train, word for word; the two parts add up to all spans."""
     rng, words = random.Random(0), ["Jordan", "jordan", "New", "York", "x"]
     for _ in range(50):
-        train = [NerExample("", "", tuple(rng.choices(words, k=len(y))), tuple(y)) for y in make_labels(rng.random(), 6)[0]]
+        train = [
+            NerExample("", "", tuple(rng.choices(words, k=len(y))), tuple(y))
+            for y in make_labels(rng.random(), 6)[0]
+        ]
         known = {" ".join(e.words[s:t]).lower() for e in train for _, s, t in entity_spans(e.labels)}
         assert {" ".join(mention) for mention in mentions(train)} == known
         gold, predicted = make_labels(rng.random(), 8)
-        records = [{"words": rng.choices(words, k=len(a)), "gold": a, "predicted": b} for a, b in zip(gold, predicted, strict=True)]
+        records = [
+            {"words": rng.choices(words, k=len(a)), "gold": a, "predicted": b}
+            for a, b in zip(gold, predicted, strict=True)
+        ]
         for record in records:
             n, record["seen"] = len(record["words"]), seen_spans(record["words"], mentions(train))
             assert record["seen"] == [[i, j] for i in range(n) for j in range(i + 1, n + 1)
                                       if " ".join(record["words"][i:j]).lower() in known]  # fmt: skip
         for part, scores in zip((True, False), seen_scores(records), strict=True):
-            kept = [[{s for s in entity_spans(r[side]) if (" ".join(r["words"][s[1] : s[2]]).lower() in known) == part}
-                     for r in records] for side in ("gold", "predicted")]  # fmt: skip
+            kept = [
+                [{s for s in entity_spans(r[side])
+                  if (" ".join(r["words"][s[1] : s[2]]).lower() in known) == part} for r in records]
+                for side in ("gold", "predicted")
+            ]  # fmt: skip
             assert scores["gold"] == sum(map(len, kept[0])) and scores["predicted"] == sum(map(len, kept[1]))
             assert scores["correct"] == sum(len(a & b) for a, b in zip(*kept, strict=True))
         both, whole = seen_scores(records), entity_scores(gold, predicted)
@@ -120,7 +139,9 @@ def test_a_training_file_splits_foreign_predictions(tmp_path, capsys):
 
 def test_label_scores_are_those_of_sklearn():
     for seed in range(100):
-        gold, predicted = (sum(side, []) for side in make_labels(seed, posts=1 + seed % 20, kept=seed % 10 / 10))
+        gold, predicted = (
+            sum(side, []) for side in make_labels(seed, posts=1 + seed % 20, kept=seed % 10 / 10)
+        )
         report = sklearn.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0)
         macro, report = report["macro avg"], report["weighted avg"]
         expected = {"precision": report["precision"], "f1": report["f1-score"], "macro_f1": macro["f1-score"]}
@@ -130,52 +151,71 @@ def test_label_scores_are_those_of_sklearn():
 
 def test_relation_scores_are_those_of_sklearn():
     for seed in range(100):
-        records = [{"gold": y, "predicted": y} for y in ("None", "x")] + make_records("relation", seed, seed % 20)
+        records = (
+            [{"gold": y, "predicted": y} for y in ("None", "x")] + make_records("relation", seed, seed % 20)
+        )
         gold, predicted = ([record[key] for record in records] for key in ("gold", "predicted"))
         how = {"labels": sorted({*gold, *predicted} - {"None"}), "output_dict": True, "zero_division": 0}
-        check_report(relation_scores(gold, predicted), sklearn.metrics.classification_report(gold, predicted, **how))
+        check_report(
+            relation_scores(gold, predicted), sklearn.metrics.classification_report(gold, predicted, **how)
+        )
 
 
 NER = [
-    {"id": 1, "gold": "B-PER I-PER O B-LOC".split(), "predicted": "B-PER I-PER O B-ORG".split(), "photo": True,
-     "probability": [0.9, 0.8, None, 0.7], "extra": False},
+    {"id": 1, "gold": "B-PER I-PER O B-LOC".split(), "predicted": "B-PER I-PER O B-ORG".split(),
+     "photo": True, "probability": [0.9, 0.8, None, 0.7], "extra": False},
     {"id": 2, "gold": ["O", "B-ORG", "O"], "predicted": ["O", "I-ORG", "O"],  # right, unless strict
      "photo": False, "extra": True},
     {"id": 3, "gold": ["O"], "predicted": ["O"], "photo": False, "probability": [None]},
     {"id": 4, "gold": ["B-LOC", "I-LOC"], "predicted": ["B-LOC", "O"]},
 ]  # fmt: skip
-LENIENT = {"LOC": ratios(0, 0, 0, 2, 1, 0), "ORG": ratios(1 / 2, 1, 2 / 3, 1, 2, 1), "PER": ratios(1, 1, 1, 1, 1, 1)}
+LENIENT = {
+    "LOC": ratios(0, 0, 0, 2, 1, 0),
+    "ORG": ratios(1 / 2, 1, 2 / 3, 1, 2, 1),
+    "PER": ratios(1, 1, 1, 1, 1, 1),
+}
 NER_SCORES = {
     "task": "ner", "posts": 4, "words": 10, "posts_without_photo": 2, "posts_without_note": 1,
     "words_answered_without_model": 2, "warnings": [],
     "entity": ratios(1 / 2, 1 / 2, 1 / 2, 4, 4, 2) | {"macro_f1": 5 / 9, "types": LENIENT},
-    "entity_strict": ratios(1 / 3, 1 / 4, 2 / 7, 4, 3, 1) | {"macro_f1": 1 / 3, "types": LENIENT | {"ORG": ratios(0, 0, 0, 1, 1, 0)}},
-    # Precision: O 4/5, B-PER, I-PER, B-LOC 1. F1: O 8/9, B-PER, I-PER 1, B-LOC 2/3. O weighs 4 of 10, B-LOC 2. 7 labels.
+    "entity_strict": ratios(1 / 3, 1 / 4, 2 / 7, 4, 3, 1)
+    | {"macro_f1": 1 / 3, "types": LENIENT | {"ORG": ratios(0, 0, 0, 1, 1, 0)}},
+    # Precision: O 4/5, B-PER, I-PER, B-LOC 1. F1: O 8/9, B-PER, I-PER 1, B-LOC 2/3.
+    # O weighs 4 of 10, B-LOC 2. 7 labels.
     "token": {"accuracy": 0.7, "precision": 0.72, "recall": 0.7, "f1": 31 / 45, "macro_f1": 32 / 63},
-    "baseline": {"label": "O", "accuracy": 0.4, "precision": 0.16, "recall": 0.4, "f1": 8 / 35, "macro_f1": 2 / 21, "main_f1": 0},
+    "baseline": {"label": "O", "accuracy": 0.4, "precision": 0.16, "recall": 0.4, "f1": 8 / 35,
+                 "macro_f1": 2 / 21, "main_f1": 0},
 }  # fmt: skip
 NER_TEXT = """: 4 posts, 10 words, 4 entities|accuracy precision recall F1 macro F1 gold predicted
-entity level, whole spans (lenient) 0.5000 0.5000 0.5000 0.5556 4 4|LOC 0.0000 0.0000 0.0000 2 1|ORG 0.5000 1.0000 0.6667 1 2
+entity level, whole spans (lenient) 0.5000 0.5000 0.5000 0.5556 4 4|LOC 0.0000 0.0000 0.0000 2 1\
+|ORG 0.5000 1.0000 0.6667 1 2
 PER 1.0000 1.0000 1.0000 1 1|entity level, strict IOB2 0.3333 0.2500 0.2857 0.3333 4 3
 token level, weighted, O included 0.7000 0.7200 0.7000 0.6889 0.5079
 always 'O' (its entity F1: 0.0000) 0.4000 0.1600 0.4000 0.2286 0.0952
 posts without a photo: 2|posts without a note: 1|words cut off or without a sub-token, answered O: 2"""
 PAIRS = ["a a", "a None", "b b", "None a", "a a"]
-ROWS = [{"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)]
+ROWS = [
+    {"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)
+]
 ROW_SCORES = {
     "task": "relation", "posts": 5, "posts_without_photo": 0, "posts_without_note": 0, "warnings": [],
     "relation": ratios(3 / 4, 3 / 4, 3 / 4, 4, 4, 3)
-    | {"macro_f1": 5 / 6, "types": {"a": ratios(2 / 3, 2 / 3, 2 / 3, 3, 3, 2), "b": ratios(1, 1, 1, 1, 1, 1)}},
+    | {"macro_f1": 5 / 6,
+       "types": {"a": ratios(2 / 3, 2 / 3, 2 / 3, 3, 3, 2), "b": ratios(1, 1, 1, 1, 1, 1)}},
     "row": dict.fromkeys(RATES, 0.6) | {"macro_f1": 5 / 9},  # all three: a 2/3, b 1, None 0
-    "baseline": {"label": "a", "accuracy": 0.6, "precision": 0.36, "recall": 0.6, "f1": 0.45, "macro_f1": 0.25, "main_f1": 2 / 3},
+    "baseline": {"label": "a", "accuracy": 0.6, "precision": 0.36, "recall": 0.6, "f1": 0.45,
+                 "macro_f1": 0.25, "main_f1": 2 / 3},
 }  # fmt: skip
 ROW_TEXT = """: 5 rows, 4 not None|accuracy precision recall F1 macro F1 gold predicted
-relations, micro without None 0.7500 0.7500 0.7500 0.8333 4 4|a 0.6667 0.6667 0.6667 3 3|b 1.0000 1.0000 1.0000 1 1
+relations, micro without None 0.7500 0.7500 0.7500 0.8333 4 4|a 0.6667 0.6667 0.6667 3 3\
+|b 1.0000 1.0000 1.0000 1 1
 all rows, weighted, None included 0.6000 0.6000 0.6000 0.6000 0.5556
 always 'a' (its relation F1: 0.6667) 0.6000 0.3600 0.6000 0.4500 0.2500"""
 
 
-@pytest.mark.parametrize("records, expected, text", [(NER, NER_SCORES, NER_TEXT), (ROWS, ROW_SCORES, ROW_TEXT)])
+@pytest.mark.parametrize(
+    "records, expected, text", [(NER, NER_SCORES, NER_TEXT), (ROWS, ROW_SCORES, ROW_TEXT)]
+)
 def test_by_hand(records, expected, text, tmp_path, capsys):
     path = tmp_path / "theirs.jsonl"
     write_json_lines(path, records)
@@ -194,7 +234,9 @@ def test_perfect_predictions_in_any_order(task):
     records = make_records(task)
     assert flat(score(records[::-1])) == pytest.approx(flat(score(records)))
     metrics = score([record | {"predicted": record["gold"]} for record in records])
-    numbers = {key: value for key, value in flat(metrics).items() if key[0] != "baseline" and key[-1] in RATES}
+    numbers = {
+        key: value for key, value in flat(metrics).items() if key[0] != "baseline" and key[-1] in RATES
+    }
     assert len(numbers) > 8 and set(numbers.values()) == {1.0} and metrics["warnings"] == []
 
 
@@ -206,7 +248,9 @@ def test_one_answer_for_all_warns(task, main, level):
     assert metrics[main]["f1"] == metrics[main]["predicted"] == 0 < metrics[main]["gold"]
     assert metrics["baseline"] == metrics[level] | {"label": answer, "main_f1": 0}
     (warning,) = metrics["warnings"]
-    assert f"100.0% of the answers are {answer!r}" in warning and f"gold has {metrics[main]['gold']}:" in warning
+    assert (
+        f"100.0% of the answers are {answer!r}" in warning and f"gold has {metrics[main]['gold']}:" in warning
+    )
     assert format_scores(metrics, "").endswith(f"\nWARNING: {warning}")
 
 
@@ -218,8 +262,12 @@ def test_when_to_warn(answers, gold, found, warns):
     assert len(one_label_warnings(list(answers), {"gold": gold, "predicted": found})) == warns
 
 
-@pytest.mark.parametrize("bom, newline, end", [("", "\n", "\n"), ("\ufeff", "\r\n", "\r\n" * 3), ("\ufeff", "\n", "")])
-@pytest.mark.parametrize("separator, ids", [("\t", True), ("\t", False), (" ", True), (" ", False), ("json", True)])
+@pytest.mark.parametrize(
+    "bom, newline, end", [("", "\n", "\n"), ("\ufeff", "\r\n", "\r\n" * 3), ("\ufeff", "\n", "")]
+)
+@pytest.mark.parametrize(
+    "separator, ids", [("\t", True), ("\t", False), (" ", True), (" ", False), ("json", True)]
+)
 def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
     path, records = tmp_path / "a", make_records("ner")
     if separator == " ":  # where spaces separate, no word can hold one
@@ -230,7 +278,9 @@ def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
         for post, r in zip(posts, records, strict=True):
             post += [separator.join(row) for row in zip(r["words"], r["gold"], r["predicted"], strict=True)]
         path.write_text("\n\n".join(map("\n".join, posts)), encoding="utf-8")
-    path.write_bytes((bom + path.read_text(encoding="utf-8").strip("\n").replace("\n", newline) + end).encode())
+    path.write_bytes(
+        (bom + path.read_text(encoding="utf-8").strip("\n").replace("\n", newline) + end).encode()
+    )
     read = read_predictions(path)
     assert read == (records if ids else [r | {"id": f"post {i}"} for i, r in enumerate(records, 1)])
     assert score(read) == score(records) and gold_fingerprint(read) == gold_fingerprint(records)
@@ -240,22 +290,27 @@ def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
 POST, ROW = '{"id": 1, "gold": ["O"], "predicted": ["O"]}', '{"id": 2, "gold": "None", "predicted": "None"}'
 NO_LABELS = ['"X-PER"', '"B"', '"B-"', '"o"', '""', '"O "', '"B-PER\\n"', '"PER"', "null", "1", "[]", "{}"]
 BAD = [
-    *((f"{POST}\n\n{line}", 3, "not a JSON object") for line in ("{'id': 2}", POST[:-1], "[1]", '"id"', "[" * 9999)),
+    *((f"{POST}\n\n{line}", 3, "not a JSON object")
+      for line in ("{'id': 2}", POST[:-1], "[1]", '"id"', "[" * 9999)),
     *((POST.replace(key, "other"), 1, f"'{key}'") for key in ("id", "gold", "predicted")),
     *((POST.replace('["O"]', other, 1), 1, "of one length") for other in ('["O", "O"]', '"O"', "null", "[]")),
     *((POST.replace('"O"', label, 1), 1, "is not O, B-TYPE or I-TYPE") for label in NO_LABELS),
-    (ROW.replace('"None"', "1"), 1, "label 1 is not text"), (ROW.replace('"None"', "[]", 1), 1, "of one length"),
+    (ROW.replace('"None"', "1"), 1, "label 1 is not text"),
+    (ROW.replace('"None"', "[]", 1), 1, "of one length"),
     *((POST[:-1] + f', "{key}": {value}}}', 1, f"{key} must be a list as long as gold") for key, value in
       (("words", '["a", "b"]'), ("probability", "0.5"), ("words", "null"))),
-    (POST.replace('"O"', '"B-\\ud800"', 1), 1, "surrogates not allowed"), (POST.replace("{", " { ", 1)[:-1], 1, "not a JSON"),
+    (POST.replace('"O"', '"B-\\ud800"', 1), 1, "surrogates not allowed"),
+    (POST.replace("{", " { ", 1)[:-1], 1, "not a JSON"),
     (f"{POST}\n{POST}", 2, "post 1: this id stands twice"),
     (POST + "\n" + POST.replace("1", '"1"'), 2, "post '1': this id stands twice"),
     (f"{POST}\n{ROW}", 2, "split them"), (f"{ROW}\n{POST}", 2, "split them"),
     ("IMGID:1\na\tO\tO\n\nb\tO\n", 4, "expected 'word gold predicted'"), ("a\tO\tO\tp", 1, "label 'p'"),
     ("a O O\nb O", 2, "expected 'word"), ("a O O\nb", 2, "expected 'word"), ("a O O 0.9", 1, "label '0.9'"),
-    ("a O O\r\n\r\nb O B\r\n", 3, "label 'B'"), ("a\tX-PER\tO", 1, "label 'X-PER'"), ("a  O  o", 1, "label 'o'"),
+    ("a O O\r\n\r\nb O B\r\n", 3, "label 'B'"), ("a\tX-PER\tO", 1, "label 'X-PER'"),
+    ("a  O  o", 1, "label 'o'"),
     *((text, None, "no predictions") for text in ("", "\ufeff\r\n \n", "IMGID:1\n\nIMGID:2\n")),
-    (b"a O O\n\xff O O\n", 2, "not UTF-8"), ("a O O".encode("utf-16"), 1, "not UTF-8"), (POST.encode() + b"\xe4", 1, "not UTF-8"),
+    (b"a O O\n\xff O O\n", 2, "not UTF-8"), ("a O O".encode("utf-16"), 1, "not UTF-8"),
+    (POST.encode() + b"\xe4", 1, "not UTF-8"),
 ]  # fmt: skip
 
 
@@ -308,7 +363,10 @@ def test_any_content_is_read_or_refused(kind):
 def test_gold_fingerprint(task):
     records = make_records(task)
     fingerprint = gold_fingerprint(records)
-    assert gold_fingerprint([r | {"predicted": None, "id": "x", "photo": False} for r in records[::-1]]) == fingerprint
+    assert (
+        gold_fingerprint([r | {"predicted": None, "id": "x", "photo": False} for r in records[::-1]])
+        == fingerprint
+    )
     for i, record in enumerate(records):
         changed = record | {"gold": [*record["gold"][:-1], "I-new"] if task == "ner" else "/new"}
         assert gold_fingerprint([*records[:i], changed, *records[i + 1 :]]) != fingerprint
@@ -334,21 +392,27 @@ def test_shuffled_photos(count):
 @pytest.mark.parametrize("shuffled, mean", [([0.7, 0.8], "0.750 ±0.071"), ([0.7], "0.700")])
 @pytest.mark.parametrize("task, main, level", TASKS)
 def test_check_row(task, main, level, shuffled, mean):
-    true, none, *others = [{"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in (0.9, 0.6, *shuffled)]
+    true, none, *others = [
+        {"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in (0.9, 0.6, *shuffled)
+    ]
     row = check_row("run", {"true": true, "none": none, "shuffled": others})
     spread = " ±0.000" * (len(shuffled) > 1)
     assert " ".join(row.split()) == f"run 0.900 {mean} 0.600 0.500 0.500{spread} 0.500"
 
 
 @pytest.mark.parametrize("low, high, said", [
-    (0.01, 0.09, "depends on its photos"), (-0.01, 0.03, "wrong photos do as well, as far as these posts can tell"),
-    (0.0, 0.0, "wrong photos do as well, as far as these posts can tell"), (-0.03, -0.01, "wrong photos do better"),
+    (0.01, 0.09, "depends on its photos"),
+    (-0.01, 0.03, "wrong photos do as well, as far as these posts can tell"),
+    (0.0, 0.0, "wrong photos do as well, as far as these posts can tell"),
+    (-0.03, -0.01, "wrong photos do better"),
 ])  # fmt: skip
 def test_the_verdict_follows_from_the_interval(low, high, said):
     check = {"photos": 9, "bootstrap": {"difference": (low + high) / 2, "low": low, "high": high}}
     words = f"true - shuffled {(low + high) / 2:+.3f}, 95% interval {low:+.3f} to {high:+.3f}: {said}"
     assert verdict({"fusion": "film"}, check) == words
-    assert verdict({"fusion": "film", "shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
+    assert (
+        verdict({"fusion": "film", "shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
+    )
     none = {"photos": 0, "bootstrap": None}
     assert verdict({"fusion": "none", "extra": "none"}, none) == "text only"
     assert verdict({"fusion": "none", "extra": "post"}, none) == "text and notes on the post only"
@@ -359,7 +423,8 @@ def test_the_verdict_follows_from_the_interval(low, high, said):
 def test_type_changes_by_hand():
     def metrics(per, org, seen):
         types = {"PER": {"f1": per, "gold": 20}, "ORG": {"f1": org, "gold": 30}, "LOC": {"f1": 1, "gold": 19}}
-        return {"task": "ner", "entity": {"types": types}, "entity_seen": {"f1": seen}, "entity_unseen": {"f1": 0.5}}
+        return {"task": "ner", "entity": {"types": types}, "entity_seen": {"f1": seen},
+                "entity_unseen": {"f1": 0.5}}  # fmt: skip
 
     check = {"true": metrics(0.9, 0.8, 0.7), "shuffled": [metrics(0.5, 0.8, 0.6), metrics(0.6, 0.9, 0.6)]}
     del check["shuffled"][0]["entity"]["types"]["ORG"]  # never answered nor gold there: F1 0

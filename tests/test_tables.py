@@ -1,4 +1,4 @@
-"""benchmarks/tables.py as a user runs it, on tiny data: what it would run, what it wrote, what it does not run again."""
+"""benchmarks/tables.py as run by a user on tiny data: what it would run, wrote, and does not run again."""
 
 import csv
 import json
@@ -31,8 +31,8 @@ def place(data_dir, tmp_path_factory):
 def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
     rows = tables.all_rows()
     counts = {table: sum(row.table == table for row in rows) for table in tables.TITLES}
-    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 5, "captions": 5, "notes": 12, "base": 2,
-                      "few-shot": 4, "relations": 5, "demo": 9, "demo-notes": 13}  # fmt: skip
+    assert counts == {"fusion": 12, "settings": 12, "systems": 12, "published": 5, "captions": 5, "notes": 12,
+                      "base": 2, "few-shot": 4, "relations": 5, "demo": 9, "demo-notes": 13}  # fmt: skip
     assert len({row.key for row in rows}) == len(rows)
     args, folders = tables.parse_args(["--runs", str(tmp_path)]), {}
     for row in rows:
@@ -40,13 +40,19 @@ def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
             argv = tables.argument_list(row, 1338, args, shuffled)
             made = vars(train.parse_args(argv))
             made.pop("features")
-            assert made["seed"] == 1338 and made["shuffle_photos"] == (shuffled and row.control == "--shuffle-photos")
+            assert made["seed"] == 1338 and made["shuffle_photos"] == (
+                shuffled and row.control == "--shuffle-photos"
+            )
             assert made["shuffle_notes"] == (shuffled and row.control == "--shuffle-notes")
             assert folders.setdefault(made["run_dir"], made) == made  # one folder, one set of settings
     # The defaults of train.py where a table names none; FiLM; the rate of the settings is that of the fusion.
-    settings = tables.argument_list(next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"), 1337, args)
+    settings = tables.argument_list(
+        next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"), 1337, args
+    )
     made, plain = train.parse_args(settings), train.parse_args(["--dataset", "mnre"])
-    assert (made.epochs, made.batch_size, made.fusion_lr, made.img_size, made.fusion) == (7, 16, 0.002, 256, "film")
+    assert (made.epochs, made.batch_size, made.fusion_lr, made.img_size, made.fusion) == (
+        7, 16, 0.002, 256, "film",
+    )  # fmt: skip
     assert made.lr == plain.lr == 3e-5 and made.model == "bert-resnet50"
     other = tables.parse_args(["--text-encoder", "mine", "--lr", "1e-4", "--runs", "r"])
     made = train.parse_args(tables.argument_list(rows[1], 1337, other))
@@ -54,14 +60,15 @@ def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
 
 
 def test_references_are_judged():
-    """Of the published values, those that are no better than one answer for all, and those that are no weighted scores."""
+    """Published values that are no better than one answer for all, and those that are no weighted scores."""
     notes = {row.key: "; ".join(tables.judged(row)) for row in tables.all_rows() if row.reference}
     assert [key for key, note in notes.items() if "equals always" in note] == ["fusion/attention/twitter2015"]
     assert [key for key, note in notes.items() if "below always" in note] == ["systems/blip/mnre"]
     unweighted = {key for key, note in notes.items() if "no weighted token score" in note}
     first = "settings/5/12/0.0011/224/"
     assert unweighted == {
-        key for key in notes if (key.startswith("settings") and key not in (f"{first}twitter2015", f"{first}twitter2017"))
+        key for key in notes
+        if (key.startswith("settings") and key not in (f"{first}twitter2015", f"{first}twitter2017"))
         or (key.startswith("systems") and key.endswith("mnre"))
     }  # fmt: skip
 
@@ -72,13 +79,20 @@ def test_dry_run_shows_commands_and_writes_nothing(place, monkeypatch, capsys):
     tables.main(["--dry-run", "--only", "demo/", "fusion/film/mnre"])
     out = capsys.readouterr().out
     commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  python train.py ")]
-    assert len(commands) == 10 and out.count("of 6 runs are finished") == 9 and out.count("of 3 runs are finished") == 1
+    assert (
+        len(commands) == 10
+        and out.count("of 6 runs are finished") == 9
+        and out.count("of 3 runs are finished") == 1
+    )
     for command in commands:
         train.parse_args(command[2:])
     assert sorted(place.rglob("*")) == before
     tables.main(["--dry-run", "--only", "notes/none", "demo-notes"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
-    assert shown == ["notes/none/twitter2017", "notes/none, crf/twitter2017", *(row.key for row in tables.all_rows() if row.table == "demo-notes")]
+    assert shown == [
+        "notes/none/twitter2017", "notes/none, crf/twitter2017",
+        *(row.key for row in tables.all_rows() if row.table == "demo-notes"),
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="--only nothing: no such row"):
         tables.main(["--only", "nothing"])
 
@@ -96,27 +110,45 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     tables.main(["--only", "demo/film", "fusion/film/mnre", "--seeds", "1"])
     out = capsys.readouterr().out
     assert "left out: no feature file features/mnre-resnet50-224.h5" in out
-    true, wrong = (place / "runs" / f"demo-roberta-resnet50-encoder-film{part}-s1" for part in ("", "-shuffled"))
+    true, wrong = (
+        place / "runs" / f"demo-roberta-resnet50-encoder-film{part}-s1" for part in ("", "-shuffled")
+    )
     metrics = [json.loads((folder / "metrics-test.json").read_text()) for folder in (true, wrong)]
     check = json.loads((true / "image-check-test.json").read_text())
     text = (place / "benchmarks" / "RESULTS.md").read_text()
     cells = [cell.strip() for cell in re.search(r"\n\| film \| demo (\|.*)\|\n", text)[1].split("|")[1:]]
     shuffled = sum(map(main_score, check["shuffled"])) / 3
-    found = paired_bootstrap(*([read_predictions(folder / "predictions-test.jsonl")] for folder in (true, wrong)))
+    found = paired_bootstrap(
+        *([read_predictions(folder / "predictions-test.jsonl")] for folder in (true, wrong))
+    )
     gain = f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-    numbers = [main_score(metrics[1]), shuffled, main_score(check["none"]), metrics[0]["baseline"]["accuracy"]]
+    numbers = [
+        main_score(metrics[1]), shuffled, main_score(check["none"]), metrics[0]["baseline"]["accuracy"],
+    ]  # fmt: skip
     expected = [metrics[0]["token"]["accuracy"], main_score(metrics[0]), gain, *numbers]
     assert cells[0] == "1 + 1" and cells[1:8] == [x if isinstance(x, str) else f"{x:.4f}" for x in expected]
     assert "text encoder encoder, resnet50 features of weights random-" in cells[8]
     assert "python train.py --dataset demo" in text and str(place) not in text
     of_fusion = text.split("## Fusion layers")[1].split("\n## ")[0]
-    assert "Not run, 12 of 12 rows (film, attention, cross-attention, bimodal): " in of_fusion and "| film" not in of_fusion
-    assert "no feature file features/mnre-resnet50-224.h5" in of_fusion and "tables.py --only fusion/`" in of_fusion
+    assert (
+        "Not run, 12 of 12 rows (film, attention, cross-attention, bimodal): " in of_fusion
+        and "| film" not in of_fusion
+    )
+    assert (
+        "no feature file features/mnre-resnet50-224.h5" in of_fusion
+        and "tables.py --only fusion/`" in of_fusion
+    )
     values = list(csv.DictReader(open(place / "benchmarks" / "results.csv", encoding="utf-8", newline="")))
-    assert {"table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[2]} in values
+    assert {
+        "table": "demo", "row": "film", "data set": "demo", "column": "main F1", "value": cells[2],
+    } in values  # fmt: skip
     assert {value["table"] for value in values} == {"demo"}  # of what was not run there are no values
     tex = (place / "benchmarks" / "results.tex").read_text()
-    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 1 and cells[2] in tex and "±" not in tex
+    assert (
+        tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 1
+        and cells[2] in tex
+        and "±" not in tex
+    )
 
     def never(*args, **kwargs):
         raise AssertionError("run again")
@@ -130,11 +162,17 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     (wrong / "kept").rename(wrong / "metrics-test.json")
     config = json.loads((true / "config.json").read_text())
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
-    with pytest.raises(ValueError, match="film-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"):
+    with pytest.raises(
+        ValueError, match="film-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"
+    ):
         tables.main(["--only", "demo/film", "--seeds", "1"])
-    here = ["--only", "fusion/film/mnre", "--seeds", "1", "--output"]  # a row that is not asked for does not stop the others
+    # A row that is not asked for does not stop the others.
+    here = ["--only", "fusion/film/mnre", "--seeds", "1", "--output"]
     tables.main([*here, "elsewhere"])
-    assert "film-s1 is another run, lr (its: 0.5, this row's: 0.001)" in (place / "elsewhere" / "RESULTS.md").read_text()
+    assert (
+        "film-s1 is another run, lr (its: 0.5, this row's: 0.001)"
+        in (place / "elsewhere" / "RESULTS.md").read_text()
+    )
     tables.main([*here, "benchmarks"])  # what was measured stays, though its run is not here any more
     assert (place / "benchmarks" / "RESULTS.md").read_text() == text
     (true / "config.json").write_text(json.dumps(config))
@@ -144,12 +182,17 @@ def test_a_run_that_fails_says_why_and_the_others_go_on(place, monkeypatch, caps
     monkeypatch.chdir(place)
     monkeypatch.setattr(tables.subprocess, "run", forked)
     flags = ("--fusion", "none", "--epochs", 1)
-    rows = [tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control="") for
-            name, model, encoder in (("broken", "bert-resnet50", "absent/encoder"),
-                                     ("none", "roberta-resnet50", "data/demo/encoder"))]  # fmt: skip
+    rows = [
+        tables.Row("demo", name, "demo", (*flags, "--model", model, "--text-encoder", encoder), control="")
+        for name, model, encoder in (
+            ("broken", "bert-resnet50", "absent/encoder"), ("none", "roberta-resnet50", "data/demo/encoder")
+        )
+    ]
     monkeypatch.setattr(tables, "all_rows", lambda: rows)
     tables.main(["--seeds", "1", "--output", "out", "--runs", "others"])
-    assert "FAILED: train.py: error: --text-encoder absent/encoder: cannot be loaded" in capsys.readouterr().out
+    assert (
+        "FAILED: train.py: error: --text-encoder absent/encoder: cannot be loaded" in capsys.readouterr().out
+    )
     text = (place / "out" / "RESULTS.md").read_text()
     assert "Not run, 1 of 2 rows (broken): train.py: error: --text-encoder absent/encoder" in text
     assert "\n| none | demo | 1 | 0." in text and "| broken |" not in text

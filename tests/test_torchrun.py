@@ -36,25 +36,34 @@ def under_torchrun(script, *args):
 
 # 24 posts: with 23 a step the last step has one, and the second process none.
 @pytest.mark.parametrize("start, dataset, batch_size, more", [
-    (shared, "demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5", "--relevance", "given",
-                       "--notes"]),
+    (shared, "demo", 7, ["--decoder", "crf", "--align", "contrastive=0.5", "supervised=0.5",
+                         "--relevance", "given", "--notes"]),
     (under_torchrun, "mnre", 23, ["--align", "matching=0.5"]),
 ])  # fmt: skip
-def test_two_processes_train_as_one_does(start, dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path):
+def test_two_processes_train_as_one_does(
+    start, dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path
+):
     if "--notes" in more:  # of every second post of train
         notes = [json.dumps({"id": f"train_{i:04d}", "relevance": i / 24}) for i in range(0, 24, 2)]
         (tmp_path / "notes.jsonl").write_text("\n".join(notes))
         more = [*more, tmp_path / "notes.jsonl"]
-    fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
-             "--lr", 1e-3, "--epochs", 3, "--dropout", 0, "--batch-size", batch_size, *more]  # fmt: skip
-    said = [run("train.py", *fixed, "--run-dir", tmp_path / str(n)) for n, run in enumerate((alone, start), 1)]
+    fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir,
+             "--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--epochs", 3, "--dropout", 0,
+             "--batch-size", batch_size, *more]  # fmt: skip
+    said = [
+        run("train.py", *fixed, "--run-dir", tmp_path / str(n)) for n, run in enumerate((alone, start), 1)
+    ]
     assert said[0].count("epoch 3/3") == said[1].count("epoch 3/3") == 1  # one of them speaks
     logs, weights, predictions = [], [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
         logs.append([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
         weights.append(load_file(folder / "model.safetensors"))
-        predictions.append([json.loads(line) for line in (folder / "predictions-valid.jsonl").read_text().splitlines()])
-    assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
+        predictions.append(
+            [json.loads(line) for line in (folder / "predictions-valid.jsonl").read_text().splitlines()]
+        )
+    assert {path.name for path in (tmp_path / "1").iterdir()} == {
+        path.name for path in (tmp_path / "2").iterdir()
+    }
     for one, two in zip(*logs, strict=True):
         losses = {key for key in one if key.startswith("loss")}
         assert len(losses) == (4 if dataset == "demo" else 2)
@@ -65,8 +74,8 @@ def test_two_processes_train_as_one_does(start, dataset, batch_size, more, data_
 
 
 def test_two_processes_extract_the_bytes_of_one(data_dir, tmp_path):
-    fixed = ["--dataset", "demo", "--data-dir", data_dir, "--weights", "random", "--img-size", 64, "--views", 2, "--batch-size", 6,
-             "--workers", 1]  # fmt: skip
+    fixed = ["--dataset", "demo", "--data-dir", data_dir, "--weights", "random", "--img-size", 64,
+             "--views", 2, "--batch-size", 6, "--workers", 1]  # fmt: skip
     said = [run("extract_features.py", *fixed, "--cache-dir", tmp_path / str(n))
             for n, run in enumerate((alone, shared), 1)]  # fmt: skip
     assert [text.count("40 photos in") for text in said] == [1, 1]

@@ -69,7 +69,8 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
     scored = [split for split in ("valid", "test") if split in examples]
     names = {"config.json", "encoder", "model.safetensors", "log.jsonl", "timing.jsonl"}
     assert {path.name for path in folder.iterdir()} == names | {
-        f"{kind}-{split}.json{'l' * (kind == 'predictions')}" for kind in ("metrics", "predictions") for split in scored
+        f"{kind}-{split}.json{'l' * (kind == 'predictions')}"
+        for kind in ("metrics", "predictions") for split in scored
     }
     assert ("mnre has no test file" in out) == ("test" not in examples)
     assert ("posts have a photo" in out) == (fusion not in ("none", "bert-caption"))
@@ -80,7 +81,10 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
         for record, example in zip(records, examples[split], strict=True):
             gold = list(example.labels) if dataset == "demo" else example.label
             assert (record["words"], record["gold"]) == (list(example.words), gold)
-            assert dataset == "mnre" or len(record["predicted"]) == len(record["probability"]) == len(example.words)
+            assert (
+                dataset == "mnre"
+                or len(record["predicted"]) == len(record["probability"]) == len(example.words)
+            )
         metrics = json.loads((folder / f"metrics-{split}.json").read_text())
         data = metrics.pop("data")
         assert metrics == score(records) and data["sha256"] in (folder / "config.json").read_text()
@@ -96,7 +100,9 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
     cache = FeatureCache(config["features"]) if fusion != "none" else None
     posts = Posts(examples["valid"], rows, tokenizer.pad_token_id, cache)
     again = predict(model, posts, config["labels"], 3, "cpu", "float32")
-    assert [r["predicted"] for r in again] == [r["predicted"] for r in read_predictions(folder / "predictions-valid.jsonl")]
+    assert [r["predicted"] for r in again] == [
+        r["predicted"] for r in read_predictions(folder / "predictions-valid.jsonl")
+    ]
 
 
 def test_same_seed_same_run_digit_for_digit(flags, tmp_path):
@@ -107,7 +113,7 @@ def test_same_seed_same_run_digit_for_digit(flags, tmp_path):
 
 
 def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, monkeypatch):
-    """A second loss, half of each post's squared first logit, counts by the post beside the labels' by the word."""
+    """A second loss, half of each post's squared first logit, counts by post beside the labels' by word."""
 
     class More(model.TextRegions):
         loss_weights = {"labels": 1.0, "small": 0.5}
@@ -136,7 +142,11 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
     assert line["loss_small"] == pytest.approx(sum(More.small) / 24, rel=1e-5) and "loss_small" not in without
     labels, words = (torch.cat([step[i] for step in More.seen]) for i in (0, 1))
     assert line["loss"] == pytest.approx((labels.sum() / words.sum()).item(), rel=1e-5)
-    assert load_file(more / "model.safetensors")["head.linear.bias"].ne(load_file(plain / "model.safetensors")["head.linear.bias"]).any()
+    assert (
+        load_file(more / "model.safetensors")["head.linear.bias"]
+        .ne(load_file(plain / "model.safetensors")["head.linear.bias"])
+        .any()
+    )
 
 
 def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(flags, tmp_path):
@@ -149,11 +159,15 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
             if losses:
                 with torch.no_grad():
                     was = self.training
-                    text = self.eval().encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+                    text = self.eval().encoder(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                    ).last_hidden_state
                     self.train(was)
                     regions = unit_length(clean(batch["regions"].float(), batch["region_mask"]))
-                    seen.append({name: (alignment(text, batch["own_mask"], regions, batch["region_mask"], batch["photo_row"]), made[1][name])
-                                 for name, alignment in self.align.items()})  # fmt: skip
+                    given = (text, batch["own_mask"], regions, batch["region_mask"], batch["photo_row"])
+                    seen.append(
+                        {name: (alignment(*given), made[1][name]) for name, alignment in self.align.items()}
+                    )
                     for row, own in zip(batch["input_ids"], batch["own_mask"], strict=True):
                         special = torch.isin(row, torch.tensor([0, 2, 3]))  # [PAD], [CLS], [SEP]
                         assert torch.equal(own, ~special)
@@ -161,17 +175,24 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SYSTEMS, "bert-resnet50", replace(model.SYSTEMS["bert-resnet50"], model=Watched))
-        more = ("--model", "bert-resnet50", "--fusion", "film", "--align", "contrastive=0.1", "matching=0.5", "local=2", "--dropout", 0)
+        more = (
+            "--model", "bert-resnet50", "--fusion", "film",
+            "--align", "contrastive=0.1", "matching=0.5", "local=2", "--dropout", 0,
+        )  # fmt: skip
         folder = run(flags, tmp_path / "run", *more, "--epochs", 1, "--batch-size", 6)
     (log,) = json_lines(folder / "log.jsonl")
     for name in ("contrastive", "matching", "local"):
         for step in seen:
             torch.testing.assert_close(step[name][0], step[name][1].detach(), rtol=1e-4, atol=1e-5)
-        assert log[f"loss_{name}"] == pytest.approx(sum(step[name][1].sum().item() for step in seen) / 24, rel=1e-4)
+        assert log[f"loss_{name}"] == pytest.approx(
+            sum(step[name][1].sum().item() for step in seen) / 24, rel=1e-4
+        )
     loaded, _, config = load_run(folder)
     assert config["align"] == {"contrastive": 0.1, "matching": 0.5, "local": 2.0}
     assert loaded.loss_weights == {"labels": 1.0, "contrastive": 0.1, "matching": 0.5, "local": 2.0}
-    assert train.parse_args([*map(str, more), "--seed", "1"]).run_dir.endswith("film-contrastive0.1-matching0.5-local2-s1")
+    assert train.parse_args([*map(str, more), "--seed", "1"]).run_dir.endswith(
+        "film-contrastive0.1-matching0.5-local2-s1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +201,8 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
         (("--align", "contrastive"), "invalid"),
         (("--align", "clip=1"), "NAME is one of contrastive, local, matching, supervised"),
         (("--align", "local=-1"), "not from 0"), (("--align", "local=1", "local=2"), "named twice"),
-        (("--align", "local=1", "--fusion", "none"), "no cached regions"), (("--align", "local=1", "--model", "vilt"), "no cached regions"),
+        (("--align", "local=1", "--fusion", "none"), "no cached regions"),
+        (("--align", "local=1", "--model", "vilt"), "no cached regions"),
     ],
 )  # fmt: skip
 def test_alignments_that_cannot_be_are_refused(more, said, capsys):
@@ -200,7 +222,10 @@ def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inputs, "encode", watched)
         for seed in (1, 1, 2):
-            run(flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed, "--train-share", 0.3)
+            run(
+                flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed,
+                "--train-share", 0.3,
+            )  # fmt: skip
     first, again, other = trained[::3]
     assert len(first) == 8 and set(first) < {example.id for example in posts}
     assert first == again != other and first == [e.id for e in posts if e.id in set(first)]
@@ -315,10 +340,11 @@ def test_run_folders_tell_decoders_and_fusions_apart():
 def test_defaults_are_the_reference_settings():
     args = train.parse_args(["--fusion", "film", "--seed", "1337", "--device", "cpu"])
     expected = {
-        "dataset": "twitter2017", "model": "roberta-resnet50", "text_encoder": "roberta-base", "epochs": 5, "seed": 1337,
-        "batch_size": 8, "eval_batch_size": 12, "max_len": 128, "lr": 3e-5, "fusion_lr": 1.1e-3, "weight_decay": 0.01,
-        "warmup_ratio": 0.1, "dropout": 0.1, "heads": 8, "img_size": 224, "augment": True, "photo_dropout": 0.1,
-        "precision": "auto", "features": "features/twitter2017-resnet50-224.h5",
+        "dataset": "twitter2017", "model": "roberta-resnet50", "text_encoder": "roberta-base", "epochs": 5,
+        "seed": 1337, "batch_size": 8, "eval_batch_size": 12, "max_len": 128, "lr": 3e-5, "fusion_lr": 1.1e-3,
+        "weight_decay": 0.01, "warmup_ratio": 0.1, "dropout": 0.1, "heads": 8, "img_size": 224,
+        "augment": True, "photo_dropout": 0.1, "precision": "auto",
+        "features": "features/twitter2017-resnet50-224.h5",
         "run_dir": "runs/twitter2017-roberta-resnet50-film-s1337",
     }  # fmt: skip
     assert {key: getattr(args, key) for key in expected} == expected
@@ -332,11 +358,15 @@ def test_defaults_of_the_other_systems():
         args = train.parse_args(["--dataset", "mnre", "--model", model])
         found[model] = (args.text_encoder, args.fusion, args.max_len, args.features, args.run_dir)
     assert found == {
-        "bert-caption": ("bert-base-uncased", "film", 128, "features/mnre-caption-64.h5", "runs/mnre-bert-caption-film-s1337"),
-        "clip-bert": ("bert-base-uncased", "film", 128, "features/mnre-clip-224.h5", "runs/mnre-clip-bert-film-s1337"),
-        "blip": ("Salesforce/blip-itm-base-coco", None, 128, "features/mnre-blip-384.h5", "runs/mnre-blip-s1337"),
-        "vilt": ("dandelin/vilt-b32-mlm", None, 40, "features/mnre-pixels-384.h5", "runs/mnre-vilt-s1337"),
-    }
+        "bert-caption": ("bert-base-uncased", "film", 128,
+                         "features/mnre-caption-64.h5", "runs/mnre-bert-caption-film-s1337"),
+        "clip-bert": ("bert-base-uncased", "film", 128,
+                      "features/mnre-clip-224.h5", "runs/mnre-clip-bert-film-s1337"),
+        "blip": ("Salesforce/blip-itm-base-coco", None, 128,
+                 "features/mnre-blip-384.h5", "runs/mnre-blip-s1337"),
+        "vilt": ("dandelin/vilt-b32-mlm", None, 40,
+                 "features/mnre-pixels-384.h5", "runs/mnre-vilt-s1337"),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("model", ["blip", "vilt"])
@@ -352,7 +382,10 @@ def test_what_trains_and_what_is_frozen_is_said(flags, tmp_path, data_dir, cache
     more = system_flags(system, data_dir) if system in PARTS else ["--model", system]
     folder = run([*flags, *more], tmp_path / "run", "--epochs", 1)
     out, (model, _, config) = capsys.readouterr().out, load_run(folder)
-    said = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in out.splitlines() if " parameters" in line}
+    said = {
+        line.split()[0]: int(line.split()[1].replace(",", ""))
+        for line in out.splitlines() if " parameters" in line
+    }
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     counts = {part: count for part, count in counts.items() if count}  # no alignment was asked for
     frozen = FeatureCache(config["features"]).attrs["parameters"]
@@ -367,12 +400,14 @@ RESULTS = ("log.jsonl", "predictions-valid.jsonl", "predictions-test.jsonl", "mo
 
 @pytest.mark.parametrize("system", ["film", "vilt"])
 def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monkeypatch, system, capsys):
-    """Stopped at every kind of moment: in each epoch, between epochs, while a state or weights are written."""
+    """Stopped at every kind of moment: in each epoch, between epochs, as a state or weights are written."""
     more = system_flags(system, data_dir) if system in PARTS else ["--fusion", system]
     flags = [*flags, *more, "--save-every", 0, "--epochs", 3]
     whole = run(flags, tmp_path / "whole")
     assert not (whole / "state.pt").exists()
-    places = {"replace": os, "save_weights": train, "write_json_lines": train, "write_json": train, "score": train}
+    places = {
+        "replace": os, "save_weights": train, "write_json_lines": train, "write_json": train, "score": train,
+    }  # fmt: skip
     calls, stop_at = 0, 0
 
     class Stop(BaseException):
@@ -400,7 +435,9 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monk
             except Stop:
                 continue
         for name in RESULTS:
-            assert (tmp_path / f"stopped{first}" / name).read_bytes() == (whole / name).read_bytes(), (first, name)
+            assert (
+                (tmp_path / f"stopped{first}" / name).read_bytes() == (whole / name).read_bytes()
+            ), (first, name)
         assert {p.name for p in (tmp_path / f"stopped{first}").iterdir()} == {p.name for p in whole.iterdir()}
     assert total > 25 and "resuming   in epoch" in capsys.readouterr().out
 
@@ -411,7 +448,10 @@ def test_resume_is_refused_with_other_settings_and_leaves_a_finished_run_alone(f
     before = {path: path.read_bytes() for path in folder.glob("*.json*")}
     run(flags, folder, "--resume", "--epochs", 1)
     assert "is finished; left alone" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"begun with other settings or data: epochs .run: 1, now: 2.; lr .run: 0.001, now: 0.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"begun with other settings or data: epochs .run: 1, now: 2.; lr .run: 0.001, now: 0.5",
+    ):
         run(flags, folder, "--resume", "--lr", 0.5)
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
     (folder / "state.pt").write_bytes(b"PK")
@@ -444,7 +484,10 @@ class Harm:
 
 def test_a_strangers_run_folder_cannot_run_code(flags, tmp_path):
     folder, mark = run(flags, tmp_path / "run", "--epochs", 1), tmp_path / "ran"
-    for save in (lambda path: torch.save({"progress": Harm(mark)}, path), lambda path: path.write_bytes(pickle.dumps(Harm(mark)))):
+    for save in (
+        lambda path: torch.save({"progress": Harm(mark)}, path),
+        lambda path: path.write_bytes(pickle.dumps(Harm(mark))),
+    ):
         save(folder / "state.pt")
         with pytest.raises(ValueError, match="not a state to resume from"):
             run(flags, folder, "--resume", "--epochs", 1)
@@ -459,7 +502,9 @@ def test_a_strangers_run_folder_cannot_run_code(flags, tmp_path):
 def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
     folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1)
     before = (folder / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already; go on with it with --resume, delete it with --overwrite"):
+    with pytest.raises(
+        ValueError, match="holds a run already; go on with it with --resume, delete it with --overwrite"
+    ):
         run(flags, folder, "--fusion", "none")
     assert (folder / "log.jsonl").read_bytes() == before
     (folder / "stale").touch()
@@ -532,8 +577,10 @@ def test_training_draws_all_views_and_all_else_reads_the_plain_one(flags, tmp_pa
 
 
 def test_one_view_is_said_in_one_line(flags, tmp_path, data_dir, capsys):
-    extract_features.main(["--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights",
-                           "random", "--img-size", "32", "--views", "1", "--workers", "0"])  # fmt: skip
+    extract_features.main([
+        "--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights", "random",
+        "--img-size", "32", "--views", "1", "--workers", "0",
+    ])  # fmt: skip
     capsys.readouterr()
     run(flags, tmp_path / "run", "--cache-dir", tmp_path, "--img-size", 32, "--epochs", 1)
     assert capsys.readouterr().out.count("one view only: no augmentation") == 1
@@ -556,15 +603,19 @@ def test_photos_that_are_missing_are_counted(flags, tmp_path, data_dir, capsys):
     images.mkdir()
     for name in ("train_0000.jpg", "valid_0001.jpg"):
         (images / name).symlink_to(data_dir / "demo" / "images" / name)
-    extract_features.main(["--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights",
-                           "random", "--img-size", "64", "--images", str(images), "--workers", "0"])  # fmt: skip
+    extract_features.main([
+        "--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights", "random",
+        "--img-size", "64", "--images", str(images), "--workers", "0",
+    ])  # fmt: skip
     capsys.readouterr()
     folder = run(flags, tmp_path / "run", "--cache-dir", tmp_path, "--epochs", 1)
     out = capsys.readouterr().out
     assert "train: 1 of 24 posts have a photo" in out and "test: 0 of 8 posts have a photo" in out
     assert "no post of test has a photo" in out
     assert json.loads((folder / "metrics-valid.json").read_text())["posts_without_photo"] == 7
-    assert [r["photo"] for r in read_predictions(folder / "predictions-valid.jsonl")] == [i == 1 for i in range(8)]
+    assert [r["photo"] for r in read_predictions(folder / "predictions-valid.jsonl")] == [
+        i == 1 for i in range(8)
+    ]
 
 
 @pytest.mark.parametrize("train_posts, valid_posts, kinds", [
@@ -579,7 +630,9 @@ def test_odd_data_sets_train_and_are_scored(flags, tmp_path, train_posts, valid_
     for split, posts in (("train", train_posts), ("valid", valid_posts), ("test", valid_posts)):
         fields = [post.split(" ") for post in posts]
         texts = ["\n".join(f"{w} {y}" for w, y in zip(f[::2], f[1::2], strict=False)) for f in fields]
-        (own / f"{split}.txt").write_text("\n\n".join(f"IMGID:{i}\n{text}" for i, text in enumerate(texts)), encoding="utf-8")
+        (own / f"{split}.txt").write_text(
+            "\n\n".join(f"IMGID:{i}\n{text}" for i, text in enumerate(texts)), encoding="utf-8"
+        )
     folder = run(flags, tmp_path / "run", "--dataset", own, "--fusion", "none", "--epochs", 1)
     metrics = json.loads((folder / "metrics-test.json").read_text())
     assert metrics["words"] == sum(len(post.split()) // 2 for post in valid_posts)
@@ -588,23 +641,28 @@ def test_odd_data_sets_train_and_are_scored(flags, tmp_path, train_posts, valid_
 
 
 def limited(folder, megabytes, *command):
-    """Run a script where no file may grow past a size, as on a full disk: (status, its error lines, all of stderr)."""
+    """Run a script where no file may grow past a size, as on a full disk: (status, error lines, stderr)."""
     done = run_script(folder, *command, limit=int(megabytes * 1e6))
     return done.returncode, [line for line in done.stderr.splitlines() if "error: " in line], done.stderr
 
 
 def test_a_full_disk_is_one_clear_line_and_earlier_results_stay(flags, tmp_path, data_dir):
-    """Writing stops in the middle of the weights, of a state, of the features; nothing half-written gets a finished name."""
-    arguments = [*flags, "--dataset", "demo", "--fusion", "none", "--run-dir", tmp_path / "run", "--epochs", 1]
+    """Writing stops in weights, in a state, in features; nothing half-written gets a finished name."""
+    arguments = [
+        *flags, "--dataset", "demo", "--fusion", "none", "--run-dir", tmp_path / "run", "--epochs", 1,
+    ]  # fmt: skip
     status, said, all_said = limited(tmp_path, 0.2, "train.py", *arguments)
     assert status == 1 and len(said) == 1 and "Traceback" not in all_said, all_said
-    assert not list((tmp_path / "run").glob("*.safetensors*")) and not list((tmp_path / "run").glob("predictions*"))
+    assert (
+        not list((tmp_path / "run").glob("*.safetensors*"))
+        and not list((tmp_path / "run").glob("predictions*"))
+    )
     status, said, all_said = limited(tmp_path, 0.6, "train.py", *arguments, "--resume", "--save-every", 0)
     assert status == 1 and len(said) == 1 and not list((tmp_path / "run").glob("state.pt*")), all_said
-    folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1, "--resume")  # there is room again
+    folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1, "--resume")  # with room again
     assert (folder / "metrics-test.json").exists()
-    extract = ["extract_features.py", "--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path, "--weights", "random",
-               "--img-size", 64, "--views", 1, "--workers", 0]  # fmt: skip
+    extract = ["extract_features.py", "--dataset", "demo", "--data-dir", data_dir, "--cache-dir", tmp_path,
+               "--weights", "random", "--img-size", 64, "--views", 1, "--workers", 0]  # fmt: skip
     status, said, all_said = limited(tmp_path, 0.3, *extract)
     assert status == 1 and len(said) == 1 and not list(tmp_path.glob("*.h5")), all_said
     path = extract_features.main(list(map(str, extract[1:])))
@@ -614,8 +672,12 @@ def test_a_full_disk_is_one_clear_line_and_earlier_results_stay(flags, tmp_path,
 def test_a_folder_that_cannot_be_written_is_one_clear_line(data_dir):
     """/sys takes no new folder, from root neither."""
     places = ["--dataset", "demo", "--data-dir", data_dir]
-    for command in (["train.py", *places, "--fusion", "none", "--text-encoder", data_dir / "demo" / "encoder", "--run-dir", "/sys/run"],
-                    ["extract_features.py", *places, "--weights", "random", "--img-size", 64, "--cache-dir", "/sys/features"]):
+    for command in (
+        ["train.py", *places, "--fusion", "none", "--text-encoder", data_dir / "demo" / "encoder",
+         "--run-dir", "/sys/run"],
+        ["extract_features.py", *places, "--weights", "random", "--img-size", 64,
+         "--cache-dir", "/sys/features"],
+    ):  # fmt: skip
         status, said, all_said = limited("/", 100, *command)
         assert status == 1 and len(said) == 1 and "/sys/" in said[0] and "Traceback" not in all_said, all_said
 
@@ -629,16 +691,27 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
         return read(self, photos, views)
 
     monkeypatch.setattr(FeatureCache, "read", watched)
-    folder = run(flags, tmp_path / "run", "--shuffle-photos", "--photo-dropout", 0, "--batch-size", 1, "--eval-batch-size", 1)
+    folder = run(
+        flags, tmp_path / "run", "--shuffle-photos", "--photo-dropout", 0,
+        "--batch-size", 1, "--eval-batch-size", 1,
+    )  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     cache, dataset = FeatureCache(config["features"]), load_dataset("demo", config["data_dir"])
-    wrong = {split: shuffled_photos([e.image_id for e in examples], cache, 1337) for split, examples in dataset.examples.items()}
+    wrong = {
+        split: shuffled_photos([e.image_id for e in examples], cache, 1337)
+        for split, examples in dataset.examples.items()
+    }
     assert config["shuffle_photos"] and "SHUFFLED" in capsys.readouterr().out
     own = [photo for batch in seen for photo in batch]
-    assert sorted(own) == sorted([*wrong["train"].values()] * 2 + [*wrong["valid"].values()] * 3 + [*wrong["test"].values()])
+    assert sorted(own) == sorted(
+        [*wrong["train"].values()] * 2 + [*wrong["valid"].values()] * 3 + [*wrong["test"].values()]
+    )
     by_words = {tuple(e.words): e.image_id for e in dataset.examples["test"]}
     records = read_predictions(folder / "predictions-test.jsonl")
-    assert [r["image_id"] for r in records] == [e.image_id for e in dataset.examples["test"]] and len(by_words) > 1
+    assert (
+        [r["image_id"] for r in records] == [e.image_id for e in dataset.examples["test"]]
+        and len(by_words) > 1
+    )
     model, tokenizer, _ = load_run(folder)
     rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], config["max_len"])
     posts = Posts(dataset.examples["test"], rows, 0, cache, swap=wrong["test"])
@@ -648,12 +721,17 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     assert "trained on shuffled photos" in capsys.readouterr().out
     evaluate.main(["--run", str(folder)])
     assert "TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" in capsys.readouterr().out
-    assert "Trained and scored with other posts' photos" in report.main(["--run", str(folder)]).read_text(encoding="utf-8")
+    assert (
+        "Trained and scored with other posts' photos"
+        in report.main(["--run", str(folder)]).read_text(encoding="utf-8")
+    )
 
 
 def test_run_folders_tell_encoders_apart():
-    for encoder, name in (("roberta-base", ""), ("vinai/bertweet-base", "-bertweet-base"), ("models/mine", "-mine"),
-                          ("models/mine/", "-mine")):  # fmt: skip
+    for encoder, name in (
+        ("roberta-base", ""), ("vinai/bertweet-base", "-bertweet-base"),
+        ("models/mine", "-mine"), ("models/mine/", "-mine"),
+    ):  # fmt: skip
         args = train.parse_args(["--text-encoder", encoder, "--fusion", "none"])
         assert args.run_dir == f"runs/twitter2017-roberta-resnet50{name}-none-s1337"
 
@@ -662,8 +740,10 @@ def test_run_folders_tell_encoders_apart():
     (["--heads", "4"], "--heads: film has none to choose"),
     (["--heads", "4", "--fusion", "co-attention"], "--heads: co-attention has none to choose"),
     (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
-    (["--img-size", "64", "--features", "x.h5"], "--img-size and --features: either tells which feature file"),
-    (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"), (["--fusion", "none", "--images", "x"], "--images"),
+    (["--img-size", "64", "--features", "x.h5"],
+        "--img-size and --features: either tells which feature file"),
+    (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"),
+    (["--fusion", "none", "--images", "x"], "--images"),
     (["--model", "bert-caption", "--images", "x"], "--images: bert-caption reads captions"),
 ])  # fmt: skip
 def test_options_that_do_not_go_with_the_run_are_refused(args, message, capsys):
@@ -673,9 +753,12 @@ def test_options_that_do_not_go_with_the_run_are_refused(args, message, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--run", "r", "--score", "f1"], "--score goes with --compare"), (["--run", "r", "--shuffles", "2"], "--shuffles goes with"),
-    (["--predictions", "p", "--split", "test"], "--split goes with"), (["--run", "r", "--images", "i"], "--images goes with"),
-    (["--compare", "a", "b", "--data-dir", "d"], "--data-dir goes with"), (["--run", "r", "--features", "f"], "--features goes with"),
+    (["--run", "r", "--score", "f1"], "--score goes with --compare"),
+    (["--run", "r", "--shuffles", "2"], "--shuffles goes with"),
+    (["--predictions", "p", "--split", "test"], "--split goes with"),
+    (["--run", "r", "--images", "i"], "--images goes with"),
+    (["--compare", "a", "b", "--data-dir", "d"], "--data-dir goes with"),
+    (["--run", "r", "--features", "f"], "--features goes with"),
 ])  # fmt: skip
 def test_options_that_do_not_go_with_the_evaluation_are_refused(args, message, capsys):
     with pytest.raises(SystemExit):
@@ -687,7 +770,9 @@ def own_folder(folder, colour, photos=6):
     """A folder of one's own: posts whose photos have one colour, and a size that differs with it."""
     (folder / "images").mkdir(parents=True)
     for split in ("train", "valid"):
-        (folder / f"{split}.txt").write_text("".join(f"IMGID:{i}\nAnn\tB-PER\nsaw\tO\n\n" for i in range(photos)))
+        (folder / f"{split}.txt").write_text(
+            "".join(f"IMGID:{i}\nAnn\tB-PER\nsaw\tO\n\n" for i in range(photos))
+        )
     for i in range(photos):
         Image.new("RGB", (40 + i, 40 + colour), (colour, i, 0)).save(folder / "images" / f"{i}.png")
     return str(folder)
@@ -697,7 +782,9 @@ def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_pa
     """Also not after photos were replaced; a data set that was only renamed goes on with its features."""
     a, b = (own_folder(tmp_path / name / "data", colour) for name, colour in (("a", 10), ("b", 90)))
     places = ["--cache-dir", str(tmp_path), "--img-size", "32"]
-    path = extract_features.main([*places, "--dataset", a, "--weights", "random", "--views", "1", "--workers", "0"])
+    path = extract_features.main(
+        [*places, "--dataset", a, "--weights", "random", "--views", "1", "--workers", "0"]
+    )
     flags = ["--cache-dir", tmp_path, "--text-encoder", encoder_dir, "--epochs", 1]
     run([*flags, "--img-size", 32], tmp_path / "run-a", "--dataset", a)
     assert f"made from {a}/images" in capsys.readouterr().out
@@ -705,7 +792,9 @@ def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_pa
     with pytest.raises(ValueError, match=other):
         run([*flags, "--img-size", 32], tmp_path / "run-b", "--dataset", b)
     with pytest.raises(ValueError, match=other):
-        extract_features.main([*places, "--dataset", b, "--weights", "random", "--views", "1", "--workers", "0"])
+        extract_features.main(
+            [*places, "--dataset", b, "--weights", "random", "--views", "1", "--workers", "0"]
+        )
     shutil.copytree(a, tmp_path / "renamed")
     run(flags, tmp_path / "run-c", "--dataset", tmp_path / "renamed", "--features", path)
     shutil.rmtree(tmp_path / "renamed" / "images")
@@ -713,10 +802,18 @@ def test_features_of_another_folder_of_the_same_name_are_not_taken(flags, tmp_pa
     run(flags, tmp_path / "run-d", "--dataset", tmp_path / "renamed", "--features", path)
     assert "6 of its photos are not here (--images names their folder)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=other):
-        run(flags, tmp_path / "run-e", "--dataset", tmp_path / "renamed", "--features", path, "--images", f"{b}/images")
+        run(
+            flags, tmp_path / "run-e", "--dataset", tmp_path / "renamed", "--features", path,
+            "--images", f"{b}/images",
+        )  # fmt: skip
     with pytest.raises(FileNotFoundError, match="no image folder .*imagse"):
-        run(flags, tmp_path / "run-g", "--dataset", tmp_path / "renamed", "--features", path, "--images", f"{a}/imagse")
-    evaluate.main(["--run", str(tmp_path / "run-a"), "--image-check", "--data-dir", str(tmp_path / "renamed")])
+        run(
+            flags, tmp_path / "run-g", "--dataset", tmp_path / "renamed", "--features", path,
+            "--images", f"{a}/imagse",
+        )  # fmt: skip
+    evaluate.main(
+        ["--run", str(tmp_path / "run-a"), "--image-check", "--data-dir", str(tmp_path / "renamed")]
+    )
     Image.new("RGB", (9, 9)).save(Path(a) / "images" / "3.png")
     with pytest.raises(ValueError, match=other):
         run([*flags, "--img-size", 32], tmp_path / "run-f", "--dataset", a)
@@ -728,13 +825,23 @@ def test_resume_after_the_data_changed_shows_what_differs(flags, tmp_path, data_
     folder = run(flags, tmp_path / "run")
     with open(tmp_path / "demo" / "valid.txt", "a", encoding="utf-8") as file:
         file.write("IMGID:valid_0000\nnew\tO\n")
-    with pytest.raises(ValueError, match=r"begun with other settings or data: data.valid.sha256 \(run: [0-9a-f]+, now: [0-9a-f]+\); --overwrite"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"begun with other settings or data: data.valid.sha256 \(run: [0-9a-f]+, now: [0-9a-f]+\);"
+            r" --overwrite"
+        ),
+    ):
         run(flags, folder, "--resume")
 
 
 def test_a_run_in_bfloat16_answers_in_float32_on_a_cpu(flags, tmp_path, monkeypatch):
     folder, used = run(flags, tmp_path / "run", "--precision", "bfloat16", "--epochs", 1), []
-    monkeypatch.setattr(evaluate, "autocast", lambda device, precision: used.append(precision) or torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(
+        evaluate,
+        "autocast",
+        lambda device, precision: used.append(precision) or torch.autocast("cpu", enabled=False),
+    )
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", "--device", "cpu"])
     predictor.Predictor(folder, "cpu")([{"text": "Jordan"}])
     assert set(used) == {"float32"}
@@ -752,15 +859,22 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
     """A folder with labels of its own, space separated, in several scripts, a post longer than --max-len."""
     own, photos = tmp_path / "own", data_dir / "demo" / "images"
     (own / "images").mkdir(parents=True)
-    posts = {"train": ["東 京 が 好き", "Ада пишет"] * 8, "valid": ["Ада в 東"] * 3, "test": ["مرحبا Ада", "東 " * 60, "x"]}
+    posts = {"train": ["東 京 が 好き", "Ада пишет"] * 8, "valid": ["Ада в 東"] * 3,
+             "test": ["مرحبا Ада", "東 " * 60, "x"]}  # fmt: skip
     for split, texts in posts.items():
         lines = []
         for i, text in enumerate(texts):
             shutil.copy(photos / "train_0000.jpg", own / "images" / f"{split}{i}.jpg")
-            lines += [f"IMGID:{split}{i}", *(f"{w} {'B-地名' if w == '東' else 'B-имя' if w == 'Ада' else 'O'}" for w in text.split()), ""]
+            lines += [
+                f"IMGID:{split}{i}",
+                *(f"{w} {'B-地名' if w == '東' else 'B-имя' if w == 'Ада' else 'O'}" for w in text.split()),
+                "",
+            ]
         (own / f"{split}.txt").write_text("\n".join(lines), encoding="utf-8")
     places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
-    path = extract_features.main([*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"])
+    path = extract_features.main(
+        [*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"]
+    )
     assert path.name == "own-resnet50-32.h5"
     folder = run(flags, tmp_path / "run", *places, "--img-size", 32, "--max-len", 32)
     out = capsys.readouterr().out
@@ -769,7 +883,10 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
     assert config["labels"] == ["O", "B-имя", "I-имя", "B-地名", "I-地名"]
     metrics = json.loads((folder / "metrics-test.json").read_text())
     assert metrics["entity"]["gold"] == 61 and metrics["words"] == 63  # gold is counted from the data set
-    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+    for command in (
+        ["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own],
+        ["--compare", folder, folder],
+    ):  # fmt: skip
         evaluate.main([str(part) for part in command])
     report.main(["--run", str(folder)])
     predictor.main(["--run", str(folder), "--text", "Ада в 東京", "--image", str(photos / "train_0000.jpg")])
@@ -782,35 +899,50 @@ def test_your_own_data_in_every_script(flags, tmp_path, data_dir, capsys):
 
 
 def test_your_own_relations_in_every_script(flags, tmp_path, data_dir, capsys):
-    """A folder of rows with relations of its own, most with a photo; the system is chosen by what train.txt holds."""
+    """A folder of rows with relations of its own, most with a photo; the system follows from train.txt."""
     own, rng = tmp_path / "own", random.Random(0)
     for split, count in (("train", 24), ("dev", 6), ("test", 7)):
         (own / "images").mkdir(parents=True, exist_ok=True)
         rows = []
         for i in range(count):
             words = rng.choices(["Messi", "joins", "BBC", "today"], k=4)
-            rows.append({"token": words, "h": {"name": words[0], "pos": [0, 1]}, "t": {"name": words[3], "pos": [3, 4]},
-                         "img_id": f"{split}{i}.jpg" if i else None, "relation": ("worksFor", "NA", "bornIn")[i % 3]})  # fmt: skip
+            rows.append({
+                "token": words, "h": {"name": words[0], "pos": [0, 1]},
+                "t": {"name": words[3], "pos": [3, 4]}, "img_id": f"{split}{i}.jpg" if i else None,
+                "relation": ("worksFor", "NA", "bornIn")[i % 3],
+            })  # fmt: skip
             shutil.copy(data_dir / "demo" / "images" / "train_0000.jpg", own / "images" / f"{split}{i}.png")
         (own / f"{split}.txt").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
     assert train.parse_args(places).model == "bert-resnet50"
-    path = extract_features.main([*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"])
+    path = extract_features.main(
+        [*places, "--weights", "random", "--img-size", "32", "--views", "1", "--workers", "0"]
+    )
     assert f"{path}: 34 photos, 34 ok, 0 missing" in (out := capsys.readouterr().out)
-    assert "ok, but: train1.jpg (taken from 'train1.png')" in out and "train: 1 of 24 rows name no photo" in out
+    assert (
+        "ok, but: train1.jpg (taken from 'train1.png')" in out and "train: 1 of 24 rows name no photo" in out
+    )
     folder = run(flags, tmp_path / "run", *places, "--img-size", 32, "--fusion", "bimodal")
     out = capsys.readouterr().out
-    assert "           train: 'NA' read as 'None', no relation (8 rows)\n" in out and "train: 23 of 24 posts have a photo" in out
+    assert (
+        "           train: 'NA' read as 'None', no relation (8 rows)\n" in out
+        and "train: 23 of 24 posts have a photo" in out
+    )
     config = json.loads((folder / "config.json").read_text())
     assert (config["task"], config["labels"]) == ("relation", ["None", "bornIn", "worksFor"])
     assert json.loads((folder / "metrics-test.json").read_text())["relation"]["gold"] == 5
     records = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
     assert (records[0]["id"], records[0]["image_id"], records[0]["photo"]) == ("row 1", None, False)
     assert (records[1]["id"], records[1]["gold"], records[1]["photo"]) == ("test1.jpg@2", "None", True)
-    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+    for command in (
+        ["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own],
+        ["--compare", folder, folder],
+    ):  # fmt: skip
         evaluate.main([str(part) for part in command])
     report.main(["--run", str(folder)])
-    predictor.main(["--run", str(folder), "--words", "Messi", "joins", "BBC", "--head", "0", "1", "--tail", "2", "3"])
+    predictor.main(
+        ["--run", str(folder), "--words", "Messi", "joins", "BBC", "--head", "0", "1", "--tail", "2", "3"]
+    )
     assert any(label in capsys.readouterr().out for label in config["labels"])
 
 
@@ -819,18 +951,31 @@ def test_posts_without_photo_in_every_script(flags, tmp_path, capsys):
     own = tmp_path / "own"
     own.mkdir()
     for split in ("train", "valid", "test"):
-        (own / f"{split}.txt").write_text("Messi\tI-PER\njoins\tO\n\t\nBBC\tI-ORG\n\t\n" * 4, encoding="utf-8")
+        (own / f"{split}.txt").write_text(
+            "Messi\tI-PER\njoins\tO\n\t\nBBC\tI-ORG\n\t\n" * 4, encoding="utf-8"
+        )
     places = ["--dataset", str(own), "--cache-dir", str(tmp_path)]
     folder = run(flags, tmp_path / "run", *places, "--fusion", "none")
     out = capsys.readouterr().out
-    assert out.count("train: no IMGID line: 8 posts without photo\n") == out.count("train: IOB1 labels read as BIO, 8 changed\n") == 1
+    assert (
+        out.count("train: no IMGID line: 8 posts without photo\n")
+        == out.count("train: IOB1 labels read as BIO, 8 changed\n")
+        == 1
+    )
     records = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["image_id"], r["gold"]) for r in records[:2]] == [("line 1", None, ["B-PER", "O"]), ("line 4", None, ["B-ORG"])]
-    for command in (["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own], ["--compare", folder, folder]):
+    assert [(r["id"], r["image_id"], r["gold"]) for r in records[:2]] == [
+        ("line 1", None, ["B-PER", "O"]), ("line 4", None, ["B-ORG"]),
+    ]  # fmt: skip
+    for command in (
+        ["--run", folder], ["--run", folder, "--image-check"], ["--leak-check", own],
+        ["--compare", folder, folder],
+    ):  # fmt: skip
         evaluate.main([str(part) for part in command])
     report.main(["--run", str(folder)])
     assert "0 photos;" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no post of own names a photo; --fusion none trains on the text alone"):
+    with pytest.raises(
+        ValueError, match="no post of own names a photo; --fusion none trains on the text alone"
+    ):
         run(flags, tmp_path / "film", *places, "--fusion", "film")
     with pytest.raises(ValueError, match="no post of .*own names a photo: there is nothing to extract"):
         extract_features.main(places)
@@ -882,7 +1027,10 @@ def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
     evaluate.main(["--run", str(folder)])
     out = capsys.readouterr().out
     assert (folder / "metrics-test.json").read_bytes() == expected
-    for part in ("entity level, whole spans", "strict IOB2", "token level, weighted", "always 'O'", "of a known release"):
+    for part in (
+        "entity level, whole spans", "strict IOB2", "token level, weighted", "always 'O'",
+        "of a known release",
+    ):  # fmt: skip
         assert part in out
     with pytest.raises(FileNotFoundError, match="no config.json"):
         evaluate.main(["--run", str(tmp_path)])
@@ -891,7 +1039,9 @@ def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
 def test_image_check_refuses_other_data_and_other_features(flags, tmp_path, data_dir):
     folder = run(flags, tmp_path / "run", "--epochs", 1)
     config = json.loads((folder / "config.json").read_text())
-    for part, key, message in (("data", "test", "not the file of"), ("features_made", "sha256", "not the features")):
+    for part, key, message in (
+        ("data", "test", "not the file of"), ("features_made", "sha256", "not the features")
+    ):
         changed = json.loads(json.dumps(config))
         changed[part][key] = {"sha256": "0", "file": "f"} if part == "data" else "0"
         (folder / "config.json").write_text(json.dumps(changed))
@@ -909,13 +1059,16 @@ def test_a_run_that_moved_is_checked_where_its_data_are_now(flags, tmp_path, dat
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", *now])
     check = json.loads((folder / "image-check-test.json").read_text())
     assert check["photos"] == 8 and len(check["shuffled"]) == 1
-    assert check["true"] == {k: v for k, v in json.loads((folder / "metrics-test.json").read_text()).items() if k != "data"}
+    assert check["true"] == {
+        k: v for k, v in json.loads((folder / "metrics-test.json").read_text()).items() if k != "data"
+    }
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("config.json", "", "config.json: not JSON"), ("config.json", "[]", "config.json: not the configuration"),
     ("model.safetensors", "", "the run does not load"), ("model.safetensors", None, "no model.safetensors"),
-    ("encoder/config.json", "{}", "the run does not load"), ("encoder/tokenizer.json", None, "the run does not load"),
+    ("encoder/config.json", "{}", "the run does not load"),
+    ("encoder/tokenizer.json", None, "the run does not load"),
 ])  # fmt: skip
 def test_a_broken_run_is_one_clear_line(flags, tmp_path, name, content, message):
     folder = run(flags, tmp_path / "run", "--epochs", 1)
@@ -929,12 +1082,19 @@ def test_a_broken_run_is_one_clear_line(flags, tmp_path, name, content, message)
 
 def test_a_diverged_run_stops(flags, tmp_path):
     """With the first step that went wrong and its posts; the state from before it is kept."""
-    bad = [*flags, "--lr", 1e30, "--max-grad-norm", "inf", "--warmup-ratio", 0, "--epochs", 3, "--save-every", 0]
-    with pytest.raises(ValueError, match=r"epoch 1, step \d: the loss or its gradient is not finite .posts train_") as error:
+    bad = [
+        *flags, "--lr", 1e30, "--max-grad-norm", "inf", "--warmup-ratio", 0, "--epochs", 3, "--save-every", 0,
+    ]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"epoch 1, step \d: the loss or its gradient is not finite .posts train_"
+    ) as error:
         run(bad, tmp_path / "run")
     assert "lower --lr (1e+30)" in str(error.value) and not list((tmp_path / "run").glob("metrics-*"))
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert f"step {state['progress']['step'] + 1}:" in str(error.value) and np.isfinite(state["progress"]["loss"])
+    assert (
+        f"step {state['progress']['step'] + 1}:" in str(error.value)
+        and np.isfinite(state["progress"]["loss"])
+    )
     named = str(error.value).split("(posts ")[1].split(")")[0].split(", ")
     assert len(named) == 8 and all(name.startswith("train_") for name in named)
 
@@ -955,13 +1115,16 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
     places = [*("--dataset", "demo"), *("--data-dir", tmp_path), *("--cache-dir", tmp_path)]
     for kind in backbone_flags(tmp_path, views=1):
         extract_features.main([str(arg) for arg in [*places, *kind]])
-    flags = [*places, "--img-size", 64, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15, "--lr", 1e-3]
+    flags = [*places, "--img-size", 64, "--text-encoder", tmp_path / "demo" / "encoder", "--epochs", 15,
+             "--lr", 1e-3]  # fmt: skip
     runs = {"none": ["--fusion", "none"], "film": ["--fusion", "film"]}
     runs |= {system: system_flags(system, tmp_path) for system in PARTS}
     runs["bert-caption"] += ["--fusion", "cross-attention"]
     scores = {}
     for name, more in runs.items():
-        evaluate.main(["--image-check", "--device", "cpu", "--run", str(run([*flags, *more], tmp_path / name))])
+        evaluate.main(
+            ["--image-check", "--device", "cpu", "--run", str(run([*flags, *more], tmp_path / name))]
+        )
         check = json.loads((tmp_path / name / "image-check-test.json").read_text())
         scores[name] = {kind: main_score(check[kind]) for kind in ("true", "none")}
         scores[name]["shuffled"] = [main_score(metrics) for metrics in check["shuffled"]]
@@ -972,7 +1135,9 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
         assert len(score_of["shuffled"]) == 3, name
         assert max(*score_of["shuffled"], score_of["none"]) <= text_only["true"] + 0.07, (name, score_of)
     # The check's true photos are the run's own score; a shuffle is what shuffled_photos says it is.
-    assert scores["film"]["true"] == main_score(json.loads((tmp_path / "film" / "metrics-test.json").read_text()))
+    assert scores["film"]["true"] == main_score(
+        json.loads((tmp_path / "film" / "metrics-test.json").read_text())
+    )
     cache = FeatureCache(tmp_path / "demo-resnet50-64.h5")
     examples = load_dataset("demo", tmp_path).examples["test"]
     model, tokenizer, config = load_run(tmp_path / "film")

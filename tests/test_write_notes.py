@@ -621,15 +621,19 @@ def test_what_the_server_refuses_is_said_at_once_in_its_words(serve, monkeypatch
     with pytest.raises(ValueError) as caught:
         ask([["hi"]], [None])
     assert str(caught.value) == f"{server.url}/chat/completions: {message}"
-    assert len(server.requests) == 1 + (status == 400) and ask.stopped == []  # of 400 it asks whether it is the post
+    # Of 400 it asks whether it is the post.
+    assert len(server.requests) == 1 + (status == 400) and ask.stopped == []
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 @pytest.mark.parametrize("place", [0, 3])
-def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(serve, data_dir, tmp_path, place, status, capsys):
-    """Whichever post it is, the first too, of which only another question can tell that it is the post's fault."""
+def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(
+    serve, data_dir, tmp_path, place, status, capsys
+):
+    """Whichever post it is, the first too, of which only another question can tell that it is at fault."""
     out = tmp_path / "n.jsonl"
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m", "--output", out, "--limit", 5]
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m", "--output", out,
+             "--limit", 5]  # fmt: skip
     examples = load_dataset("demo", data_dir).examples["train"][:5]
     barred = f"Post: {' '.join(examples[place].words)}\n"
     refuses = [barred in fill_prompt(example, False) for example in examples]
