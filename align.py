@@ -4,14 +4,14 @@ Torch alone: copy the file and use it.
 
     from align import ALIGNMENTS
     loss = ALIGNMENTS["contrastive"](text_dim=768, region_dim=2048)
-    losses = loss(text, text_mask, regions, region_mask, photos)    # [B]
+    losses = loss(text, own_mask, regions, region_mask, photos)    # [B]
 
-text [B, T, D], regions [B, R, Dv], masks [B, T] and [B, R] (True = real; text_mask: of the post's own words),
-photos [B]: numbers that posts share exactly if they share a photo. Each loss is one number a post. A post
-without photo has 0, is nobody's negative, and what it holds changes nothing; two posts with one photo are no
-negatives of each other. Everything is computed in float32. Under torch.distributed the negatives are the
-posts of all processes, of which each holds a part [rank::processes] of the batch, so that any number of
-processes gives the losses of one.
+text [B, T, D], own_mask [B, T] (True = a sub-token of the post's own), regions [B, R, Dv], region_mask [B, R]
+(True = real), photos [B]: numbers that posts share exactly if they share a photo. Each loss is one number a
+post. A post without photo has 0, is nobody's negative, and what it holds changes nothing; two posts with one
+photo are no negatives of each other. Everything is computed in float32. Under torch.distributed the negatives
+are the posts of all processes, of which each holds a part [rank::processes] of the batch, so that any number
+of processes gives the losses of one.
 """
 
 import torch
@@ -76,11 +76,11 @@ def match(scores, allowed, places):
 class Alignment(nn.Module):
     """A loss that is computed in float32, in `loss`, of posts that have a photo; see the top of the file."""
 
-    def forward(self, text, text_mask, regions, region_mask, photos, classes=None):
+    def forward(self, text, own_mask, regions, region_mask, photos, classes=None):
         real = region_mask.any(1)
-        text_mask = text_mask & real[:, None]
+        own_mask = own_mask & real[:, None]
         with torch.autocast(text.device.type, enabled=False):
-            made = self.loss(text.float(), text_mask, regions.float(), region_mask, real, photos, classes)
+            made = self.loss(text.float(), own_mask, regions.float(), region_mask, real, photos, classes)
         return torch.where(real, made, 0)
 
 
@@ -97,8 +97,8 @@ class Contrastive(Alignment):
         self.text, self.image = projection(text_dim, width), projection(region_dim, width)
         self.temperature, self.of_text = temperature, of_text
 
-    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
-        t = F.normalize(self.text(masked_mean(text, text_mask)), dim=-1)
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        t = F.normalize(self.text(masked_mean(text, own_mask)), dim=-1)
         v = F.normalize(self.image(masked_mean(regions, region_mask)), dim=-1)
         places, all_t, all_v, all_real, all_photos = from_all(t, v, real, photos)
         allowed = comparable(places, all_real, all_photos)
@@ -120,12 +120,12 @@ class Local(Alignment):
         self.text, self.image = nn.Linear(text_dim, width), nn.Linear(region_dim, width)
         self.temperature, self.of_regions, self.of_words = temperature, of_regions, of_words
 
-    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise ValueError(
                 "the local alignment loss needs all posts in one process: run it without torchrun"
             )
-        words = F.normalize(self.text(torch.where(text_mask[..., None], text, 0)), dim=-1)  # [B, T, d]
+        words = F.normalize(self.text(torch.where(own_mask[..., None], text, 0)), dim=-1)  # [B, T, d]
         places = F.normalize(self.image(torch.where(region_mask[..., None], regions, 0)), dim=-1)  # [B, R, d]
         scores = torch.einsum("itd,jrd->ijtr", words, places) / self.of_regions
         # A photo-less post's row is nobody's: any number will do, as long as it is one.
@@ -133,8 +133,8 @@ class Local(Alignment):
         weights = scores.masked_fill(hidden[None, :, None], -torch.inf).softmax(-1)  # [B, B, T, R]
         seen = F.normalize(torch.einsum("ijtr,jrd->ijtd", weights, places), dim=-1)
         near = torch.einsum("itd,ijtd->ijt", words, seen) / self.of_words
-        near = torch.where((text_mask | ~text_mask.any(1, keepdim=True))[:, None], near, -torch.inf)
-        count = text_mask.sum(1).clamp(min=1).float().log()[:, None]
+        near = torch.where((own_mask | ~own_mask.any(1, keepdim=True))[:, None], near, -torch.inf)
+        count = own_mask.sum(1).clamp(min=1).float().log()[:, None]
         z = self.of_words * (near.logsumexp(-1) - count) / self.temperature  # [B, B]
         itself = torch.arange(len(z), device=z.device)
         allowed = comparable(itself, real, photos)
@@ -156,8 +156,8 @@ class Matching(Alignment):
         self.text, self.image = projection(text_dim, width), projection(region_dim, width)
         self.bilinear = nn.Linear(width, width)
 
-    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
-        t = self.bilinear(self.text(masked_mean(text, text_mask)))
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        t = self.bilinear(self.text(masked_mean(text, own_mask)))
         v = self.image(masked_mean(regions, region_mask))
         places, all_v, all_real, all_photos = from_all(v, real, photos)
         count = len(all_real)
@@ -182,8 +182,8 @@ class Supervised(Alignment):
         self.pair = nn.Sequential(nn.Linear(text_dim + region_dim, width), nn.GELU(), nn.Linear(width, width))
         self.temperature = temperature
 
-    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
-        means = torch.cat((masked_mean(text, text_mask), masked_mean(regions, region_mask)), -1)
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        means = torch.cat((masked_mean(text, own_mask), masked_mean(regions, region_mask)), -1)
         z = F.normalize(self.pair(means), dim=-1)
         places, all_z, all_real, all_photos, all_classes = from_all(z, real, photos, classes)
         itself = torch.arange(len(all_real), device=z.device) == places[:, None]

@@ -179,8 +179,8 @@ def mistake(args, task, system, regions):
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
     if args.fusion and not regions:
         return f"{named}: {args.model} has a fusion of its own and no other; leave it out"
-    headed = args.fusion in ("cross-attention", "bimodal", "pyramid", "prefix") or args.bottleneck
-    if args.heads and not headed:
+    headless = args.fusion in (None, "none", "film", "attention", "co-attention", "saliency")
+    if args.heads and headless and not args.bottleneck:
         return f"--heads: {args.fusion or args.model} has none to choose; leave it out"
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from backbones import phrases_of
-from commands import progress_bar
+from commands import autocast, precision_on, progress_bar
 from data import NerExample, RelationExample, load_dataset
 from encoding import encode, length_batches, to_device
 from inputs import Posts, dataset_now, run_cache, run_notes
 from loading import upright
-from model import autocast, precision_on
 from notes import EXTRAS, note_text, said_of_photos
 from photos import find_photos
 

@@ -83,6 +83,16 @@ def pick_precision(precision, device):
     return "bfloat16" if fast else "float32"
 
 
+def autocast(device, precision):
+    """Context in which the model runs: bfloat16 where asked for, float32 otherwise."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def precision_on(device, config):
+    """What a finished run answers in: its own precision on a GPU, float32 on a CPU; few have bfloat16."""
+    return config["precision"] if torch.device(device).type == "cuda" else "float32"
+
+
 def keep_heap():
     """Have the C library keep what tensors free, where it is glibc, instead of giving it back at once.
 

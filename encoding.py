@@ -21,7 +21,7 @@ PROBE = (
 
 
 def word_pieces(tokenizer, sentences):
-    """What `split_pieces` gives, each word tokenised as if it stood alone."""
+    """[(ids, word of each id)] of word lists, each word tokenised as if it stood alone."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, truncation=False)
         return [(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(sentences))]
@@ -39,7 +39,7 @@ def takes_words(tokenizer):
 
 
 def split_pieces(tokenizer, sentences):
-    """[(ids, word of each id)] of word lists, without the tokenizer's own special tokens.
+    """[(ids, word of each id)] of word lists, as in a sentence, without the tokenizer's special tokens.
 
     The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are
     mapped to words by their place in the sentence; one that begins with the space belongs to the word after
@@ -53,7 +53,7 @@ def split_pieces(tokenizer, sentences):
             encoded = tokenizer(
                 " ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True
             )
-            # Of each character.
+            # Each character's word, a space being of the word after it; one more, for a piece of no length.
             owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]
             word_of = [owner[start] for start, _ in encoded["offset_mapping"]]
         else:  # no offsets: a word ends where the pieces of the sentence up to it do
@@ -77,8 +77,9 @@ def special_ends(tokenizer):
 def mark_entities(example):
     """(words with the four `MARKERS` around head and tail, {marker: its index}). Spans may overlap."""
     (head, head_end), (tail, tail_end) = example.head, example.tail
-    places = zip((head_end, tail_end, head, tail), ("[/E1]", "[/E2]", "[E1]", "[E2]"), strict=True)
-    places, words, index = list(places), [], {}  # closing markers first, so that neighbours do not nest
+    # Closing markers first, so that neighbours do not nest.
+    places = ((head_end, "[/E1]"), (tail_end, "[/E2]"), (head, "[E1]"), (tail, "[E2]"))
+    words, index = [], {}
     for position in range(len(example.words) + 1):
         for place, marker in places:
             if place == position:
@@ -108,14 +109,17 @@ def window(length, spans, limit):
 
 
 def encode(tokenizer, examples, labels, max_len):
-    """Tokenise once. Returns a list of dicts, one an example, and counts of what the model will not see.
+    """Tokenise examples once: (a row for each, counts over all of what the model will not see).
 
-    `input_ids` [T], T <= max_len; `own`, [start, end) of the post among them, without the tokenizer's special
-    ones; named entities: `word_starts` [W] (index of each word's first sub-token, -1 for a word that has none
-    or was cut off) and `labels` [W] (IGNORE where there is no sub-token); relations: `head_index`,
-    `tail_index` (index of the start markers) and `labels`, one number; `cut_words`, how many the model will
-    not see. A relation too long for max_len keeps a `window` with both entities. Counts: of all posts,
-    `cut_words` (and `cut_posts`), `words_without_piece`.
+    A row is a dict:
+        input_ids                the post's sub-tokens and the tokenizer's special ones, at most `max_len`
+        own                      [start, end) of the post's own among them
+        word_starts, labels      named entities: each word's first sub-token, -1 for a word that has none or
+                                 was cut off; its label's number, IGNORE there
+        head_index, tail_index   relations: the start markers,
+        labels                   and the number of the label
+        cut_words                words that `max_len` cuts off; a relation keeps a `window` of both entities
+    Counts: `cut_posts`, `cut_words`, `words_without_piece`.
     """
     prefix, suffix = special_ends(tokenizer)
     room = max_len - len(prefix) - len(suffix)
@@ -174,14 +178,13 @@ def length_batches(lengths, batch_size, rng=None):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(rows, pad_id, cache=None, photos=None, views=None):
+def collate(rows, pad_id):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
     input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index,
     tail_index, labels [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T],
     True = before that segment; where one has a `relevance`, that of its photo, 0 to 1, also relevance [B],
-    float32, -1 = none is given. With a `FeatureCache` (features.py) also what it reads for `photos`, the
-    image id of each row or None for no photo, and `views`.
+    float32, -1 = none is given.
     """
 
     def pad(key, value):
@@ -204,8 +207,6 @@ def collate(rows, pad_id, cache=None, photos=None, views=None):
     else:
         keys = "head_index", "tail_index", "labels"
         batch |= {key: torch.tensor([row[key] for row in rows]) for key in keys}
-    if cache is not None:
-        batch |= cache.read(photos, views)
     return batch
 
 

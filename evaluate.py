@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from commands import bounded, check_device, command_line, dataset_name, default_device, progress_bar
+from commands import autocast, bounded, check_device, command_line, dataset_name, default_device, precision_on
+from commands import progress_bar
 from data import load_dataset, read_ner
 from encoding import length_batches, to_device
 from inputs import open_run, shuffled_photos
-from model import autocast, differing, precision_on, read_config, system_settings
 from notes import Notes
 from photos import find_photos, image_folders
+from runs import differing, read_config, system_settings
 from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
 
 # ------------------------------------------------------------------------------------------------ predictions
@@ -206,7 +207,7 @@ def compare(pattern_a, pattern_b, split, name):
     found = paired_bootstrap(a_runs, b_runs, name)
     relations = not isinstance(a_runs[0][0]["gold"], list)
     what = {
-        "f1": "micro F1 without None" if relations else "entity F1, lenient",
+        "f1": "micro F1 without None" if relations else "entity F1, micro",
         "strict-f1": "entity F1, strict IOB2",
         "accuracy": "row accuracy" if relations else "token accuracy",
         "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}",

@@ -183,7 +183,7 @@ def main(argv=None):
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters,
         "batch_size": args.batch_size,
-        "engine": pick_engine(args.compile, args.backbone, device, len(image_ids) * args.views),
+        "engine": engine,
         **{f"version_{library.__name__}": str(library.__version__)
            for library in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip

@@ -3,6 +3,11 @@
     cache = FeatureCache("features/twitter2017-resnet50-224.h5")
     batch = cache.read(["17_06_4705", None])    # regions [B, R, D], region_mask [B, R] (True = real), ...
 
+    settings = {"format": FORMAT}               # and how they are made, by name: checked when filling goes on
+    create_file(path, image_ids, photo_bytes, (N, views, R, D), "float16", settings)
+    writer = FeatureWriter(path, os.open(path, os.O_RDWR), settings, image_ids)
+    writer.write(row, regions, (rows, columns), OK, "")     # regions [views, r, D], r <= R
+
 Needs torch, numpy and h5py only, and nothing else of this project: copy the file and use it.
 """
 
@@ -108,7 +113,10 @@ def reserve(path, size):
 
 
 def create_file(path, image_ids, sizes, shape, kind, attrs):
-    """Make an empty feature file at `path`, its regions of `kind`: all space laid out, every row's status 0.
+    """Make an empty feature file at `path`: all space laid out, every row's status 0.
+
+    `sizes` [N]: bytes of each photo, 0 = unknown; `shape` (N, views, R, D) and `kind`, a dtype: the regions';
+    `attrs`: how they are made, with "format": FORMAT.
 
     Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that
     cannot be opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a

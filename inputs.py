@@ -17,9 +17,10 @@ from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
-from model import RUN_FORMAT, SYSTEMS, WORDED, load_run
+from model import SYSTEMS, WORDED
 from notes import Notes, reads_relevance
 from photos import find_photos, image_folders
+from runs import RUN_FORMAT, load_run
 from stages import Prefix
 from text_encoder import check_soft_tokens, load_text_encoder, longest_input
 
@@ -56,16 +57,19 @@ class Posts:
 
     def shown(self, i, hidden=False):
         """(id of the photo that post `i` is shown, or None; its row, with the notes that go with it)."""
-        own = self.examples[i].image_id
-        photo = None if hidden else own if self.swap is None else self.swap[own]
+        photo = self.examples[i].image_id
+        if self.swap is not None:
+            photo = self.swap[photo]
+        if hidden:
+            photo = None
         return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
 
     def lengths(self):
-        """Sub-tokens of each post, notes included, as batches are cut by."""
+        """Sub-tokens of each post, notes included: posts of like length share a batch."""
         return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
 
     def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
-        """The model's input of some posts, by their numbers: of `collate` and `FeatureCache.read_generated`.
+        """What a model reads of some posts, by their numbers: `collate`, with what the feature caches read.
 
         `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
         second picture is read, None for the first. `pictures` False: neither of them is shown.
@@ -73,7 +77,9 @@ class Posts:
         hidden = [False] * len(chosen) if hidden is None else hidden
         shown = [self.shown(i, hide or not pictures) for i, hide in zip(chosen, hidden, strict=True)]
         photos, rows = zip(*shown, strict=True)
-        batch = collate(rows, self.pad_id, self.cache, photos, views)
+        batch = collate(rows, self.pad_id)
+        if self.cache:
+            batch |= self.cache.read(photos, views)
         if self.generated:  # made from the text, it stays with its post whatever photo is shown
             ids = [self.examples[i].image_id if pictures else None for i in chosen]
             batch |= self.generated.read_generated(ids, second_views)

@@ -4,26 +4,24 @@ A system is one row of `SYSTEMS`: the text encoder it starts from, the backbone 
 its class.
 """
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from align import ALIGNMENTS
-from commands import first_line
 from crf import Crf
 from encoding import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
 from stages import Bottleneck, PhotoBias, Prefix, Relevance
-from text_encoder import drop_pooler, load_tokenizer
+
+# Options that the configuration of an older run lacks, with the values that mean "not used".
+LEFT_OUT = {
+    "decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
+    "shuffle_notes": False, "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5,
+    "relevance_median": None, "generated": None, "generated_made": None, "bottleneck": 0.0,
+}  # fmt: skip
 
 
 class Head(nn.Module):
@@ -79,32 +77,41 @@ class Head(nn.Module):
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
-    Made from its encoder and a run's configuration (task, labels, decoder, dropout; where used fusion, heads,
-    region_dim, features_made, and what `BEFORE` lists). Its `states` takes a batch of `encoding.collate`,
-    return_weights and a dict to put losses of its own in, or None, and gives states [B, T, D] and, if asked,
-    each token's attention to the regions [B, T, R], zero for a post without photo (None where there is no
-    such thing). For a post without photo, and without a second picture, the states depend on no image state
-    at all.
+    Made from its encoder and a run's configuration: task, labels, decoder, dropout; where used fusion, heads,
+    region_dim, features_made, and what `LEFT_OUT` lists.
     """
 
-    # Of what `forward` gives as losses; "labels" count by the word, others by the post.
+    # Of what `forward` gives as losses, "labels" first. They count by the word, all others by the post.
     loss_weights = {"labels": 1.0}
 
+    def states(self, batch, return_weights, losses):
+        """States [B, T, D] of a batch of `Posts`, and each token's attention to the regions [B, T, R].
+
+        The attention is None where it is not asked for or there is none, and zero for a post without photo.
+        `losses`: a dict for losses [B] of a system's own, by name, or None: they are not asked for. The
+        states of a post without photo, and without a second picture, depend on no image state at all.
+        """
+        raise NotImplementedError
+
     def forward(self, batch, return_weights=False, losses=False):
-        """Logits (see `Head`); and the weights of `states`, if asked, or the losses {name: [B]}.
+        """Logits (see `Head`); and the attention of `states`, if asked, or the losses {name: [B]}.
 
         Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere.
         Each is 0 where it does not apply.
         """
-        own = {} if losses else None
-        states, weights = self.states(batch, return_weights, own)
+        losses = {} if losses else None
+        states, weights = self.states(batch, return_weights, losses)
         logits = self.head(states, batch)
-        if losses:
-            return logits, {"labels": self.head.loss(logits, batch)} | own
+        if losses is not None:
+            return logits, {"labels": self.head.loss(logits, batch)} | losses
         return (logits, weights) if return_weights else logits
 
     def total(self, sums, words, posts):
-        """What is minimised: weighted losses, of their sums over a batch, by the word or by the post."""
+        """The number to minimise, of `sums` of the losses over posts, in the order of `loss_weights`.
+
+        The labels' loss is divided by the `words` of the whole batch that have a label, others by its posts;
+        with several processes `sums` are one's share.
+        """
         counts = {name: words if name == "labels" else posts for name in self.loss_weights}
         shares = [weight / max(1, counts[name]) for name, weight in self.loss_weights.items()]
         return sum(loss * share for loss, share in zip(sums, shares, strict=True))
@@ -114,7 +121,7 @@ class Model(nn.Module):
         return self.head.answer(self(batch), batch)
 
 
-# Of a batch.
+# Keys of the photo and of the second picture in a batch: regions -> (their mask, which picture it is).
 PICTURES = {"regions": ("region_mask", "photo_row"), "generated": ("generated_mask", "generated_row")}
 
 
@@ -129,7 +136,7 @@ class TextRegions(Model):
 
     def __init__(self, encoder, config):
         super().__init__()
-        config, width = BEFORE | config, encoder.config.hidden_size
+        config, width = LEFT_OUT | config, encoder.config.hidden_size
         layer, region_dim = config["fusion"], config["region_dim"]
         sizes = config["heads"], config["dropout"]
         self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
@@ -144,7 +151,8 @@ class TextRegions(Model):
         self.loss_weights = self.loss_weights | config["align"]
         if config["relevance"] != "none":
             self.relevance = Relevance(width, region_dim)
-            self.loss_weights |= {"relevance": config["relevance_loss"]} if config["notes"] else {}
+            if config["notes"]:  # without, nothing teaches it but the labels
+                self.loss_weights = self.loss_weights | {"relevance": config["relevance_loss"]}
         self.takes_given, self.median = config["relevance"] == "given", config["relevance_median"]
         self.head = Head(width, config)
 
@@ -153,16 +161,19 @@ class TextRegions(Model):
         if self.prefix is None:
             made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             return made.last_hidden_state, None
-        words, mask = self.encoder.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"].bool()
-        embeddings, mask, weights = self.prefix(
-            words, mask, batch["own_mask"], batch["regions"], batch["region_mask"], return_weights
-        )
+        embeddings = self.encoder.get_input_embeddings()(batch["input_ids"])
+        mask, photos = batch["attention_mask"].bool(), (batch["regions"], batch["region_mask"])
+        embeddings, mask, weights = self.prefix(embeddings, mask, batch["own_mask"], *photos, return_weights)
         states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
         return states[:, : batch["input_ids"].shape[1]], weights
 
     def aligned(self, text, batch, given):
-        """{name: loss [B]} of --align: mean over pictures, of `local` before a pyramid over 2 scales."""
-        made, own = {}, batch["own_mask"]
+        """{name: loss [B]} of --align, each the mean over the pictures of a post.
+
+        Before a pyramid `local` is that over the photo's two finer scales instead. `given` [B]: the relevance
+        of each post, -1 = none; the photo has one, not a second picture.
+        """
+        losses, own_mask = {}, batch["own_mask"]
         keys = [(name, *more) for name, more in PICTURES.items() if name in batch]
         shown = [[batch[key] for key in picture] for picture in keys]
         for name, alignment in self.align.items():
@@ -170,38 +181,43 @@ class TextRegions(Model):
             if name == "local" and "region_grid" in self.fusion.reads:
                 levels = pyramid_levels(batch["regions"], batch["region_mask"], batch["region_grid"])
                 pictures = [(*level, batch["photo_row"]) for level in levels[1:]]
-            elif name == "supervised":  # of the photos whose relevance is given
-                pictures = [(values, real & (given >= 0)[:, None], rows) for values, real, rows in shown[:1]]
+            elif name == "supervised":
+                regions, mask, photos = shown[0]
+                pictures = [(regions, mask & (given >= 0)[:, None], photos)]
                 classes = (given >= self.median).long()
-            losses = [
-                alignment(text, own, unit_length(clean(values.float(), real)), real, rows, classes)
-                for values, real, rows in pictures
+            over = [
+                alignment(text, own_mask, unit_length(clean(regions.float(), mask)), mask, photos, classes)
+                for regions, mask, photos in pictures
             ]
-            made[name] = sum(losses) / len(losses)
-        return made
+            losses[name] = sum(over) / len(over)
+        return losses
 
     def states(self, batch, return_weights, losses):
         text, weights = self.read(batch, return_weights)
         # No token of a second segment reaches the fusion.
         mask = batch.get("text_mask", batch["attention_mask"]).bool()
-        if self.bottleneck is not None:
+
+        if self.bottleneck is not None:  # its codes take the place of text states and regions
             pictures = [name for name in PICTURES if name in batch]
             looked_at = [(batch[name], batch[PICTURES[name][0]]) for name in pictures]
             text, codes, divergence = self.bottleneck(text, mask, *looked_at)
             batch = batch | dict(zip(pictures, codes, strict=True))
             if losses is not None:
                 losses["bottleneck"] = divergence
+
         given = batch.get("relevance")
         if given is None:  # of no post
             given = torch.full((len(text),), -1.0, device=text.device)
         if losses is not None and self.align:
             losses |= self.aligned(text, batch, given)
+
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         regions = batch.get("regions"), batch.get("region_mask")
         fused = self.fusion(text, mask, *regions, return_weights, **more)
         if return_weights:
             fused, looked = fused
-            weights = looked if self.prefix is None else weights
+            weights = looked if self.prefix is None else weights  # with a prefix the encoder has looked
+
         if self.relevance is not None:
             logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
             share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
@@ -335,111 +351,3 @@ SYSTEMS = {
     "bert-phrases": System("bert-base-uncased", "phrases", 32, TextRegions),
     "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
-
-
-def autocast(device, precision):
-    """Context in which the model runs: bfloat16 where asked for, float32 otherwise."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def precision_on(device, config):
-    """In what a finished run answers: its own precision on a GPU; on a CPU bfloat16 takes 6 times as long."""
-    return config["precision"] if torch.device(device).type == "cuda" else "float32"
-
-
-def save_weights(model, run_dir):
-    """All weights as `model.safetensors`; a reader sees the old file or the new one, never a part."""
-    temporary = Path(run_dir) / "model.safetensors.tmp"
-    try:
-        save_model(model, str(temporary))
-        temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
-        os.replace(temporary, Path(run_dir) / "model.safetensors")
-    except SafetensorError as error:
-        reason = f"cannot be written ({first_line(error)})"
-        raise OSError(f"{temporary}: {reason}; make room, then --resume") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_run(run_dir, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a run, from its folder alone; ValueError if it is broken."""
-    run_dir = Path(run_dir)
-    config = read_config(run_dir)
-    if not (run_dir / "model.safetensors").exists():
-        raise FileNotFoundError(f"{run_dir}: no model.safetensors; the run did not finish, train it again")
-    try:
-        encoder_config = AutoConfig.from_pretrained(run_dir / "encoder")
-        if encoder_config.model_type == "blip_text_model":  # the one that AutoModel does not know
-            encoder = transformers.BlipTextModel(encoder_config)
-        else:
-            encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
-        drop_pooler(encoder)
-        tokenizer = load_tokenizer(run_dir / "encoder")
-        model = SYSTEMS[config["model"]].model(encoder, config)
-        load_model(model, str(run_dir / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{run_dir}: the run does not load ({first_line(error)}); train it again") from None
-    return model.eval().to(device), tokenizer, config
-
-
-# What two runs of one system may differ in: their seed, where things lie, how a run is written, and the
-# machine. Of the features also the last bits, which another machine computes differently.
-PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
-WRITING = {"overwrite", "resume", "save_every", "system"}
-MACHINE = {"device", "threads", "processes", "versions"}
-OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
-RUN_FORMAT = 2  # raised when training itself changes: runs of before and after are not of one system
-
-
-# What runs of before an option are: as it is when left out.
-BEFORE = {"decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
-          "shuffle_notes": False, "train_share": 1.0, "align": {}, "relevance": "none", "relevance_loss": 0.5,
-          "relevance_median": None, "generated": None, "generated_made": None, "bottleneck": 0.0}
-
-
-def flat(config, prefix=""):
-    """A nested dict as {"a.b.c": value}."""
-    made = {}
-    for key, value in config.items():
-        made |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return made
-
-
-def system_settings(config):
-    """{"a.b.c": value}: a run's configuration but its seed, paths, how it was written and the machine.
-
-    Runs that share it are one system.
-    """
-    # The median is of the posts that --train-share drew with the seed.
-    left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
-        kept[name] = Path(config[name]).name
-    for name in ("features_made", "generated_made"):
-        if features := config.get(name):
-            kept[name] = {
-                k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")
-            }
-    return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
-
-
-def differing(a, b, names=("one", "other")):
-    """What two flat configurations differ in, {key: text that shows both values}."""
-    keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
-    return {key: f"{key} ({names[0]}: {a.get(key)}, {names[1]}: {b.get(key)})" for key in keys}
-
-
-def read_config(run_dir):
-    """A run's config.json as a dict."""
-    path = Path(run_dir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); train the run again") from None
-    if not isinstance(config, dict) or not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
-        raise ValueError(f"{path}: not the configuration of a run of train.py; train it again")
-    return BEFORE | config

@@ -33,13 +33,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from commands import bounded, check_device, command_line, default_device, lock, progress_bar
+from commands import bounded, check_device, command_line, default_device, lock, precision_on, progress_bar
 from encoding import encode
 from evaluate import predict
 from inputs import Posts
-from model import WORDED, load_run, precision_on
+from model import WORDED
 from new_posts import LINE, NewPhotos, check_text, load_line, read_post, run_backbone
 from notes import EXTRAS, Segments, check_note, note_text
+from runs import load_run
 from scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs

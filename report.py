@@ -19,9 +19,9 @@ from commands import bounded, check_device, command_line, default_device
 from data import NONE
 from evaluate import predictions_file, verdict
 from inputs import dataset_now
-from model import load_run, read_config
 from notes import reads_relevance
 from photos import image_folders
+from runs import load_run, read_config
 from scores import entity_spans, main_score, read_predictions, score, write_text
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -113,7 +113,7 @@ def score_tables(metrics):
     )
     of_type = tuple(column for column in spans if column != "macro_f1")
     names = {
-        "entity": "lenient (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
+        "entity": "micro (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
         "entity_seen": "mentions seen in train", "entity_unseen": "mentions not seen in train",
     }  # fmt: skip
     always = f"baseline: always {base['label']}"
@@ -134,7 +134,7 @@ def score_tables(metrics):
               {always: {"f1": float(base["main_f1"])}} | rows),
         table("Token level" if ner else "All rows", weighted, labels,
               {always: base, "this run": metrics[level]}),
-        table("By type", "Entity level, lenient." if ner else "", of_type, metrics[main]["types"]),
+        table("By type", "Entity level, whole spans." if ner else "", of_type, metrics[main]["types"]),
     ]  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def format_scores(metrics, title):
     heads = " accuracy  precision   recall       F1  macro F1    gold  predicted"
     lines = [f"{title}: {what}", f"{'':<{width}}{heads}"]
     if ner:
-        lines += [line("entity level, whole spans (lenient)", metrics["entity"])]
+        lines += [line("entity level, whole spans (micro)", metrics["entity"])]
         lines += [line(f"    {kind}", s) for kind, s in metrics["entity"]["types"].items()]
         for name in ("seen", "unseen") if "entity_seen" in metrics else ():
             lines += [line(f"    mentions {name} in train", metrics[f"entity_{name}"])]

@@ -28,12 +28,13 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import command_line, first_line, gather, join_processes, keep_heap, lock, pick_precision
-from commands import progress_bar, wait_for_all
+from commands import autocast, command_line, first_line, gather, join_processes, keep_heap, lock
+from commands import pick_precision, progress_bar, wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
 from inputs import open_inputs
-from model import MACHINE, SYSTEMS, WRITING, autocast, differing, flat, read_config, save_weights
+from model import SYSTEMS
+from runs import MACHINE, WRITING, differing, flat, read_config, save_weights
 from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
 
 BROKEN = (KeyError, TypeError, AttributeError, EOFError, UnpicklingError)  # raised by bytes that are no state
@@ -80,7 +81,7 @@ def check_folder(run_dir, args):
 
 
 def check_same_run(run_dir, config):
-    """ValueError if the run there was begun with other settings or data; another machine is only said."""
+    """ValueError if the run there was begun with other settings or data; another machine is a warning."""
     free = WRITING | {"run_dir"}
     made, asked = ({key: value for key, value in flat(side).items() if key not in free}
                    for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
@@ -93,7 +94,7 @@ def check_same_run(run_dir, config):
 
 
 def check_finite(first_bad, posts, batches, epoch, args):
-    """ValueError if there is a step, the first of them, whose loss or gradient is not finite (inf: none)."""
+    """ValueError if some step's loss or gradient was not finite; `first_bad`: the first one, inf for none."""
     if first_bad < math.inf:
         ids = ", ".join(posts.examples[i].id for i in batches[int(first_bad) - 1])
         raise ValueError(
@@ -177,20 +178,22 @@ def begin(args, config, encoder, tokenizer, rank, processes, stack):
 
 
 def draw(rng, count, posts, args):
-    """What chance decides of a batch's posts: whose photo is hidden, which views are read."""
-    hidden = rng.random(count) < args.photo_dropout
-    caches = (posts.cache, posts.generated)
-    return hidden, *(rng.integers(c.views, size=count) if c and args.augment else None for c in caches)
+    """What chance decides of a batch's posts, as arguments of `Posts.batch`: hidden photos, views to read."""
+    drawn = {"hidden": rng.random(count) < args.photo_dropout}
+    for name, cache in (("views", posts.cache), ("second_views", posts.generated)):
+        if cache and args.augment:
+            drawn[name] = rng.integers(cache.views, size=count)
+    return drawn
 
 
 def share(posts, chosen, drawn, rank, processes):
-    """(batch, weight) of this process: every `processes`-th post of a batch.
+    """(batch, weight) of this process: every `processes`-th post of a batch, and what was `drawn` for it.
 
     A process that none is left for still takes part, with the first post, no pictures and no weight.
     """
     mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
-    drawn = (values if values is None else values[mine] for values in drawn)
-    return posts.batch([chosen[i] for i in mine], *drawn, pictures=bool(weight)), weight
+    drawn = {name: values[mine] for name, values in drawn.items()}
+    return posts.batch([chosen[i] for i in mine], **drawn, pictures=bool(weight)), weight
 
 
 def run(args, stack):
@@ -217,12 +220,8 @@ def run(args, stack):
     # Fused is one pass over memory: 7 times as fast.
     optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
     train = posts["train"]
-    lengths = train.showing(
-        None
-    ).lengths()  # with its own photos: a control has the batches of the run itself
-    labels = np.array(
-        [np.not_equal(row["labels"], IGNORE).sum() for row in train.rows]
-    )  # that the loss is over
+    lengths = train.showing(None).lengths()  # with own photos: a control has the batches of the run itself
+    labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in train.rows])  # of each post
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
     if not begin(args, config, encoder, tokenizer, rank, processes, stack):
@@ -231,9 +230,10 @@ def run(args, stack):
     known = mentions(dataset.examples["train"])
 
     def answers(split):
-        own = posts[split].part(range(rank, len(posts[split]), processes))
+        mine = posts[split].part(range(rank, len(posts[split]), processes))
         settings = dataset.labels, args.eval_batch_size, device, args.precision
-        return gather(predict(model, own, *settings, known, split * (rank == 0)), processes)
+        name = split if rank == 0 else ""  # of the bar; without, there is none
+        return gather(predict(model, mine, *settings, known, name), processes)
 
     begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # of an epoch
     progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun
@@ -248,7 +248,7 @@ def run(args, stack):
         first_bad = torch.tensor(math.inf, device=device)  # step whose loss or gradient is not finite
         done = sum(map(len, batches[:before]))
         bar = progress_bar(len(train), "post", True, initial=done, desc=f"epoch {epoch}", disable=rank > 0)
-        stack.callback(bar.close)  # an error is not to stand behind it
+        stack.callback(bar.close)  # else an error would stand on its line
         model.train()
         for step, chosen in enumerate(batches, 1):
             drawn = draw(rng, len(chosen), train, args)
@@ -256,17 +256,18 @@ def run(args, stack):
                 continue
             batch, weight = share(train, chosen, drawn, rank, processes)
             batch = to_device(batch, device)
-            if processes > 1:  # dropout of its own
+            if processes > 1:  # dropout of its own for each, the same again after --resume
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
 
             with autocast(device, args.precision):
                 _, losses = parallel(batch, losses=True)  # {name: [B]}
             summed = torch.stack([losses[name].sum() for name in model.loss_weights])
-            # Over all that the batch has labelled: gradients are averaged over processes, whose means differ.
+            # Over the labels and posts of the whole batch; gradients are then averaged over processes, hence
+            # times their number.
             count = int(labels[chosen].sum())
             loss = model.total(summed, count, len(chosen)) * (weight * processes)
             loss.backward()
-            if scheduler.last_epoch == 0:
+            if scheduler.last_epoch == 0:  # the run's first step
                 check_all_train(model, optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
@@ -280,7 +281,8 @@ def run(args, stack):
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
             bar.update(len(chosen))
             save = rank == 0 and time.monotonic() - saved >= args.save_every
-            # Not each step: reading a value makes the device wait.
+            # Not each step: reading a value makes the device wait. A bad step only stops the run: the weights
+            # have taken it in, the last state has not.
             if save or step % 50 == 0 or step == len(batches):
                 check_finite(first_bad.item(), train, batches, epoch, args)
                 bar.set_postfix(loss=f"{loss_sum[0].item() / max(1, labelled):.4f}", refresh=False)
@@ -297,16 +299,15 @@ def run(args, stack):
             progress |= {"best": main_f1, "best_epoch": epoch}
             if rank == 0:
                 save_weights(model, run_dir)
-        loss, *others = loss_sum.tolist()  # of a label, of a post
-        log = {"epoch": epoch, "loss": loss / max(1, labelled)}
+        sums = dict(zip(model.loss_weights, loss_sum.tolist(), strict=True))
+        log = {"epoch": epoch, "loss": sums.pop("labels") / max(1, labelled)}  # a label's; others: a post's
         log |= {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
-        names = [f"loss_{name}" for name in model.loss_weights][1:]
-        log |= {name: value / len(train) for name, value in zip(names, others, strict=True)}
+        log |= {f"loss_{name}": value / len(train) for name, value in sums.items()}
+        progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
-        for name, record in (("log", log | {"best_epoch": progress["best_epoch"]}), ("timing", timing)):
-            progress[name].append(record)
-            if rank == 0:
-                write_json_lines(run_dir / f"{name}.jsonl", progress[name])
+        progress["timing"].append(timing)
+        for name in ("log", "timing") if rank == 0 else ():
+            write_json_lines(run_dir / f"{name}.jsonl", progress[name])
         print(
             f"epoch {epoch}/{args.epochs}  loss {log['loss']:.4f}  valid"
             f" {'entity' if dataset.task == 'ner' else 'micro'} F1 {main_f1:.4f}, accuracy {accuracy:.4f} "

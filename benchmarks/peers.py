@@ -45,11 +45,11 @@ import inputs
 import train
 from arguments import parse_args
 from checks import paired_bootstrap
-from commands import bounded, check_device, command_line, default_device, pick_precision
+from commands import autocast, bounded, check_device, command_line, default_device, pick_precision
 from data import load_dataset
 from encoding import IGNORE, collate, encode, length_batches, to_device
 from evaluate import predict
-from model import SYSTEMS, TextRegions, autocast
+from model import SYSTEMS, TextRegions
 from photos import find_photos, image_folders
 from predict import Predictor
 from scores import main_score, mentions, read_predictions, score

@@ -42,7 +42,7 @@ import demo  # noqa: E402
 import inputs  # noqa: E402
 from arguments import PRESETS  # noqa: E402
 from backbones import Compiled, load_backbone  # noqa: E402
-from commands import check_device, command_line, default_device  # noqa: E402
+from commands import autocast, check_device, command_line, default_device  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
@@ -50,7 +50,7 @@ from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
 from loading import Photos, batch_loader  # noqa: E402
-from model import BEFORE, TextRegions, autocast  # noqa: E402
+from model import LEFT_OUT, TextRegions  # noqa: E402
 from notes import Notes  # noqa: E402
 from scores import main_score, write_json  # noqa: E402
 from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
@@ -162,7 +162,7 @@ class Training:
     """A model of the given text shape, and train.py's steps of it; `more`: of its configuration."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, **more):
-        config = BEFORE | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
+        config = LEFT_OUT | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
         config |= {"task": "ner", "labels": labels} | more
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -13,6 +13,7 @@ import torch
 
 from align import ALIGNMENTS, Alignment, masked_mean
 from arguments import PRESETS
+from commands import command_line
 from fusion import FUSIONS, Fusion, RegionStates, where_photo
 
 
@@ -37,8 +38,8 @@ class Near(Alignment):
         super().__init__()
         self.map = torch.nn.Linear(region_dim, text_dim)
 
-    def loss(self, text, text_mask, regions, region_mask, real, photos, classes):
-        return (masked_mean(text, text_mask) - self.map(masked_mean(regions, region_mask))).square().mean(1)
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        return (masked_mean(text, own_mask) - self.map(masked_mean(regions, region_mask))).square().mean(1)
 
 
 FUSIONS["add"], ALIGNMENTS["near"] = Add, Near
@@ -47,4 +48,4 @@ PRESETS["mine"] = {"model": "bert-resnet50", "fusion": "add", "align": {"near": 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["train"], ["evaluate"], ["report"], ["predict"]):
         sys.exit("own.py: which script, train, evaluate, report or predict?")
-    __import__(sys.argv[1]).main(sys.argv[2:])
+    command_line(lambda: __import__(sys.argv[1]).main(sys.argv[2:]))

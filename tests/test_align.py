@@ -25,10 +25,10 @@ def batch(seed=1, posts=6):
     text, regions = (
         torch.randn(posts, 5, D, generator=generator), torch.randn(posts, 4, DV, generator=generator)
     )
-    text_mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:posts, None]
+    own_mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:posts, None]
     region_mask = torch.arange(4) < torch.tensor([4, 1, 0, 2, 3, 3])[:posts, None]
     regions[5] = regions[4]
-    return {"text": text, "text_mask": text_mask, "regions": regions, "region_mask": region_mask,
+    return {"text": text, "own_mask": own_mask, "regions": regions, "region_mask": region_mask,
             "photos": torch.tensor([3, 1, 0, 7, 5, 5])[:posts],
             "classes": torch.tensor([0, 1, 0, 0, 1, 1])[:posts]}  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
     )
     for garbage in (1e30, math.inf, math.nan):
         other = {key: value.clone() for key, value in given.items()}
-        other["text"][~given["text_mask"]] = garbage
+        other["text"][~given["own_mask"]] = garbage
         other["regions"][~given["region_mask"]] = garbage
         other["text"][2] = garbage  # of the post without photo all of it
         other["photos"][2], other["classes"][2] = 3, 1
@@ -56,7 +56,7 @@ def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
             and all(p.grad.isfinite().all() for p in loss.parameters())
         )
     wide = {key: F.pad(given[key], (0, 0, 0, 3) if given[key].ndim == 3 else (0, 3), value=0) for key in
-            ("text", "text_mask", "regions", "region_mask")}  # fmt: skip
+            ("text", "own_mask", "regions", "region_mask")}  # fmt: skip
     torch.testing.assert_close(loss(**given | wide), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_contrast_is_that_of_a_plain_loop():
     loss, given = make("contrastive"), batch()
     t = [
         F.normalize(loss.text(x[m].mean(0)), dim=0)
-        for x, m in zip(given["text"], given["text_mask"], strict=True)
+        for x, m in zip(given["text"], given["own_mask"], strict=True)
     ]
     v = [
         F.normalize(loss.image(x[m].mean(0)), dim=0) if m.any() else None
@@ -141,7 +141,7 @@ def test_local_is_that_of_a_plain_loop_and_bounded():
     loss, given = make("local"), batch()
     words = [
         F.normalize(loss.text(x[m]), dim=-1)
-        for x, m in zip(given["text"], given["text_mask"], strict=True)
+        for x, m in zip(given["text"], given["own_mask"], strict=True)
     ]
     places = [
         F.normalize(loss.image(x[m]), dim=-1)
@@ -186,7 +186,7 @@ def test_matching_takes_the_next_other_photo_and_learns_what_an_additive_score_c
     loss, given = make("matching"), batch()
     t = [
         loss.bilinear(loss.text(x[m].mean(0)))
-        for x, m in zip(given["text"], given["text_mask"], strict=True)
+        for x, m in zip(given["text"], given["own_mask"], strict=True)
     ]
     v = [loss.image(x[m].mean(0)) for x, m in zip(given["regions"], given["region_mask"], strict=True)]
     following = {0: 1, 1: 3, 3: 4, 4: 0, 5: 0}  # 4 and 5 share a photo, 2 has none
@@ -218,7 +218,7 @@ def test_supervised_in_closed_form_and_by_a_plain_loop():
     both = [
         torch.cat((x[m].mean(0), r[k].mean(0) if k.any() else torch.zeros(DV)))
         for x, m, r, k in zip(
-            given["text"], given["text_mask"], given["regions"], given["region_mask"], strict=True
+            given["text"], given["own_mask"], given["regions"], given["region_mask"], strict=True
         )
     ]
     z = [F.normalize(loss.pair(x), dim=0) for x in both]

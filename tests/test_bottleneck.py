@@ -11,7 +11,7 @@ from data import load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
-from model import BEFORE, SYSTEMS
+from model import LEFT_OUT, SYSTEMS
 from stages import Bottleneck, Code
 from text_encoder import load_text_encoder
 
@@ -209,7 +209,7 @@ def parts(data_dir, cache_dir, encoder_dir):
             "region_dim": 2048,
         }
         model = SYSTEMS["bert-resnet50"].model(
-            encoder, BEFORE | config | {"bottleneck": 0.1, "generated": generated} | more
+            encoder, LEFT_OUT | config | {"bottleneck": 0.1, "generated": generated} | more
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -220,7 +220,7 @@ def parts(data_dir, cache_dir, encoder_dir):
     tokenizer = build()[1]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [example.image_id for example in examples]
-    given = collate(rows, tokenizer.pad_token_id, cache, photos) | cache.read_generated(
+    given = collate(rows, tokenizer.pad_token_id) | cache.read(photos) | cache.read_generated(
         photos, [1] * len(photos)
     )
     return build, given

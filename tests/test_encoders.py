@@ -18,7 +18,8 @@ import text_encoder
 import train
 from data import RELATIONS, RelationExample
 from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces
-from model import SYSTEMS, load_run
+from model import SYSTEMS
+from runs import load_run
 from scores import mentions, read_predictions
 from text_encoder import load_text_encoder, load_tokenizer
 

@@ -76,7 +76,7 @@ def test_collate_with_photos(made, views):
     cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
     assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
     rows = [{"input_ids": [2], "own": (0, 1), "word_starts": [-1], "labels": [0]}] * 6
-    batch = collate(rows, 0, cache, [ids[i] if i is not None else None for i in chosen], views)
+    batch = collate(rows, 0) | cache.read([ids[i] if i is not None else None for i in chosen], views)
     expected, mask = np.zeros((6, 4, 2048), "float16"), np.zeros((6, 4), bool)
     for i, count in ((0, 4), (4, 3), (5, 4)):
         expected[i], mask[i, :count] = stored[chosen[i], views[i] if views else 0], True

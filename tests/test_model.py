@@ -17,7 +17,8 @@ from data import RELATIONS, load_dataset
 from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
-from model import BEFORE, SYSTEMS, Vilt, load_run, save_weights
+from model import LEFT_OUT, SYSTEMS, Vilt
+from runs import load_run, save_weights
 from text_encoder import load_text_encoder, longest_input
 
 BERT = SYSTEMS["bert-resnet50"]
@@ -30,7 +31,7 @@ def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
-    config = BEFORE | config
+    config = LEFT_OUT | config
     model = SYSTEMS[system].model(encoder, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,13 +98,13 @@ def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [example.image_id for example in examples]
     pad = tokenizer.pad_token_id
-    logits = model(collate(rows, pad, cache, photos))
+    logits = model(collate(rows, pad) | cache.read(photos))
     without, text_only = (
-        model(collate(rows, pad, cache, [None] * len(rows))), make(encoder_dir, dataset, "none")[0]
+        model(collate(rows, pad) | cache.read([None] * len(rows))), make(encoder_dir, dataset, "none")[0]
     )
     text_only.head.load_state_dict(model.head.state_dict())
     for i, row in enumerate(rows):
-        alone = model(collate([row], pad, cache, photos[i : i + 1]))[0]
+        alone = model(collate([row], pad) | cache.read(photos[i : i + 1]))[0]
         together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     # No photo is exactly text only.
@@ -285,7 +286,7 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
     # The markers' new rows.
     reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    logits = model(collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples]))
+    logits = model(collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples]))
     for row, example, found in zip(rows, examples, logits, strict=True):
         pixels = processor(open_photo(data_dir, example.image_id), return_tensors="pt")["pixel_values"]
         states = reference(input_ids=torch.tensor([row["input_ids"]]), pixel_values=pixels).question_embeds
@@ -306,7 +307,7 @@ def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
     reference.classifier = model.head.linear if dataset.task == "ner" else torch.nn.Identity()
     processor = AutoImageProcessor.from_pretrained(folder)
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
-    batch = collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples])
+    batch = collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples])
     logits = model(batch)
     # All at once, padded as transformers pads words and pixels; then each post alone.
     photos = processor([open_photo(data_dir, e.image_id) for e in examples], return_tensors="pt")
@@ -356,9 +357,9 @@ def test_batched_equals_single_for_every_system(data_dir, cache_dir, dataset, sy
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
     photos = [None if i % 3 == 2 else example.image_id for i, example in enumerate(examples)]
     with torch.no_grad():
-        logits, weights = model(collate(rows, pad, cache, photos), return_weights=True)
+        logits, weights = model(collate(rows, pad) | cache.read(photos), return_weights=True)
         for i, row in enumerate(rows):
-            alone = model(collate([row], pad, cache, photos[i : i + 1]))[0]
+            alone = model(collate([row], pad) | cache.read(photos[i : i + 1]))[0]
             together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
             real = weights[i, : len(row["input_ids"])]
@@ -376,7 +377,7 @@ def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dat
     model, tokenizer, cache = make_system(system, data_dir, cache_dir, dataset)
     examples = dataset.examples["valid"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
-    batch = collate(rows, tokenizer.pad_token_id, cache, [e.image_id for e in examples])
+    batch = collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples])
     real = batch["labels"] >= 0
     shown = model(batch)[real]
     batch["region_mask"] = torch.zeros_like(batch["region_mask"])

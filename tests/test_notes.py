@@ -16,7 +16,7 @@ from data import load_dataset
 from encoding import collate, encode
 from evaluate import image_check
 from inputs import Posts, open_run, run_notes, shuffled_photos
-from model import BEFORE, SYSTEMS
+from model import LEFT_OUT, SYSTEMS
 from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from scores import read_predictions
 from text_encoder import load_text_encoder
@@ -203,7 +203,7 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     dataset = load_dataset("demo", data_dir)
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
-    config = BEFORE | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
+    config = LEFT_OUT | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
     config |= {"task": "ner", "labels": dataset.labels}
     model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
     with torch.no_grad():

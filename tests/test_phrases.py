@@ -19,10 +19,10 @@ from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
 from loading import Captions
-from model import load_run
 from notes import said_of_photos
 from photos import read_captions
 from predict import Predictor
+from runs import load_run
 from scores import entity_spans, read_predictions, write_json_lines
 
 
@@ -280,7 +280,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
             len(phrases),
         )
         with torch.inference_mode():
-            _, weights = model(collate([row], 0, cache, [example.image_id]), return_weights=True)
+            _, weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True)
         values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8)
         values = values.reshape(-1, len(phrases)) / 255
         for k, start in enumerate(row["word_starts"]):

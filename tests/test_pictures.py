@@ -16,7 +16,7 @@ import report
 import train
 from features import FeatureCache
 from inputs import open_run
-from model import load_run, system_settings
+from runs import load_run, system_settings
 from scores import main_score, read_predictions
 
 ABSENT = ("train_0003", "test_0002")  # have no second picture

@@ -25,9 +25,9 @@ from backbones import load_processor
 from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
-from model import load_run
 from notes import EXTRAS, Segments, read_notes
 from report import compare_spans, relation_kind, score_tables
+from runs import load_run
 from scores import entity_spans, score, write_json, write_json_lines
 from text_encoder import load_tokenizer
 
@@ -263,7 +263,7 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
         maps = posts[example.id]["maps"]
         height, width = cache.grid[cache.rows[example.image_id]].tolist()
         with torch.inference_mode():
-            _, weights = model(collate([row], 0, cache, [example.image_id]), return_weights=True)
+            _, weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True)
         starts = row["word_starts"] if "word_starts" in row else [row["head_index"], row["tail_index"]]
         values = np.frombuffer(base64.b64decode(maps["bytes"]), np.uint8).reshape(len(starts), height, width)
         assert (maps["rows"], maps["columns"]) == (height, width)  # small grids are not averaged

@@ -187,7 +187,7 @@ NER_SCORES = {
                  "macro_f1": 2 / 21, "main_f1": 0},
 }  # fmt: skip
 NER_TEXT = """: 4 posts, 10 words, 4 entities|accuracy precision recall F1 macro F1 gold predicted
-entity level, whole spans (lenient) 0.5000 0.5000 0.5000 0.5556 4 4|LOC 0.0000 0.0000 0.0000 2 1\
+entity level, whole spans (micro) 0.5000 0.5000 0.5000 0.5556 4 4|LOC 0.0000 0.0000 0.0000 2 1\
 |ORG 0.5000 1.0000 0.6667 1 2
 PER 1.0000 1.0000 1.0000 1 1|entity level, strict IOB2 0.3333 0.2500 0.2857 0.3333 4 3
 token level, weighted, O included 0.7000 0.7200 0.7000 0.6889 0.5079

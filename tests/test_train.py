@@ -32,7 +32,7 @@ from evaluate import predict
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
 from inputs import Posts, open_run, shuffled_photos
-from model import load_run
+from runs import load_run
 from scores import entity_spans, main_score, read_predictions, score
 from text_encoder import load_text_encoder
 
@@ -292,7 +292,7 @@ def test_words_are_aligned_with_both_finer_scales_of_a_pyramid(data_dir, cache_d
     made, examples = model.TextRegions(encoder, config).eval(), dataset.examples["valid"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [*[example.image_id for example in examples[1:]], None]
-    batch = collate(rows, tokenizer.pad_token_id, cache, photos)
+    batch = collate(rows, tokenizer.pad_token_id) | cache.read(photos)
     with torch.no_grad():
         _, losses = made(batch, losses=True)
         given = {key: batch[key] for key in ("input_ids", "attention_mask")}
