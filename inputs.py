@@ -109,12 +109,13 @@ def cut_train(dataset, share, seed):
 
 
 def open_inputs(args, device):
-    """All that a run of train.py with arguments `args` reads; what there is of it is said on the console.
+    """All that a run of train.py with arguments `args` reads; what of it is there is said on the console.
 
     (dataset, encoder, tokenizer, {split: `Posts`}, facts for the run's configuration). Begins at torch's
     present random state: the encoder may have parts that start at random. FileNotFoundError or ValueError if
     something is not there, broken, or does not fit the rest.
     """
+    # The posts.
     dataset = load_dataset(args.dataset, args.data_dir)
     if args.train_share < 1:
         cut_train(dataset, args.train_share, args.seed)
@@ -124,12 +125,16 @@ def open_inputs(args, device):
         print(f"{split:<10} {len(examples)} posts, {made['variant']} ({made['sha256'][:16]})")
     for note in dataset.notes:
         print(f"           {note}")
+
+    # Their photos.
     cache = open_features(args, dataset)
     generated = open_generated(args, dataset, cache)
     for features in filter(None, (cache, generated)):
         if device.startswith("cuda") and features.regions.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             features.keep_on(device)
             print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
+
+    # The text encoder, and the posts as it reads them.
     encoder, tokenizer = load_text_encoder(args.text_encoder, SYSTEMS[args.model], dataset.task, args.dropout)
     check_length(args, encoder, tokenizer)
     if args.fusion == "prefix":
@@ -140,6 +145,8 @@ def open_inputs(args, device):
         if any(counts.values()):
             said = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
             print(f"           {split}: {said}")
+
+    # What others say of them, and all of it together.
     notes = open_notes(args, dataset, rows, tokenizer, encoder)
     median = median_relevance(args, dataset, rows, notes, cache) if notes and notes.relevance else None
     posts = {
@@ -154,6 +161,7 @@ def open_inputs(args, device):
             said = "of no post of train there is a photo, or a note on one, to shuffle"
             raise ValueError(f"--shuffle-photos: {said}; leave it out")
         print("photos     SHUFFLED: each post is shown another's, in every split")
+
     facts = {
         "run_format": RUN_FORMAT,
         "task": dataset.task,
@@ -380,15 +388,15 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, g
         raise ValueError(
             f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it"
         )
-    rows, _ = encode(tokenizer, dataset.examples[split], config["labels"], config["max_len"])
-    cache = second = None
     examples = dataset.examples[split]
+    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
+    posts = Posts(examples, rows, tokenizer.pad_token_id)
     photos = [example.image_id for example in examples]
     if config["fusion"] != "none":
-        cache = run_cache(run_dir, config, "features", features, photos, dataset.name)
+        posts.cache = run_cache(run_dir, config, "features", features, photos, dataset.name)
     if generated and not config["generated"]:
         raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
     if config["generated"]:
-        second = run_cache(run_dir, config, "generated", generated, photos, dataset.name)
-    notes = run_notes(config, tokenizer, rows, examples, split, notes)
-    return model, config, dataset, Posts(examples, rows, tokenizer.pad_token_id, cache, notes, second)
+        posts.generated = run_cache(run_dir, config, "generated", generated, photos, dataset.name)
+    posts.notes = run_notes(config, tokenizer, rows, examples, split, notes)
+    return model, config, dataset, posts
