@@ -327,12 +327,17 @@ def peer_pipeline(predictor, strategy):
                     aggregation_strategy=strategy, device=predictor.device)  # fmt: skip
 
 
-def agreement(predictor, examples, texts):
-    """Share of words that a run and a pipeline of its weights label alike, each by its first sub-token."""
+def label_words(predictor, examples, precision):
+    """(rows, records) of a run's answers to examples, in a precision."""
     labels = predictor.config["labels"]
     rows, _ = encode(predictor.tokenizer, examples, labels, predictor.config["max_len"])
     posts = inputs.Posts(examples, rows, predictor.tokenizer.pad_token_id)
-    records = predict(predictor.model, posts, labels, 12, predictor.device, "float32")
+    return rows, predict(predictor.model, posts, labels, 12, predictor.device, precision)
+
+
+def agreement(predictor, examples, texts):
+    """Share of words that a run and a pipeline of its weights label alike, each by its first sub-token."""
+    rows, records = label_words(predictor, examples, "float32")
     same = []
     for encoded, record, found in zip(rows, records, peer_pipeline(predictor, "none")(texts), strict=True):
         labelled = {entity["index"]: entity["entity"] for entity in found}  # those labelled O are left out
@@ -345,14 +350,22 @@ def agreement(predictor, examples, texts):
 
 
 def prediction(args, place):
-    """Entities of posts: `Predictor` and the pipeline, with the weights of one run of one epoch."""
-    run_dir = train_quietly(args, "--fusion", "none", "--epochs", 1, "--run-dir", place / "run")
+    """Entities of posts: `Predictor` and the pipeline, with the weights of one run, of one epoch or --run."""
+    flags = "--fusion", "none", "--epochs", 1, "--run-dir", place / "run"
+    run_dir = args.run or train_quietly(args, *flags)
     predictor = Predictor(run_dir, args.device)
-    examples = load_dataset(args.dataset, args.data_dir).examples["valid"][: args.posts]
+    all_of = load_dataset(args.dataset, args.data_dir).examples["valid"]
+    examples = all_of[: args.posts]
     posts, texts = [{"words": list(e.words)} for e in examples], [" ".join(e.words) for e in examples]
     alike = agreement(predictor, examples, texts)
     yield row("words that both label alike", alike, "1", f"{len(posts)} posts")
-    cases = {"ours": lambda turn: predictor(posts)}
+    short = Predictor(run_dir, args.device, precision="bfloat16")
+    records = [[label_words(predictor, all_of, precision)[1]] for precision in ("bfloat16", "float32")]
+    found = paired_bootstrap(*records)
+    interval = found["difference"], found["low"], found["high"]
+    yield row("valid entity F1, bfloat16 - float32", interval, "holds 0",
+              f"{found['a']:.4f}, {found['b']:.4f}; 95% interval")  # fmt: skip
+    cases = {"ours": lambda turn: predictor(posts), "ours in bfloat16": lambda turn: short(posts)}
     for strategy, size in itertools.product(("simple", "first"), (12, 1)):
         pipe = peer_pipeline(predictor, strategy)
         name = f'pipeline, "{strategy}", batch {size}'
@@ -516,6 +529,7 @@ def main(argv=None):
     add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
     add("--epochs", type=bounded(int, 0), default=0, help="train so long, and score; 0: time --steps steps")
     add("--seeds", type=count, nargs="+", default=[1337], help="of the runs with --epochs")
+    add("--run", type=Path, help="a finished run, text only, to answer with; default: one of one epoch")
     add("--steps", type=count, default=24, help="of a round: of few posts Trainer groups few by length")
     add("--rounds", type=count, default=7, help="after one to warm up")
     add("--posts", type=count, default=128, help="to be answered, at most; and photos")

@@ -31,7 +31,7 @@ def test_rows(flags, tmp_path):
             == rows["real / padded sub-tokens, ours"]["note"]
         )
     timed = [row for what, row in rows.items() if what.startswith(("training step", "prediction"))]
-    assert len(timed) == 2 + 4 + 1 and all(0 < row["low"] <= row["value"] <= row["high"] for row in timed)
+    assert len(timed) == 2 + 4 + 1 + 1 and all(0 < row["low"] <= row["value"] <= row["high"] for row in timed)
 
 
 def test_whole_runs(flags, tmp_path):

@@ -486,6 +486,20 @@ def test_wherever_it_was_stopped_it_goes_on(runs, posts_file, tmp_path, capsys):
     assert "it is finished, 301 posts are answered" in capsys.readouterr().err and out.read_bytes() == whole
 
 
+def test_bfloat16_only_where_asked_for(runs, posts_file, tmp_path):
+    """Other last digits, the same answers where the labels are far apart; a file is of one precision."""
+    path, (run, weights) = posts_file(40), runs("clip-bert")
+    exact, short = (jsonl(answer((run, weights), path, tmp_path / f"{more}.jsonl", *more))
+                    for more in ([], ["--precision", "bfloat16"]))  # fmt: skip
+    pairs = [pair for a, b in zip(exact, short, strict=True)
+             for pair in zip(a.get("entities", []), b.get("entities", []), strict=False)]  # fmt: skip
+    same = [(a["probability"], b["probability"]) for a, b in pairs if a["words"] == b["words"]]
+    assert len(same) > len(pairs) / 2 and any(a != b for a, b in same)
+    assert all(a == pytest.approx(b, abs=0.05) for a, b in same)
+    with pytest.raises(ValueError, match="not what this run answers to this --input"):
+        answer((run, weights), path, tmp_path / "[].jsonl", "--precision", "bfloat16")
+
+
 def test_what_is_not_its_own_output_is_left_alone(runs, posts_file, tmp_path):
     path, other, out = posts_file(20), posts_file(21, "other.jsonl"), tmp_path / "out.jsonl"
     answer(runs("clip-bert"), path, out, "--shard", "1/2")
@@ -606,10 +620,8 @@ def test_one_post_on_the_command_line(runs, data_dir, clip, capsys):
     out, err = capsys.readouterr()
     entities = clip([{"words": post["words"]}])[0]["entities"]
     assert err == "absent.jpg: no such file\n"
-    assert (
-        out == "".join(f"{e['probability']:.3f}  {e['type']:<5} {e['text']}\n" for e in entities)
-        or "no entities\n"
-    )
+    lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}\n" for e in entities]
+    assert out == ("".join(lines) or "no entities\n")
     with pytest.raises(ValueError, match="the post: no words in it"):
         predict.main(["--run", str(run), "--text", " ", *flags])
     run, _ = runs("clip-bert", "mnre")
