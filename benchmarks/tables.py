@@ -138,6 +138,8 @@ NOTES = {
     "notes": "`--notes` are what ChatGPT said of each post (`post`: its list of key entities) and a caption"
     " of its photo (`photo`), a second segment of the text; `both`: one after the other; `post and"
     " captions`: the list as a second segment, the captions as regions of a fusion. No pixel is looked at."
+    " What is gained over `post` and stays when others' captions are shown is not the captions' doing: seed"
+    " 1337 of `post` is its worst of three."
     " The control of `post` and `both` trains on the lists of other posts, of the others on the captions of"
     " other photos. Whether ChatGPT has seen the data set, nobody here can know.",
     "base": "Text encoder all-mpnet-base-v2 (110M parameters) at the rate of 3e-5, trained and scored in"
