@@ -147,7 +147,7 @@ class Posts:
         rows = [self.rows["train"][i] for i in chosen]
         if notes:
             rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
-        batch = collate(rows, self.tokenizer.pad_token_id, self.cache, photos)
+        batch = collate(rows, self.tokenizer.pad_token_id) | self.cache.read(photos)
         return batch | (self.cache.read_generated(photos) if generated else {})
 
 
@@ -505,7 +505,8 @@ def growth(args, place):
 
         def step(turn, batches=batches, rows=rows, cache=cache, training=training, train=train):
             photos = [train[i].image_id for i in batches[turn]]
-            training.step(collate([rows[i] for i in batches[turn]], tokenizer.pad_token_id, cache, photos))
+            text = collate([rows[i] for i in batches[turn]], tokenizer.pad_token_id)
+            training.step(text | cache.read(photos))
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()

@@ -1,20 +1,22 @@
 """A fusion, a loss and a system of one's own, with nothing of the project edited.
 
-    PYTHONPATH=. python examples/own.py train --system mine --dataset demo
-    PYTHONPATH=. python examples/own.py evaluate --image-check --run RUN
+    python examples/own.py train --system mine --dataset demo
+    python examples/own.py evaluate --image-check --run RUN
 
-Copy it anywhere: PYTHONPATH names the project's folder. A run that needs it is read by scripts called
+A copy elsewhere wants the project's folder in PYTHONPATH. A run that needs it is read by scripts called
 through it.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
-from align import ALIGNMENTS, Alignment, masked_mean
-from arguments import PRESETS
-from commands import command_line
-from fusion import FUSIONS, Fusion, RegionStates, where_photo
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from align import ALIGNMENTS, Alignment, masked_mean  # noqa: E402
+from arguments import PRESETS  # noqa: E402
+from commands import command_line  # noqa: E402
+from fusion import FUSIONS, Fusion, RegionStates, where_photo  # noqa: E402
 
 
 class Add(Fusion):
