@@ -736,7 +736,7 @@ def test_run_folders_tell_encoders_apart():
         assert args.run_dir == f"runs/twitter2017-roberta-resnet50{name}-none-s1337"
 
 
-@pytest.mark.parametrize("args, message", [
+OF_TRAINING = [
     (["--heads", "4"], "--heads: film has none to choose"),
     (["--heads", "4", "--fusion", "co-attention"], "--heads: co-attention has none to choose"),
     (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
@@ -745,24 +745,21 @@ def test_run_folders_tell_encoders_apart():
     (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"),
     (["--fusion", "none", "--images", "x"], "--images"),
     (["--model", "bert-caption", "--images", "x"], "--images: bert-caption reads captions"),
-])  # fmt: skip
-def test_options_that_do_not_go_with_the_run_are_refused(args, message, capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(args)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("args, message", [
+]  # fmt: skip
+OF_EVALUATION = [
     (["--run", "r", "--score", "f1"], "--score goes with --compare"),
     (["--run", "r", "--shuffles", "2"], "--shuffles goes with"),
     (["--predictions", "p", "--split", "test"], "--split goes with"),
     (["--run", "r", "--images", "i"], "--images goes with"),
     (["--compare", "a", "b", "--data-dir", "d"], "--data-dir goes with"),
     (["--run", "r", "--features", "f"], "--features goes with"),
-])  # fmt: skip
-def test_options_that_do_not_go_with_the_evaluation_are_refused(args, message, capsys):
+]
+
+
+@pytest.mark.parametrize("args, message", OF_TRAINING + OF_EVALUATION)
+def test_options_that_do_not_go_together_are_refused(args, message, capsys):
     with pytest.raises(SystemExit):
-        evaluate.parse_args(args)
+        (evaluate if (args, message) in OF_EVALUATION else train).parse_args(args)
     assert message in capsys.readouterr().err
 
 
