@@ -104,7 +104,8 @@ def read_lines(path):
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
     for number, line in lines:
         if len(line) > LONGEST_LINE:
-            raise ValueError(f"{path}:{number}: a line of {len(line):,} characters; no post has one so long")
+            said = f"a line of {len(line):,} characters; no post has one so long"
+            raise ValueError(f"{path}:{number}: {said}, correct the file")
     return lines
 
 

@@ -354,6 +354,8 @@ def prediction(args, place):
     flags = "--fusion", "none", "--epochs", 1, "--run-dir", place / "run"
     run_dir = args.run or train_quietly(args, *flags)
     predictor = Predictor(run_dir, args.device)
+    if [predictor.config[key] for key in ("fusion", "extra", "decoder")] != ["none", "none", "softmax"]:
+        raise ValueError(f"--run {run_dir}: the pipeline knows text and softmax alone; name such a run")
     all_of = load_dataset(args.dataset, args.data_dir).examples["valid"]
     examples = all_of[: args.posts]
     posts, texts = [{"words": list(e.words)} for e in examples], [" ".join(e.words) for e in examples]

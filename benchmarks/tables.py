@@ -564,7 +564,10 @@ def write_results(rows, reasons, args):
 
 
 def plot_few_shot(made, output):
-    """few-shot.png: entity F1 on test, mean and deviation, over the share of train, with notes or none."""
+    """few-shot.png: entity F1 on test, mean and deviation, over the share of train, with notes or none.
+
+    `made`: what `write_results` gives.
+    """
     curves = {}
     for extra in ("none", "post"):
         few = [(share, ("few-shot", f"{extra}, {share}%")) for share in (10, 30)]
