@@ -266,7 +266,7 @@ class FeatureCache:
                         f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
                     )
                 self.status, self.num_regions = file["status"][:], file["num_regions"][:]
-                self.grid, self.crc32 = file["grid"][:], file["crc32"][:]
+                self.grid, self.crc32 = file["grid"][:].astype(np.int64), file["crc32"][:]
                 ids = [name.decode() for name in file["image_id"][:]]
                 self.photo_bytes = read_photo_bytes(file)
                 photos = photos_sha256(ids, self.photo_bytes)
@@ -373,20 +373,22 @@ class FeatureCache:
         rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
         views = np.zeros(len(photos), int) if views is None else np.asarray(views)
         shown = np.array([photo is not None for photo in photos])
+        checked = self.checked[rows, views]
         # Of missing photos too: their status may be damaged.
-        for i in np.flatnonzero(shown & ~self.checked[rows, views]):
+        for i in () if checked.all() else np.flatnonzero(shown & ~checked):
             if not self.whole(rows[i], slice(views[i], views[i] + 1)):
                 raise self.damaged(photos[i], f"view {views[i]}")
             self.checked[rows[i], views[i]] = True
         real = shown & (self.status[rows] == OK)
-        mask = real[:, None] & (np.arange(self.shape[2]) < self.num_regions[rows, None])
-        grid = np.where(real[:, None], self.grid[rows], 0).astype(np.int64)
+        mask = np.arange(self.shape[2]) < np.where(real, self.num_regions[rows], 0)[:, None]
+        grid = np.where(real[:, None], self.grid[rows], 0)
         about = {"region_mask": mask, "region_grid": grid, "photo_row": np.where(real, rows, -1)}
         about = {key: torch.from_numpy(values) for key, values in about.items()}
         if self.resident is None:
             flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]
             values = flat.take(rows * self.views + views, 0)  # numpy's fastest way to copy rows
-            values[~real] = 0
+            if not real.all():
+                values[~real] = 0
             return {"regions": torch.from_numpy(values)} | about
         device = self.resident.device
         about = {key: value.to(device, non_blocking=True) for key, value in about.items()}  # a few kB
