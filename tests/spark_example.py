@@ -27,7 +27,7 @@ def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(
         while process.poll() is None and len(workers) < 2:  # the daemon, and what it forked
             time.sleep(0.05)
             workers = workers_of(process, "pyspark.daemon")
-        assert len(workers) == 2, log.read_text()
+        assert len(workers) >= 2, log.read_text()
         workers[-1].kill()
         assert process.wait(600) == 0, log.read_text()
     finally:
