@@ -20,11 +20,12 @@ from commands import autocast, bounded, check_device, command_line, dataset_name
 from commands import progress_bar
 from data import load_dataset, read_ner
 from encoding import length_batches, to_device
+from files import write_json
 from inputs import open_run, shuffled_photos
 from notes import Notes
 from photos import find_photos, image_folders
 from runs import differing, read_config, system_settings
-from scores import format_scores, mentions, read_predictions, score, seen_spans, write_json
+from scores import format_scores, mentions, read_predictions, score, seen_spans
 
 # ------------------------------------------------------------------------------------------------ predictions
 

@@ -36,6 +36,7 @@ from PIL import Image
 from commands import bounded, check_device, command_line, default_device, lock, precision_on, progress_bar
 from encoding import encode
 from evaluate import predict
+from files import bounded_lines
 from inputs import Posts
 from model import WORDED
 from new_posts import LINE, NewPhotos, check_text, load_line, read_post, run_backbone
@@ -178,17 +179,6 @@ def entities(record, offsets, text):
 
 
 # -------------------------------------------------------------------------------------------- a file of posts
-
-
-def bounded_lines(file, most):
-    """Lines of an open binary file with their ends; None for one of over `most` bytes, never held."""
-    while line := file.readline(most + 1):
-        if len(line) <= most or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(most)
-        yield None
 
 
 def numbered_lines(file, shard):

@@ -18,11 +18,12 @@ from attention_maps import MISSING, attention, load_photos, open_regions, posts_
 from commands import bounded, check_device, command_line, default_device
 from data import NONE
 from evaluate import predictions_file, verdict
+from files import write_text
 from inputs import dataset_now
 from notes import reads_relevance
 from photos import image_folders
 from runs import load_run, read_config
-from scores import entity_spans, main_score, read_predictions, score, write_text
+from scores import entity_spans, main_score, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
 NOTHING = "(none)"  # in the confusion matrix: no entity with just this span

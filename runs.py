@@ -6,7 +6,6 @@ That takes config.json, encoder/ (the text encoder's configuration and tokenizer
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, AutoModel
 
 from commands import first_line
+from files import replacing
 from model import LEFT_OUT, SYSTEMS
 from text_encoder import drop_pooler, load_tokenizer
 
@@ -46,16 +46,12 @@ def read_config(run_dir):
 
 def save_weights(model, run_dir):
     """All weights as `model.safetensors`; a reader sees the old file or the new one, never a part."""
-    temporary = Path(run_dir) / "model.safetensors.tmp"
+    path = Path(run_dir) / "model.safetensors"
     try:
-        save_model(model, str(temporary))
-        temporary.chmod(0o644)  # safetensors leaves it readable by its owner alone
-        os.replace(temporary, Path(run_dir) / "model.safetensors")
+        with replacing(path) as temporary:
+            save_model(model, str(temporary))
     except SafetensorError as error:
-        reason = f"cannot be written ({first_line(error)})"
-        raise OSError(f"{temporary}: {reason}; make room, then --resume") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); make room, then --resume") from None
 
 
 def load_run(run_dir, device="cpu"):

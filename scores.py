@@ -7,10 +7,8 @@ and more, and published tables mix them. For relations: the same over rows, and 
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
-from pathlib import Path
 
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -226,24 +224,6 @@ def format_scores(metrics, title):
 
 
 # ------------------------------------------------------------------------------------------------ predictions
-
-
-def write_text(path, text):
-    """A UTF-8 file in place of what was there, whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_json_lines(path, records):
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_predictions(path):

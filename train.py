@@ -32,10 +32,11 @@ from commands import autocast, command_line, first_line, gather, join_processes,
 from commands import pick_precision, progress_bar, wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
+from files import replacing, write_json, write_json_lines
 from inputs import open_inputs
 from model import SYSTEMS
 from runs import MACHINE, WRITING, differing, flat, read_config, save_weights
-from scores import format_scores, main_score, mentions, score, write_json, write_json_lines
+from scores import format_scores, main_score, mentions, score
 
 BROKEN = (KeyError, TypeError, AttributeError, EOFError, UnpicklingError)  # raised by bytes that are no state
 
@@ -105,19 +106,14 @@ def check_finite(first_bad, posts, batches, epoch, args):
 
 def save_state(path, progress, model, optimizer, scheduler, device):
     """All that going on needs, in one file: a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
     state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state(),
              "cuda_rng": torch.cuda.get_rng_state(device) if device.startswith("cuda") else None}  # fmt: skip
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
     except RuntimeError as error:
-        raise OSError(
-            f"{temporary}: cannot be written ({first_line(error)}); make room, then --resume"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); make room, then --resume") from None
 
 
 def load_state(path, model, optimizer, scheduler, device):

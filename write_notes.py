@@ -45,9 +45,9 @@ from attention_maps import thumbnail
 from chat import Endpoint, Local
 from commands import bounded, command_line, dataset_name, default_device, first_line, lock, progress_bar
 from data import DATASETS, RelationExample, load_dataset, locate
+from files import bounded_lines
 from notes import KEYS, OF_PHOTO
 from photos import find_photos, image_folders
-from predict import bounded_lines
 
 DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
 SIDE = 1024  # pixels of a photo's longer side, at most

@@ -40,7 +40,8 @@ import demo  # noqa: E402
 from commands import command_line  # noqa: E402
 from data import DATASETS, load_dataset, read_mnre, read_ner  # noqa: E402
 from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
-from scores import read_predictions, write_text  # noqa: E402
+from files import write_text  # noqa: E402
+from scores import read_predictions  # noqa: E402
 
 FEATURES, RUN = "made/demo-resnet50-64.h5", "runs/run"
 TRAIN = ["--dataset", "demo", "--img-size", "96", "--text-encoder", "data/demo/encoder", "--lr", "1e-3",

@@ -48,11 +48,12 @@ from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa:
 from evaluate import predict  # noqa: E402
 from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
+from files import write_json  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
 from loading import Photos, batch_loader  # noqa: E402
 from model import LEFT_OUT, TextRegions  # noqa: E402
 from notes import Notes  # noqa: E402
-from scores import main_score, write_json  # noqa: E402
+from scores import main_score  # noqa: E402
 from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
 BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels

@@ -32,8 +32,9 @@ from commands import command_line  # noqa: E402
 from data import DATASETS, load_dataset  # noqa: E402
 from evaluate import predictions_file  # noqa: E402
 from features import FeatureCache  # noqa: E402
+from files import write_text  # noqa: E402
 from runs import RUN_FORMAT, differing, read_config, system_settings  # noqa: E402
-from scores import main_score, read_predictions, write_text  # noqa: E402
+from scores import main_score, read_predictions  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
 DRAWN = ("demo", "demo-notes")  # tables of tiny models of their own: --text-encoder and --lr are not for them

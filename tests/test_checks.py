@@ -11,9 +11,10 @@ import evaluate
 import train
 from checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap, stands_in
 from data import Dataset, NerExample, RelationExample, load_dataset
+from files import write_json, write_json_lines
 from notes import Notes
 from runs import system_settings
-from scores import entity_scores, label_scores, relation_scores, write_json, write_json_lines
+from scores import entity_scores, label_scores, relation_scores
 
 LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 RELATIONS = ["None", "None", "/a", "/b"]

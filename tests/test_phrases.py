@@ -18,12 +18,13 @@ from backbones import load_backbone, phrases_of
 from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
+from files import write_json_lines
 from loading import Captions
 from notes import said_of_photos
 from photos import read_captions
 from predict import Predictor
 from runs import load_run
-from scores import entity_spans, read_predictions, write_json_lines
+from scores import entity_spans, read_predictions
 
 
 def words_of(caption):

@@ -577,28 +577,6 @@ def test_nothing_grows(clip, posts_file, tmp_path):
     assert peaks[2] < 1.2 * peaks[1] + 2**19, peaks
 
 
-def test_a_line_is_never_held_whole():
-    class Endless(io.RawIOBase):
-        left = 64 * 2**20
-
-        def readable(self):
-            return True
-
-        def readinto(self, buffer):
-            count = min(len(buffer), self.left)
-            buffer[:count] = b"a" * count
-            self.left -= count
-            return count
-
-    tracemalloc.start()
-    assert list(predict.bounded_lines(io.BufferedReader(Endless()), 2**20)) == [None]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8 * 2**20
-    lines = predict.bounded_lines(io.BytesIO(b"aaaa\naaaaa\naaaaaa\n\naaaaaaaaaaaa\na"), 5)
-    assert list(lines) == [b"aaaa\n", b"aaaaa\n", None, b"\n", None, b"a"]
-
-
 def test_windows_hold_no_more_than_their_bounds():
     lines = [(i, b"x" * np.random.default_rng(i).integers(0, 2**18)) for i in range(400)]
     made = list(predict.windows(iter(lines)))

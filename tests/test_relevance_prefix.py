@@ -23,11 +23,12 @@ import train
 from align import ALIGNMENTS
 from data import load_dataset
 from encoding import PROBE, collate, encode
+from files import write_json_lines
 from fusion import FUSIONS, clean, unit_length
 from model import SYSTEMS, TextRegions
 from notes import Notes, Segments
 from runs import load_run, read_config, system_settings
-from scores import read_predictions, write_json_lines
+from scores import read_predictions
 from stages import Prefix, Relevance
 from text_encoder import check_soft_tokens, load_text_encoder, load_tokenizer
 

@@ -25,10 +25,11 @@ from backbones import load_processor
 from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
+from files import write_json, write_json_lines
 from notes import EXTRAS, Segments, read_notes
 from report import compare_spans, relation_kind, score_tables
 from runs import load_run
-from scores import entity_spans, score, write_json, write_json_lines
+from scores import entity_spans, score
 from text_encoder import load_tokenizer
 
 RUNS = {  # name: (data set, what to add to a quick run's arguments)

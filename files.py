@@ -1,0 +1,95 @@
+"""Files written whole, in place of one of our own kind or under a new name, and never through a link.
+
+    with replacing("runs/x/log.jsonl") as temporary:    # what was there stays until the block has ended
+        temporary.write_text("...")
+
+Nothing here says what a file means: who writes one says, with `ours`, which files are of its kind.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from pathlib import Path
+
+
+def check_output(path, option="", ours=None):
+    """ValueError unless `path` is a new name or a regular file of our own kind: nothing else is replaced.
+
+    `ours(path)`: whether a file that is there is of that kind; None: any is. `option`: of the command line,
+    named in the error. A link is refused, whatever it points at, so that nothing is written elsewhere.
+    """
+    path, other = Path(path), f"; name another {option}" if option else "; move it away"
+    if not os.path.lexists(path):
+        return
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise ValueError(f"{path}: is a link, and nothing is written through links{other}")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is no regular file{other}")
+    if ours is not None and not ours(path):
+        raise ValueError(f"{path}: holds something else than this command writes there{other}")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new, empty file beside `path`; when the block has ended well, it stands in the place of `path`.
+
+    Yields its name, for whatever writes to names. A reader sees the old file or the new one, never a part,
+    after a power cut too. The name is drawn, and the file made by us alone, so no link can stand there. The
+    umask says who may read it. ValueError as `check_output` says.
+    """
+    path = Path(path)
+    check_output(path)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
+    new = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    mode = stat.S_IMODE(os.fstat(new).st_mode)
+    os.close(new)
+    try:
+        yield temporary
+        written = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(written, mode)  # safetensors leaves a file of its own there, readable by its owner alone
+            os.fsync(written)
+        finally:
+            os.close(written)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Have the names in a folder on disk; some file systems know no such call for folders."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path, text):
+    """A UTF-8 file, as `replacing` says."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path, records):
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def bounded_lines(file, most):
+    """Lines of an open binary file with their ends; None for one of over `most` bytes, never held."""
+    while line := file.readline(most + 1):
+        if len(line) <= most or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most)
+        yield None
