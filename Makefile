@@ -23,10 +23,10 @@ demo: $(VENV)/run
 	$(RUN) demo.py
 	$(RUN) extract_features.py $(DEMO) --weights random --views 2 --overwrite
 	for fusion in $(FUSIONS); do \
-	  $(RUN) train.py $(DEMO) --fusion $$fusion --text-encoder data/demo/encoder \
+	  $(RUN) train.py $(DEMO) --fusion $$fusion --text-encoder data/demo/encoder --run-dir runs/demo-$$fusion \
 	    --epochs 15 --lr 1e-3 --fusion-lr 1e-3 --overwrite || exit 1; \
 	done
-	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-roberta-resnet50-encoder-%-s1337)
+	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-%)
 
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -38,5 +38,6 @@ $(VENV)/dev: requirements-dev.txt requirements.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# What can be made again by itself; data, features and runs are yours to delete.
 clean:
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ data/demo data/demo-notes features/demo-* features/generated/demo-* runs/demo-*
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__ examples/__pycache__

@@ -36,6 +36,14 @@ PRESETS = {
 }  # fmt: skip
 
 
+# What people sweep over, and how a run's name calls it.
+SWEPT = {
+    "epochs": "epochs", "batch_size": "batch", "lr": "lr", "fusion_lr": "fusion-lr", "dropout": "dropout",
+    "weight_decay": "decay", "warmup_ratio": "warmup", "max_grad_norm": "norm", "heads": "heads",
+    "photo_dropout": "photo-dropout", "max_len": "len", "extra_len": "extra-len",
+}  # fmt: skip
+
+
 def alignment(text):
     """argparse type: NAME=WEIGHT of an alignment loss, or none, to take those of a --system away."""
     name, _, weight = text.partition("=")
@@ -132,11 +140,13 @@ def make_parser(description):
     add("--features", help="feature file, where it is not the usual one in --cache-dir")
     add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or"
         " with flags of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
-    add("--overwrite", action="store_true", help="delete what is in the run folder first")
+    add("--overwrite", action="store_true", help="put the new run in the place of the one in the run folder,"
+        " when its first epoch is over; files of your own there stay")
     add("--resume", action="store_true",
         help="go on with the run in the run folder where it was stopped, if it was")
     add("--save-every", type=bounded(float, 0), default=600,
-        help="seconds from one state to resume from to the next")
+        help="seconds from one state to resume from to the next; the first comes after a minute, and one"
+        " more at each epoch's end")
     # fmt: on
     return parser
 
@@ -165,7 +175,8 @@ def parse_args(argv, description=None):
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    args.run_dir = args.run_dir or f"runs/{run_name(args, dataset, system)}"
+    defaults = vars(parser.parse_args([])) | {"heads": 8, "max_len": system.max_len}
+    args.run_dir = args.run_dir or f"runs/{run_name(args, defaults, dataset, system)}"
     return args
 
 
@@ -226,12 +237,15 @@ def mistake(args, task, system, regions):
         why = full if system.checkpoint == "vilt" else "would show each word of it the photo"
         return f"--extra {args.extra}: {args.model} {why}; choose another --model"
     if args.resume and args.overwrite:
-        return "--resume and --overwrite: one goes on with a run, the other deletes it; leave one out"
+        return "--resume and --overwrite: one goes on with a run, the other begins it anew; leave one out"
     return ""
 
 
-def run_name(args, dataset, system):
-    """The run folder's name: what makes another model of it, or the system's where all of that is as set."""
+def run_name(args, defaults, dataset, system):
+    """The run folder's name: model, encoder, fusion, and what else differs from the defaults.
+
+    A published system's name stands for all that it sets, where that is as it sets it.
+    """
     usual = args.text_encoder == system.text_encoder
     taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
     taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
@@ -247,9 +261,13 @@ def run_name(args, dataset, system):
         "relevance_loss": "-".join(taught),
         "decoder": args.decoder if args.decoder != "softmax" else "",
         "extra": f"extra-{args.extra}" if args.extra != "none" else "",
+        **{key: f"{name}{getattr(args, key):g}" for key, name in SWEPT.items()
+           if getattr(args, key) != defaults[key]},
+        "augment": "" if args.augment else "no-augment",
+        "precision": args.precision if args.precision != "auto" else "",
         "shuffle_photos": "shuffled" if args.shuffle_photos else "",
         "shuffle_notes": "shuffled-notes" if args.shuffle_notes else "",
-    }
+    }  # fmt: skip
     preset = PRESETS.get(args.system, {})
     if preset and all(getattr(args, key) == value for key, value in preset.items()):
         parts = {"system": args.system} | {key: part for key, part in parts.items() if key not in preset}

@@ -20,7 +20,6 @@ import argparse
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -29,6 +28,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessor, logging
+
+from commands import command_line
+from files import write_text
 
 logging.disable_progress_bar()
 
@@ -176,20 +178,39 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
             wrapped.save_pretrained(folder / name)
 
 
+def check_folder(folder):
+    """ValueError where a folder holds a data set of somebody's own, or is a link."""
+    files = [path for path in folder.glob("*") if not path.is_dir()]
+    train = folder / "train.txt"
+    if files and not (train.is_file() and train.read_bytes().startswith(b"IMGID:train_0000\n")):
+        raise ValueError(f"{folder}: holds files of your own; give the demo another --data-dir")
+    for path in (folder, *(path for path in folder.glob("*") if path.is_dir())):
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a link, which nothing is written through; name another --data-dir")
+
+
+def make_folder(folder):
+    """A folder for pictures, without those that an earlier demo wrote there; others stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.jpg"):
+        if re.fullmatch(r"(train|valid|test)_\d{4}", path.stem):
+            path.unlink()
+
+
 def write_split(folder, split, posts):
     """Write posts, [(words, labels, photo)], as a Twitter-2017 file and their photos in images/."""
-    with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as file:
-        for i, (words, labels, photo) in enumerate(posts):
-            lines = [f"{word}\t{label}" for word, label in zip(words, labels, strict=True)]
-            file.write("\n".join([f"IMGID:{split}_{i:04d}", *lines, "", ""]))
-            photo.save(folder / "images" / f"{split}_{i:04d}.jpg", quality=90)
+    text = ""
+    for i, (words, labels, photo) in enumerate(posts):
+        lines = [f"{word}\t{label}" for word, label in zip(words, labels, strict=True)]
+        text += "\n".join([f"IMGID:{split}_{i:04d}", *lines, "", ""])
+        photo.save(folder / "images" / f"{split}_{i:04d}.jpg", quality=90)
+    write_text(folder / f"{split}.txt", text)
 
 
 def write_dataset(folder, posts=(320, 80, 160), seed=7):
     """Write `demo` under `folder`: the splits (so many posts each), their photos, captions and the models."""
     folder, rng, train_words, captions = Path(folder), random.Random(seed), [], []
-    shutil.rmtree(folder / "images", ignore_errors=True)
-    (folder / "images").mkdir(parents=True)
+    make_folder(folder / "images")
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
         made = []
         for i in range(count):
@@ -198,7 +219,7 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
             captions.append(f"{split}_{i:04d}.jpg :{CAPTIONS[scene][i % 2]}")
             train_words += words if split == "train" else []
         write_split(folder, split, made)
-    (folder / "captions.txt").write_text("\n".join([*captions, ""]), encoding="utf-8")
+    write_text(folder / "captions.txt", "\n".join([*captions, ""]))
     caption_words = " ".join(caption for pair in CAPTIONS.values() for caption in pair).split()
     build_models(train_words + caption_words, folder)
 
@@ -207,8 +228,7 @@ def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
     """Write `demo-notes`: as `demo`, with notes and pictures drawn from the text in place of captions."""
     folder, rng, notes = Path(folder), random.Random(seed), []
     for name in ("images", "generated"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
+        make_folder(folder / name)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
         wrong = set(rng.sample(range(count), count // 5))
         made = [make_noted_post(rng, i not in wrong) for i in range(count)]
@@ -226,19 +246,22 @@ def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
             cut = re.split(" (?:of|in front of|under|with|on) ", caption)
             note = {"id": f"{split}_{i:04d}", "about_post": "; ".join(entities), "about_photo": caption}
             notes.append(json.dumps(note | {"relevance": int(shown[i] == i), "phrases": cut}))
-    (folder / "notes.jsonl").write_text("\n".join([*notes, ""]), encoding="utf-8")
+    write_text(folder / "notes.jsonl", "\n".join([*notes, ""]))
     texts = [*TEMPLATES, *AMBIGUOUS, *KINDS.values(), *sum([*PLAIN.values(), *CAPTIONS.values()], ()), "();"]
     build_models(re.findall(r"\w+|[^\w\s]", " ".join(texts)), folder)
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="data", type=Path)
-    target = parser.parse_args().data_dir
-    try:
-        write_dataset(target / "demo")
-        write_noted_dataset(target / "demo-notes")
-    except OSError as error:
-        raise SystemExit(f"demo.py: error: {error.filename}: {error.strerror}") from None
+    parser.add_argument("--data-dir", default="data", type=Path, help="where the two data sets go")
+    target = parser.parse_args(argv).data_dir
+    for name in ("demo", "demo-notes"):
+        check_folder(target / name)
+    write_dataset(target / "demo")
+    write_noted_dataset(target / "demo-notes")
     for name, more in (("demo", "captions"), ("demo-notes", "notes, pictures drawn from the text")):
         print(f"{target / name}: train, valid and test posts, their photos, {more}; tiny random models")
+
+
+if __name__ == "__main__":
+    command_line(main)

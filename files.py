@@ -9,6 +9,7 @@ Nothing here says what a file means: who writes one says, with `ours`, which fil
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -50,7 +51,7 @@ def replacing(path):
         yield temporary
         written = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            os.fchmod(written, mode)  # safetensors leaves a file of its own there, readable by its owner alone
+            os.fchmod(written, mode)  # safetensors puts a file there that its owner alone can read
             os.fsync(written)
         finally:
             os.close(written)
@@ -58,6 +59,11 @@ def replacing(path):
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path):
+    """Whether a file is one that `replacing` draws names for: a kill leaves it behind."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name) is not None
 
 
 def sync_folder(folder):

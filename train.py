@@ -11,14 +11,10 @@ digit on CPU.
 """
 
 import contextlib
-import json
 import math
-import os
 import platform
-import shutil
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -28,18 +24,15 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import autocast, command_line, first_line, gather, join_processes, keep_heap, lock
-from commands import pick_precision, progress_bar, wait_for_all
+from commands import autocast, command_line, gather, join_processes, keep_heap, pick_precision, progress_bar
+from commands import wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
-from files import replacing, write_json, write_json_lines
+from files import write_json, write_json_lines
 from inputs import open_inputs
 from model import SYSTEMS
-from runs import MACHINE, WRITING, differing, flat, read_config, save_weights
+from runs import begin, check_folder, load_state, save_state, save_weights, settle
 from scores import format_scores, main_score, mentions, score
-
-BROKEN = (KeyError, TypeError, AttributeError, EOFError, UnpicklingError)  # raised by bytes that are no state
-
 
 def parameter_groups(model, args):
     """AdamW groups: pretrained or from scratch x decayed or not (biases and norms are not decayed)."""
@@ -67,69 +60,22 @@ def check_all_train(model, optimizer):
             )
 
 
-def check_folder(run_dir, args):
-    """ValueError if the run folder holds something that the arguments do not allow to touch."""
-    held = [path for path in run_dir.iterdir() if path.suffix != ".tmp"] if run_dir.exists() else []
-    if held and not (run_dir / "config.json").exists():
-        raise ValueError(
-            f"{run_dir} holds files, but no run to overwrite; name another folder with --run-dir"
-        )
-    if held and not (args.overwrite or args.resume):
-        raise ValueError(
-            f"{run_dir} holds a run already; go on with it with --resume, delete it with --overwrite or name"
-            " another folder with --run-dir"
-        )
-
-
-def check_same_run(run_dir, config):
-    """ValueError if the run there was begun with other settings or data; another machine is a warning."""
-    free = WRITING | {"run_dir"}
-    made, asked = ({key: value for key, value in flat(side).items() if key not in free}
-                   for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
-    changed = differing(made, asked, ("run", "now"))
-    if other := [said for key, said in changed.items() if key.partition(".")[0] not in MACHINE]:
-        said = "; ".join(other)[:500]
-        raise ValueError(f"{run_dir}: begun with other settings or data: {said}; --overwrite starts it anew")
-    for said in changed.values():
-        print(f"WARNING    begun on another machine, {said}: the last digits may differ")
-
-
 def check_finite(first_bad, posts, batches, epoch, args):
     """ValueError if some step's loss or gradient was not finite; `first_bad`: the first one, inf for none."""
-    if first_bad < math.inf:
-        ids = ", ".join(posts.examples[i].id for i in batches[int(first_bad) - 1])
-        raise ValueError(
-            f"epoch {epoch}, step {int(first_bad)}: the loss or its gradient is not finite (posts {ids});"
-            f" lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
-        )
-
-
-def save_state(path, progress, model, optimizer, scheduler, device):
-    """All that going on needs, in one file: a reader sees the old one or the new one, never a part."""
-    state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state(),
-             "cuda_rng": torch.cuda.get_rng_state(device) if device.startswith("cuda") else None}  # fmt: skip
-    try:
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({first_line(error)}); make room, then --resume") from None
-
-
-def load_state(path, model, optimizer, scheduler, device):
-    """Put everything back as `save_state` found it; returns the progress. ValueError if it cannot be."""
-    try:
-        state = torch.load(path, "cpu", weights_only=True)  # data alone: no pickled code is run
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and device.startswith("cuda"):
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        return state["progress"]
-    except (*BROKEN, OSError, RuntimeError, ValueError) as error:
-        said = first_line(error)[:150]
-        raise ValueError(f"{path}: not a state to resume from ({said}); --overwrite starts anew") from None
+    if first_bad == math.inf:
+        return
+    chosen = batches[int(first_bad) - 1]
+    for cache, photos in ((posts.cache, [posts.shown(i)[0] for i in chosen]),
+                          (posts.generated, [posts.examples[i].image_id for i in chosen])):  # fmt: skip
+        for photo in photos if cache else ():
+            if photo is not None and not np.isfinite(cache.regions[cache.rows[photo]]).all():
+                raise ValueError(f"{cache.path}: the features of photo {photo} are no finite numbers, so the"
+                                 " loss is none; extract them again, or leave the photo out")  # fmt: skip
+    ids = ", ".join(posts.examples[i].id for i in chosen)
+    raise ValueError(
+        f"epoch {epoch}, step {int(first_bad)}: the loss or its gradient is not finite (posts {ids});"
+        f" lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
+    )
 
 
 def tell_parameters(model, args):
@@ -146,31 +92,6 @@ def tell_parameters(model, args):
             print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first:"
                   f" {part}.{next(iter(frozen))})")  # fmt: skip
     return found
-
-
-def begin(args, config, encoder, tokenizer, rank, processes, stack):
-    """Make the run's folder, held until `stack` closes; False if the run stands there finished."""
-    run_dir = Path(args.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        stack.callback(os.close, lock(run_dir))
-    if args.resume and (run_dir / "config.json").exists():
-        check_same_run(run_dir, config)
-        last = "test" if "test" in config["data"] else "valid"
-        if (run_dir / f"metrics-{last}.json").exists() and not (run_dir / "state.pt").exists():
-            print(f"{run_dir} is finished; left alone (--overwrite trains it anew)")
-            return False
-    elif args.resume:
-        print(f"{run_dir}: nothing there to resume; the run begins")
-    wait_for_all(processes)  # all have seen the folder as it was
-    if rank == 0:
-        for path in run_dir.iterdir() if args.overwrite else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(run_dir / "config.json", config)
-        encoder.config.save_pretrained(run_dir / "encoder")
-        tokenizer.save_pretrained(run_dir / "encoder")
-    wait_for_all(processes)
-    return True
 
 
 def draw(rng, count, posts, args):
@@ -220,7 +141,8 @@ def run(args, stack):
     labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in train.rows])  # of each post
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
     scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
-    if not begin(args, config, encoder, tokenizer, rank, processes, stack):
+    folder = begin(args, config, encoder, tokenizer, rank, processes, stack)
+    if folder is None:  # finished
         return run_dir
 
     known = mentions(dataset.examples["train"])
@@ -233,9 +155,9 @@ def run(args, stack):
 
     begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # of an epoch
     progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun
-    state, saved = run_dir / "state.pt", time.monotonic()
-    if state.exists():
-        progress = load_state(state, model, optimizer, scheduler, device)
+    first_minute = due = time.monotonic() + min(60, args.save_every)  # the first state, and the next one
+    if (folder / "state.pt").exists():
+        progress = load_state(folder / "state.pt", model, optimizer, scheduler, device)
         print(f"resuming   in epoch {progress['epoch']} after {progress['step']} steps")
     for epoch in range(progress["epoch"], args.epochs + 1):
         started, rng = time.perf_counter(), np.random.default_rng([args.seed, epoch])
@@ -276,7 +198,7 @@ def run(args, stack):
             loss_sum, labelled = loss_sum + summed, labelled + count
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
             bar.update(len(chosen))
-            save = rank == 0 and time.monotonic() - saved >= args.save_every
+            save = rank == 0 and time.monotonic() >= due
             # Not each step: reading a value makes the device wait. A bad step only stops the run: the weights
             # have taken it in, the last state has not.
             if save or step % 50 == 0 or step == len(batches):
@@ -284,8 +206,8 @@ def run(args, stack):
                 bar.set_postfix(loss=f"{loss_sum[0].item() / max(1, labelled):.4f}", refresh=False)
             if save:
                 progress |= {"epoch": epoch, "step": step, "loss": loss_sum.tolist(), "labelled": labelled}
-                save_state(state, progress, model, optimizer, scheduler, device)
-                saved = time.monotonic()
+                save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
+                due = time.monotonic() + args.save_every
         bar.close()
         trained = time.perf_counter()
         metrics = score(answers("valid"))
@@ -294,7 +216,7 @@ def run(args, stack):
         if kept:
             progress |= {"best": main_f1, "best_epoch": epoch}
             if rank == 0:
-                save_weights(model, run_dir)
+                save_weights(model, folder)
         sums = dict(zip(model.loss_weights, loss_sum.tolist(), strict=True))
         log = {"epoch": epoch, "loss": sums.pop("labels") / max(1, labelled)}  # a label's; others: a post's
         log |= {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
@@ -303,7 +225,9 @@ def run(args, stack):
         timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
         progress["timing"].append(timing)
         for name in ("log", "timing") if rank == 0 else ():
-            write_json_lines(run_dir / f"{name}.jsonl", progress[name])
+            write_json_lines(folder / f"{name}.jsonl", progress[name])
+        if rank == 0 and folder != run_dir:  # it has something to show now: the old run makes room
+            folder = settle(run_dir)
         print(
             f"epoch {epoch}/{args.epochs}  loss {log['loss']:.4f}  valid"
             f" {'entity' if dataset.task == 'ner' else 'micro'} F1 {main_f1:.4f}, accuracy {accuracy:.4f} "
@@ -311,9 +235,9 @@ def run(args, stack):
             flush=True,
         )
         progress |= {"epoch": epoch + 1} | begun
-        if rank == 0 and time.monotonic() - saved >= args.save_every:
-            save_state(state, progress, model, optimizer, scheduler, device)
-            saved = time.monotonic()
+        if rank == 0 and time.monotonic() >= first_minute:
+            save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
+            due = time.monotonic() + args.save_every
 
     wait_for_all(processes)
     # The best epoch on valid; test is scored once, with it.
@@ -329,7 +253,7 @@ def run(args, stack):
             write_json(run_dir / f"metrics-{split}.json", metrics)
         print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {progress['best_epoch']}"))
     if rank == 0:
-        state.unlink(missing_ok=True)  # finished
+        (run_dir / "state.pt").unlink(missing_ok=True)  # finished
     return run_dir
 
 

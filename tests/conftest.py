@@ -13,7 +13,7 @@ from PIL import Image
 import demo
 import extract_features
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 # Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
 PARTS = {
     "bert-caption": ("caption", 64, "encoder", "encoder"),

@@ -29,7 +29,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for left in ("demo/images", "demo-notes/images", "demo-notes/generated"):
         (folder / left).mkdir(parents=True)
-        (folder / left / "of_before.jpg").touch()
+        (folder / left / "test_9999.jpg").touch()  # of an earlier, larger one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(SCRIPT), "--data-dir", str(folder)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -73,6 +73,20 @@ def test_the_first_set_is_what_it_was(root):
     for line in captions[::7]:
         name, _, caption = line.partition(" :")
         assert caption in demo.CAPTIONS[scene(root / "demo" / "images" / name)]
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-notes"])
+def test_a_data_set_of_ones_own_stays(tmp_path, name):
+    """Called as the demo is called: nothing of it is deleted or replaced, nothing is written beside it."""
+    (tmp_path / name / "images").mkdir(parents=True)
+    files = {"train.txt": "IMGID:1\nAnn\tB-PER\n\n", "captions.txt": "mine", "images/test_0001.jpg": "mine"}
+    for kept in (["captions.txt"], list(files)):
+        for file in kept:
+            (tmp_path / name / file).write_text(files[file])
+        with pytest.raises(ValueError, match=f"{name}: holds files of your own; give the demo another"):
+            demo.main(["--data-dir", str(tmp_path)])
+        left = {str(path.relative_to(tmp_path / name)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == set(kept) and all((tmp_path / name / file).read_text() == files[file] for file in kept)
 
 
 def test_the_second_set_is_read_without_a_remark(root):

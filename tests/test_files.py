@@ -43,7 +43,7 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
 
 
 def make_target(kind, path):
-    """Something at `path` that is no file of ours; returns what must still be there afterwards, to compare."""
+    """Something at `path` that is no file of ours; returns a look at what must still be there afterwards."""
     secret = path.with_name("secret")
     secret.write_text("mine")
     if kind == "link":

@@ -334,7 +334,7 @@ def test_captions_have_no_places_for_a_pyramid(flags, tmp_path, data_dir):
 def test_run_folders_tell_decoders_and_fusions_apart():
     for decoder, part in (("softmax", ""), ("crf", "-crf"), ("visual-crf", "-visual-crf")):
         made = train.parse_args(["--fusion", "pyramid", "--heads", "4", "--decoder", decoder])
-        assert made.run_dir == f"runs/twitter2017-roberta-resnet50-pyramid{part}-s1337"
+        assert made.run_dir == f"runs/twitter2017-roberta-resnet50-pyramid{part}-heads4-s1337"
 
 
 def test_defaults_are_the_reference_settings():
@@ -406,7 +406,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monk
     whole = run(flags, tmp_path / "whole")
     assert not (whole / "state.pt").exists()
     places = {
-        "replace": os, "save_weights": train, "write_json_lines": train, "write_json": train, "score": train,
+        "replace": os, "save_weights": train, "save_state": train, "write_json_lines": train, "score": train,
     }  # fmt: skip
     calls, stop_at = 0, 0
 
@@ -497,24 +497,6 @@ def test_a_strangers_run_folder_cannot_run_code(flags, tmp_path):
             load_run(folder)
         (folder / "model.safetensors").write_bytes(weights)
     assert not mark.exists()
-
-
-def test_a_used_run_folder_is_not_overwritten_unasked(flags, tmp_path):
-    folder = run(flags, tmp_path / "run", "--fusion", "none", "--epochs", 1)
-    before = (folder / "log.jsonl").read_bytes()
-    with pytest.raises(
-        ValueError, match="holds a run already; go on with it with --resume, delete it with --overwrite"
-    ):
-        run(flags, folder, "--fusion", "none")
-    assert (folder / "log.jsonl").read_bytes() == before
-    (folder / "stale").touch()
-    run(flags, folder, "--fusion", "none", "--overwrite")
-    assert len(json_lines(folder / "log.jsonl")) == 2 and not (folder / "stale").exists()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(ValueError, match="holds files, but no run to overwrite"):
-        run(flags, tmp_path / "thesis", "--overwrite")
-    assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
 def test_pretrained_and_new_layers_have_their_own_rate_and_biases_no_decay(flags, tmp_path):
@@ -826,7 +808,7 @@ def test_resume_after_the_data_changed_shows_what_differs(flags, tmp_path, data_
         ValueError,
         match=(
             r"begun with other settings or data: data.valid.sha256 \(run: [0-9a-f]+, now: [0-9a-f]+\);"
-            r" --overwrite"
+            r" give those"
         ),
     ):
         run(flags, folder, "--resume")
