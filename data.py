@@ -116,109 +116,176 @@ def check_image_id(image_id, where):
     return image_id
 
 
+# A label of any scheme that is read. A type may hold spaces, where tabs separate.
+LABEL = re.compile(r"O|[BIESLUMW]-\S+( \S+)*")
+
+
 def check_label(label, allowed, where):
-    """The label if it is one of `allowed`, any BIO label where that is None; else a ValueError."""
-    if allowed is None and not re.fullmatch(r"O|[BI]-\S+", label):
-        raise ValueError(f"{where}: label {label!r} is not O, B-TYPE or I-TYPE; convert the file to BIO")
+    """The label if it is one of `allowed`, one of any type where that is None; else a ValueError."""
+    if allowed is None and not LABEL.fullmatch(label):
+        raise ValueError(f"{where}: label {label!r:.80} is not O, B-TYPE or I-TYPE; convert the file to BIO")
     if allowed is not None and label not in allowed:
-        raise ValueError(f"{where}: unknown label {label!r}; expected one of: {' '.join(allowed)}")
+        raise ValueError(f"{where}: unknown label {label!r:.80}; expected one of: {' '.join(allowed)}")
     return label
 
 
 def goes_on(before, label):
-    """Whether a label goes on with the entity of the label before it, in BIO, IOB1, BIOES and BILOU alike."""
-    return before[0] in "BI" and label[0] in "IEL" and before[2:] == label[2:]
+    """Whether a label goes on with the entity of the label before it, in all schemes alike."""
+    return before[0] in "BIM" and label[0] in "IELM" and before[2:] == label[2:]
 
 
-def label_scheme(path, posts):
-    """The scheme of a file's labels: BIO, IOB1, BIOES or BILOU. `posts`: [(line of the first word, labels)].
+def label_scheme(posts):
+    """The scheme of a file's labels, one list a post: BIO, IOB1, BIOES, BILOU, BMES or BMEWO.
 
     An I that begins an entity speaks for IOB1 only if each B in the file parts two touching entities of one
-    type: Twitter-2015 has such I, and is BIO. In BIOES and BILOU every entity ends as such; else a ValueError
-    says where not.
+    type: Twitter-2015 has such I, and is BIO.
     """
-    prefixes = {label[0] for _, labels in posts for label in labels}
-    if not prefixes & set("ESLU"):
-        pairs = [pair for _, labels in posts for pair in pairwise(["O", *labels])]
-        begins = any(label[0] == "I" and not goes_on(before, label) for before, label in pairs)
-        opened = [pair for pair in pairs if pair[1][0] == "B"]
-        parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in opened)
-        return "IOB1" if begins and parts else "BIO"
-    scheme = "BILOU" if prefixes & set("LU") else "BIOES"
-    for first, labels in posts:
-        for number, (label, after) in enumerate(pairwise([*labels, "O"]), first):
-            if label[0] not in scheme or (label[0] in "BI" and not goes_on(label, after)):
-                odd = next(y for _, others in posts for y in others if y[0] in "ESLU")
-                said = f"{label!r} before {after!r} is not {scheme}, and {odd!r} elsewhere in the file is not"
-                raise ValueError(f"{path}:{number}: {said} BIO; convert the file to BIO labels")
-    return scheme
+    prefixes = {label[0] for labels in posts for label in labels}
+    for letters, scheme in (("LU", "BILOU"), ("W", "BMEWO"), ("M", "BMES"), ("ES", "BIOES")):
+        if prefixes & set(letters):
+            return scheme
+    pairs = [pair for labels in posts for pair in pairwise(["O", *labels])]
+    begins = any(label[0] == "I" and not goes_on(before, label) for before, label in pairs)
+    opened = [pair for pair in pairs if pair[1][0] == "B"]
+    parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in opened)
+    return "IOB1" if begins and parts else "BIO"
 
 
-def to_bio(labels):
-    """BIO labels of the same entities as one post's in IOB1, BIOES or BILOU."""
+def check_scheme(path, posts, scheme):
+    """ValueError unless entities end as `scheme` has it. `posts`: [(the line of each label, labels)]."""
+    if scheme in ("BIO", "IOB1"):
+        return
+    for numbers, labels in posts:
+        for number, (label, after) in zip(numbers, pairwise([*labels, "O"]), strict=True):
+            if label[0] not in scheme + "O" or (label[0] in "BIM" and not goes_on(label, after)):
+                odd = next(y for _, others in posts for y in others if y[0] in "ESLUMW")
+                message = f"{label!r:.80} before {after!r:.80} is not {scheme}, and {odd!r:.80} elsewhere in"
+                raise ValueError(f"{path}:{number}: {message} the file is not BIO; convert it to BIO labels")
+
+
+def to_bio(labels, scheme):
+    """BIO labels of the same entities as one post's in `scheme`."""
+    if scheme == "BIO":
+        return list(labels)
     return [y if y == "O" else ("I" if goes_on(x, y) else "B") + y[1:] for x, y in pairwise(["O", *labels])]
+
+
+def conll_posts(path, lines, spaced):
+    """([(line it begins at, its photo's id, rows) of each post], number of -DOCSTART- lines) of CoNLL lines.
+
+    rows: [(line, columns)], with tabs between columns or, if `spaced`, spaces where there is no tab. The id
+    is None without an `IMGID:<id>` line. A post ends at the next, at a line of white space or at -DOCSTART-.
+    ValueError with file and line for a post without words.
+    """
+    posts, documents, rows = [], 0, None
+    for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
+        tabbed = "\t" in line or not spaced
+        fields = line.split("\t") if tabbed else re.split(" +", line.strip(" "))
+        fields[1:] = [field.strip(" ") for field in fields[1:]]
+        photo = list(fields) if line.startswith("IMGID:") else []
+        while photo[1:] and photo[-1].strip() in ("", "O"):  # some files label the photo's line too
+            photo.pop()
+        # With another label it is a word. An id may hold spaces.
+        starts_post = bool(photo) and not any(tabbed or LABEL.fullmatch(field) for field in photo[1:])
+        starts_document = re.match(r"-DOCSTART-(\s|$)", line)
+        if starts_post or starts_document or not line.strip():
+            if rows == []:
+                opened, name, _ = posts[-1]
+                message = f"post {name or 'without photo'} has no words; remove it or give it its words"
+                raise ValueError(f"{path}:{opened}: {message}")
+            rows, documents = None, documents + bool(starts_document)
+        else:
+            if rows is None:
+                rows = []
+                posts.append((number, None, rows))
+            rows.append((number, fields))
+        if starts_post:
+            rows = []
+            posts.append((number, " ".join(photo)[len("IMGID:") :].strip(" "), rows))
+    return posts, documents
+
+
+def word_column(table):
+    """The first column of a table that holds words, and does not count, measure or repeat; None if none."""
+    columns = zip(*table, strict=True)
+    letters = [{re.sub(r"[\W\d_]", "", field) for field in column} - {""} for column in columns]
+    return next((i for few in (1, 0) for i, texts in enumerate(letters) if len(texts) > few), None)
+
+
+def column_advice(lines, rows):
+    """What to keep of a file's columns, as part of an error: which hold words and labels, if that is sure."""
+    table, unsure = [fields for _, fields in rows], "; keep one word and one label, a tab between them"
+    if len(set(map(len, table))) > 1:
+        return unsure
+    labels = [i for i, column in enumerate(zip(*table, strict=True)) if all(map(LABEL.fullmatch, column))]
+    word = word_column([fields[: labels[-1]] for fields in table]) if labels else None
+    if word is None:
+        return unsure
+    advice = f"; keep columns {word + 1} and {labels[-1] + 1}, the word and its label"
+    text = [lines[number - 1][1] for number, _ in rows]
+    if any("\t" not in line and re.search("^ |  ", line) for line in text):
+        return advice  # cut would count every space
+    delimiter = "" if "\t" in text[0] else "-d' ' "
+    return f"{advice}, as cut {delimiter}-f{word + 1},{labels[-1] + 1} does"
+
+
+def reading_notes(documents, scheme, changed):
+    """What to say of a CoNLL file: its -DOCSTART- lines, and its labels in another scheme."""
+    notes = [f"{documents} -DOCSTART- lines left out"] if documents else []
+    return notes + ([f"{scheme} labels read as BIO, {changed} changed"] if scheme != "BIO" else [])
 
 
 def read_ner(path, allowed, notes=None):
     """Posts of a Twitter-2015/2017 file: `IMGID:<id>`, `word<TAB>label` lines, then a blank line or the end.
 
     `allowed`: the labels that may occur. Only the tab separates: a word may be U+00A0 or empty to the eye.
-    With None, for files of one's own, any BIO label may, and spaces separate where there is no tab. A post
-    whose id has occurred before gets its line number into its `id`. In a file without any IMGID line posts
-    have no photo; IOB1, BIOES and BILOU become BIO; `notes` is a list that is told of it. Raises ValueError
-    with file and line.
+    With None, for files of one's own, any type may, spaces separate where there is no tab, and a post without
+    photo may stand after an empty `IMGID:` line or after none. A post whose id has occurred before gets its
+    line number into its `id`. In a file without any IMGID line posts have no photo; labels of other schemes
+    become BIO; `notes` is a list that is told of it. Raises ValueError with file and line.
     """
     lines, notes = read_lines(path), [] if notes is None else notes
-    photoless = not any(line.startswith("IMGID:") for _, line in lines)
-    posts, documents = {}, 0  # id: (photo's id, words, labels, line of the first word)
-    image_id, words, labels = None, [], []
-    opened = 0  # the line at which the post begins, 0 = none is open
-    for number, line in [*lines, (len(lines) + 1, "")]:  # the last post may end without a blank line
-        where, (named, _, rest) = f"{path}:{number}", line.partition("\t")
-        # Some files label the photo's line too.
-        starts_post = named.startswith("IMGID:") and rest.strip() in ("", "O")
-        starts_document = re.match(r"-DOCSTART-(\s|$)", line)
-        if (starts_post or starts_document or not line.strip()) and opened:
-            if not words:
-                post = f"{path}:{opened}: post {image_id}"
-                raise ValueError(f"{post} has no words; remove it or give it its words")
-            post_id = f"line {opened}" if photoless else image_id
-            while post_id in posts:
-                post_id += f"@{opened}"
-            posts[post_id] = image_id, words, labels, opened + (not photoless)
-            image_id, opened, words, labels = None, 0, [], []
-        if starts_post:
-            image_id, opened = check_image_id(named[len("IMGID:") :].strip(" "), where), number
-        elif starts_document:
-            documents += 1
-        elif line.strip():
-            spaced = allowed is None and "\t" not in line
-            fields = re.split(" +", line.strip(" ")) if spaced else line.split("\t")
-            fields[1:] = [field.strip(" ") if allowed is None else field for field in fields[1:]]
+    posts, documents = conll_posts(path, lines, allowed is None)
+    photoless = all(image_id is None for _, image_id, _ in posts)
+    columns = {}  # id: (photo's id, words, labels, lines)
+    for opened, image_id, rows in posts:
+        for number, fields in rows:
+            where = f"{path}:{number}"
             if len(fields) != 2:
-                cut = f"cut {'-d' + repr(' ') if spaced else ''} -f1,{len(fields)}".replace("  ", " ")
-                columns = f"{len(fields)} columns, {str(fields)[1:-1][:80]}"
-                kept = f"{columns}; keep the word and one label, as {cut} does"
-                found = kept if fields[1:] else repr(line[:80])
+                found = f"{fields[0]!r:.80}"
+                if fields[1:]:
+                    advice = column_advice(lines, [row for _, _, others in posts for row in others])
+                    found = f"{len(fields)} columns, {str(fields)[1:-1]:.80}{advice}"
                 raise ValueError(f"{where}: expected word<TAB>label, found {found}")
-            if not opened and not photoless:
-                raise ValueError(f"{where}: a word with no IMGID:<id> before it; each post starts with one")
-            if not re.fullmatch(r"O|[BIESLU]-\S+", fields[1]):
+            if not LABEL.fullmatch(fields[1]):
                 check_label(fields[1], allowed, where)
-            opened = opened or number
-            words.append(fields[0])
-            labels.append(fields[1])
-    scheme = label_scheme(path, [(first, labels) for _, _, labels, first in posts.values()])
+        if allowed is not None and image_id is None and not photoless:
+            message = "a word with no IMGID:<id> before it; each post starts with one"
+            raise ValueError(f"{path}:{opened}: {message}")
+        if image_id or (allowed is not None and image_id is not None):
+            check_image_id(image_id, f"{path}:{opened}")
+        post_id = image_id or f"line {opened}"
+        while post_id in columns:
+            post_id += f"@{opened}"
+        numbers, pairs = zip(*rows, strict=True)
+        columns[post_id] = image_id or None, *zip(*pairs, strict=True), numbers
+    scheme = label_scheme([labels for _, _, labels, _ in columns.values()])
+    check_scheme(path, [(numbers, labels) for _, _, labels, numbers in columns.values()], scheme)
     examples, changed = [], 0
-    for post_id, (image_id, words, labels, first) in posts.items():
-        made = labels if scheme == "BIO" else to_bio(labels)
-        for number, label in enumerate(made, first):
+    for post_id, (image_id, words, labels, numbers) in columns.items():
+        bio = to_bio(labels, scheme)
+        for number, label in zip(numbers, bio, strict=True):
             check_label(label, allowed, f"{path}:{number}")
-        changed += sum(a != b for a, b in zip(labels, made, strict=True))
-        examples.append(NerExample(post_id, image_id, tuple(words), tuple(made)))
-    notes += [f"no IMGID line: {len(examples)} posts without photo"] if photoless and examples else []
-    notes += [f"{documents} -DOCSTART- lines left out"] if documents else []
-    notes += [f"{scheme} labels read as BIO, {changed} changed"] if scheme != "BIO" else []
+        changed += sum(a != b for a, b in zip(labels, bio, strict=True))
+        examples.append(NerExample(post_id, image_id, words, tuple(bio)))
+    blind = [opened for opened, image_id, _ in posts if not image_id]
+    if photoless and posts:
+        notes.append(f"no IMGID line: {len(posts)} posts without photo")
+    elif blind:
+        notes.append(f"{len(blind)} of {len(posts)} posts name no photo, the first at line {blind[0]}")
+    if posts and all(word.isdigit() for example in examples for word in example.words):
+        notes.append("every word is a number: is the first column that of the words?")
+    notes += reading_notes(documents, scheme, changed)
     return examples
 
 
@@ -267,6 +334,19 @@ def fold(name):
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
+def refusal(row, error):
+    """Why a row is not one of MNRE's, whose reading raised `error`: what it seems to be, and what to do."""
+    reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    form = f"not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
+    if not isinstance(row, dict):
+        return form
+    keys = str([*row])[1:-1][:80]
+    if row.keys() & {"h", "t", "relation"}:
+        return f"{form} but {keys}; 'pos' is to be [start, end) in words of 'token', the end exclusive"
+    form = "word<TAB>label lines, a blank line between posts"
+    return f"named entities in JSON ({keys}) are not read; write {form}"
+
+
 def same_text(name, words):
     """Whether an entity's name is its words, spaces and case aside."""
     return fold("".join(str(name).split())) == fold("".join("".join(words).split()))
@@ -289,9 +369,7 @@ def read_mnre(path, allowed, notes=None):
             spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
             names = {end: row[end].get("name") for end in "ht"}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            form = "{'token', 'h': {'pos'}, 't': {'pos'}, 'img_id', 'relation'}"
-            raise ValueError(f"{where}: not a row {form} ({reason[:120]})") from None
+            raise ValueError(f"{where}: {refusal(row, error)}") from None
         if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
             raise ValueError(f"{where}: 'token' must be a list of words")
         # A str to Python, but no text.
@@ -313,11 +391,12 @@ def read_mnre(path, allowed, notes=None):
             raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
         if not blind:
             check_image_id(image_id, where)
-        if allowed is not None:
-            check_label(relation, allowed, where)
-        elif not relation.strip() or re.search("[\x00-\x1f\ud800-\udfff]", relation):
+        if allowed is not None and relation not in allowed:
+            message = "not of MNRE version 2; name a folder of your own for version 1 or your own relations"
+            raise ValueError(f"{where}: unknown label {relation!r:.80}, {message} (--dataset path/to/folder)")
+        if not relation.strip() or re.search("[\x00-\x1f\ud800-\udfff]", relation):
             raise ValueError(f"{where}: relation {relation!r} is no name; correct it")
-        elif relation.lower() in ("none", "na", "no_relation") and relation != NONE:
+        if relation.lower() in ("none", "na", "no_relation") and relation != NONE:
             renamed[relation] += 1
             relation = NONE
         row_id = f"{image_id}@{number}" if image_id else f"row {number}"
@@ -376,7 +455,7 @@ def data_task(name, data_dir="data"):
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         first = next((line.strip() for line in file if line.strip()), "")
     # A word may be a bracket; then a label ends the line.
-    labelled = re.search(r"[\t ](O|[A-Z]-\S+)$", first)
+    labelled = re.search(r"\t(O|[A-Z]-[^\t]+)$| (O|[A-Z]-\S+)$", first)
     return "relation" if first.startswith(("{", "[")) and not labelled else "ner"
 
 

@@ -375,7 +375,9 @@ def main(argv=None):
     if args.leak_check:
         return print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
     if args.predictions:
-        records = read_predictions(args.predictions)
+        notes = []
+        records = read_predictions(args.predictions, notes)
+        print(*(f"{args.predictions}: {note}\n" for note in notes), sep="", end="")
         if args.train:
             if not all("words" in record and isinstance(record["gold"], list) for record in records):
                 raise ValueError(

@@ -280,7 +280,7 @@ def main(argv=None):
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
-    records = read_predictions(path)
+    records = read_predictions(path, task=config["task"])
     metrics, made = score(records), config["features_made"] or {}
     warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,7 +12,8 @@ from collections import Counter
 
 from sklearn.metrics import precision_recall_fscore_support
 
-from data import NONE, read_lines
+from data import NONE, check_label, check_scheme, conll_posts, label_scheme
+from data import read_lines, reading_notes, to_bio, word_column
 
 # ----------------------------------------------------------------------------------------------------- scores
 
@@ -226,77 +227,138 @@ def format_scores(metrics, title):
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-def read_predictions(path):
+def is_list(value, fits):
+    """Whether a value is a list of what `fits`."""
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_rate(value):
+    """Whether a value is null or a number from 0 to 1; a CRF's marginals may come out a little above."""
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1.01)
+
+
+def is_span(value):
+    """Whether a value is a span [start, end)."""
+    return is_list(value, lambda i: type(i) is int) and len(value) == 2 and 0 <= value[0] < value[1]
+
+
+# Per key beside id and labels: whether a value is right, given how many labels there are (None: one, of a
+# relation), and what it has to be.
+KEYS = {
+    "image_id": (lambda value, count: value is None or type(value) in (int, str), "text or null"),
+    "words": (lambda value, count: is_list(value, is_text) and count in (None, len(value)),
+              "a list of words, of named entities as long as gold"),
+    "probability": (lambda value, count: is_rate(value) if count is None else
+                    is_list(value, is_rate) and len(value) == count,
+                    "a number from 0 to 1 or null, of named entities a list of them as long as gold"),
+    "head": (lambda value, count: is_span(value), "a span [start, end)"),
+    "tail": (lambda value, count: is_span(value), "a span [start, end)"),
+    "relevance": (lambda value, count: is_rate(value), "a number from 0 to 1, or null"),
+    "seen": (lambda value, count: is_list(value, is_span), "a list of spans [start, end)"),
+}  # fmt: skip
+
+
+def read_predictions(path, notes=None, task=None):
     """Records {id, words, gold, predicted, ...} from JSON lines as train.py writes them, or from plain CoNLL.
 
-    CoNLL: `word ... gold predicted` a line, tab or spaces between, a blank line between posts, an
-    `IMGID:<id>` line where there is one. Labels are lists for named entities, one string for relations.
+    CoNLL: `word ... gold predicted` a line, else as `read_ner` reads one's own files. Labels are lists for
+    named entities, one string for relations; those of other schemes become BIO. `notes` is a list that is
+    told of it. `task`: "ner" or "relation" if the file must be a run's on it, with all that a report shows.
     ValueError with file and line.
     """
-    lines = read_lines(path)
+    lines, notes = read_lines(path), [] if notes is None else notes
     first = next((line for _, line in lines if line.strip()), "")
     is_json = re.match(r'\s*\{\s*"[^\t]*$', first)  # CoNLL may begin with a brace, but not so and without tab
-    records = (json_records if is_json else conll_records)(path, lines)
-    if not records:
+    if is_json or task:
+        records, numbers, documents = json_records(path, lines, task)
+    else:
+        records, numbers, documents = conll_records(path, lines)
+    if not any(record["gold"] for record in records):
         raise ValueError(f"{path}: no predictions in it")
+    if isinstance(records[0]["gold"], str):
+        return records
+    gold, predicted = ([record[key] for record in records] for key in ("gold", "predicted"))
+    scheme, answered = label_scheme(gold), label_scheme(predicted)
+    check_scheme(path, list(zip(numbers, gold, strict=True)), scheme)
+    if answered in ("BIO", "IOB1"):  # a model's answers may look like either
+        answered = scheme
+    changed = 0
+    for record in records:
+        for key, written in (("gold", scheme), ("predicted", answered)):
+            labels, record[key] = record[key], to_bio(record[key], written)
+            changed += sum(a != b for a, b in zip(labels, record[key], strict=True))
+    notes += reading_notes(documents, answered if scheme == "BIO" else scheme, changed)
     return records
 
 
-def json_records(path, lines):
-    records, ids = [], set()
+def json_records(path, lines, task):
+    """As `conll_records`, of JSON lines; `task` as `read_predictions` has it."""
+    records, numbers, ids = [], [], set()
+    needed = ("image_id", "words") if task else ()
+    needed += ("head", "tail") if task == "relation" else ()
     for number, line in lines:
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             post_id, gold, predicted = record["id"], record["gold"], record["predicted"]
+            if type(post_id) not in (int, str):
+                raise TypeError("the id is no text and no whole number")
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             reason = f"not a JSON object with id, gold and predicted ({error})"
             raise ValueError(f"{path}:{number}: {reason}") from None
-        ner, where = isinstance(gold, list), f"{path}:{number}: post {post_id!r}"
+        ner, where = isinstance(gold, list), f"{path}:{number}: post {post_id!r:.60}"
         if records and ner != isinstance(records[0]["gold"], list):
             raise ValueError(f"{where}: named entities and relations in one file; split them")
         if not isinstance(predicted, type(gold)) or (ner and len(predicted) != len(gold)):
             raise ValueError(
                 f"{where}: gold and predicted must be two label lists of one length, or two labels"
             )
-        for key in ("words", "probability") if ner else ():
-            if key in record and not (isinstance(record[key], list) and len(record[key]) == len(gold)):
-                raise ValueError(f"{where}: {key} must be a list as long as gold")
-        seen = record.get("seen", [])
-        if not (isinstance(seen, list) and all(isinstance(s, list) and len(s) == 2 for s in seen)):
-            raise ValueError(f"{where}: seen must be a list of spans [start, end]")
         for label in [*gold, *predicted] if ner else [gold, predicted]:
-            check_form(label, ner, where)
+            if not isinstance(label, str):
+                raise ValueError(f"{where}: label {label!r:.60} is not text")
+            if ner:
+                check_label(label, None, where)
+        if task and (ner != (task == "ner") or not record.keys() >= set(needed)):
+            message = f"not a post of a run on {task}, which has {', '.join(needed)}; restore the file"
+            raise ValueError(f"{where}: {message}")
+        ends = ("head", "tail") if "words" in record else ()
+        for key, (fits, wanted) in KEYS.items():
+            if key in record and not fits(record[key], len(gold) if ner else None):
+                message = f"{key} must be {wanted}, not {record[key]!r:.60}; correct it or leave it out"
+                raise ValueError(f"{where}: {message}")
+        if any(key in record and record[key][1] > len(record["words"]) for key in ends):
+            raise ValueError(f"{where}: head and tail must be spans of its {len(record['words'])} words")
         if str(post_id) in ids:
             raise ValueError(f"{where}: this id stands twice; each post is predicted once")
         ids.add(str(post_id))
         records.append(record)
-    return records
+        numbers.append([number] * len(gold))
+    return records, numbers, 0
 
 
 def conll_records(path, lines):
-    records, post_id, words = [], None, []
-    for number, line in [*lines, (len(lines) + 1, "")]:
-        if re.fullmatch(r"IMGID:[^\t ]*", line) or not line.strip(" \t"):
-            if words:
-                names = ("words", "gold", "predicted")
-                columns = dict(zip(names, map(list, zip(*words, strict=True)), strict=True))
-                records.append({"id": post_id or f"post {len(records) + 1}", **columns})
-            post_id, words = line[len("IMGID:") :] or None, []
-            continue
-        # The last two columns count, as in the CoNLL evaluation script.
-        fields = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
+    """(records, the line of each label of each, number of -DOCSTART- lines)."""
+    posts, documents = conll_posts(path, lines, spaced=True)
+    table = [row for _, _, rows in posts for row in rows]
+    for number, fields in table:
         if len(fields) < 3:
-            raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {line[:80]!r}")
+            found = f"{lines[number - 1][1]!r:.80}"
+            raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {found}")
         for label in fields[-2:]:
-            check_form(label, True, f"{path}:{number}")
-        words.append([fields[0], *fields[-2:]])
-    return records
-
-
-def check_form(label, ner, where):
-    """ValueError unless `label` is text and, for named entities, O, B-TYPE or I-TYPE."""
-    if not isinstance(label, str) or (ner and not re.fullmatch(r"O|[BI]-.+", label)):
-        raise ValueError(f"{where}: label {label!r} is not {'O, B-TYPE or I-TYPE' if ner else 'text'}")
+            check_label(label, None, f"{path}:{number}")
+    # The last two columns count, as in the CoNLL evaluation script. Before the word its number may stand.
+    alike = len({len(fields) for _, fields in table}) == 1
+    word = word_column([fields[:-2] for _, fields in table]) or 0 if alike else 0
+    records, numbers = [], []
+    for count, (_, image_id, rows) in enumerate(posts, 1):
+        columns = zip(*((fields[word], *fields[-2:]) for _, fields in rows), strict=True)
+        record = dict(zip(("words", "gold", "predicted"), map(list, columns), strict=True))
+        records.append({"id": image_id or f"post {count}"} | record)
+        numbers.append([number for number, _ in rows])
+    return records, numbers, documents

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -99,16 +100,20 @@ def in_scheme(entities, length, scheme):
     return labels
 
 
-@pytest.mark.parametrize("scheme", [IOB1, IOB2, IOBES, BILOU])
+# The last two, usual for Chinese, are BIOES in other letters.
+@pytest.mark.parametrize("scheme, letters", [
+    (IOB1, {}), (IOB2, {}), (IOBES, {}), (BILOU, {}), (IOBES, {"I": "M"}), (IOBES, {"I": "M", "S": "W"}),
+])  # fmt: skip
 @pytest.mark.parametrize("seed", range(8))
-def test_label_schemes(tmp_path, scheme, seed):
+def test_label_schemes(tmp_path, scheme, letters, seed):
     rng, posts = random.Random(seed), []
     for _ in range(30):
         cuts = sorted(rng.sample(range(13), rng.randint(2, 7)))
         parts = [(rng.choice(["LOC", "PER", "creative-work"]), *span) for span in itertools.pairwise(cuts)]
         posts.append(in_scheme([part for part in parts if rng.random() < 0.7], 12, scheme.__name__))
     posts.append(in_scheme([("PER", 0, 1), ("PER", 1, 3), ("LOC", 4, 6)], 12, scheme.__name__))
-    text, notes = "\n".join("IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels) for labels in posts), []
+    written = [[letters.get(y[0], y[0]) + y[1:] for y in labels] for labels in posts]
+    text, notes = "\n".join("IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels) for labels in written), []
     read = data.read_ner(write(tmp_path / "x", text), None, notes)
 
     def strict(sequences, kind):
@@ -116,8 +121,9 @@ def test_label_schemes(tmp_path, scheme, seed):
 
     made = [list(post.labels) for post in read]
     assert strict(made, IOB2) == strict(posts, scheme) and any(strict(made, IOB2))
-    changed = sum(a != b for pair in zip(posts, made, strict=True) for a, b in zip(*pair, strict=True))
-    name = {"IOBES": "BIOES"}.get(scheme.__name__, scheme.__name__)
+    changed = sum(a != b for pair in zip(written, made, strict=True) for a, b in zip(*pair, strict=True))
+    names = {0: {"IOBES": "BIOES"}.get(scheme.__name__, scheme.__name__), 1: "BMES", 2: "BMEWO"}
+    name = names[len(letters)]
     assert (
         notes == ([] if scheme is IOB2 else [f"{name} labels read as BIO, {changed} changed"])
         and (made == posts) == (scheme is IOB2)
@@ -138,6 +144,8 @@ def test_orphans_in_a_bio_file_stay(tmp_path):
     (["S-PER", "B-LOC", "E-PER"], 3, "'B-LOC' before 'E-PER' is not BIOES"),
     (["B-LOC", "L-LOC", "I-PER"], 4, "'I-PER' before 'O' is not BILOU"),
     (["U-LOC", "O", "E-PER"], 4, "'E-PER' before 'O' is not BILOU"),
+    (["B-LOC", "M-LOC", "O"], 3, "'M-LOC' before 'O' is not BMES"),
+    (["W-LOC", "B-LOC", "I-LOC", "E-LOC"], 4, "'I-LOC' before 'E-LOC' is not BMEWO"),
 ])  # fmt: skip
 def test_labels_of_no_one_scheme_are_refused(tmp_path, labels, line, said):
     path = write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels))
@@ -167,7 +175,7 @@ def test_ner_repeated_ids(tmp_path, ids):
 @pytest.mark.parametrize("content, line, reason", [
     ("IMGID:1\na O\n", 2, "word<TAB>label, found 'a O'"), (POST + "2\n", 5, "word<TAB>label, found '2'"),
     ("IMGID:1\na\tX\tO\n", 2,
-        "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep the word and one label, as cut -f1,3 does"),
+        "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep columns 1 and 3, .*, as cut -f1,3 does"),
     ("IMGID:1\na\tS-ORG\n", 2, "unknown label 'B-ORG'"),
     ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
     ("IMGID:1\na\tb-Per\n", 2, "unknown label 'b-Per'"), ("IMGID:1\na\to\n", 2, "unknown label 'o'"),
@@ -735,11 +743,98 @@ def test_labels_that_train_does_not_have_are_named(own):
         data.load_dataset(folder)
 
 
-@pytest.mark.parametrize("label", ["b-PER", "PER", "B-", "", "B-a b", "M-地名", "Bx地名"])
+@pytest.mark.parametrize("label", ["b-PER", "PER", "B-", "", "B- a", "B-a  b", "X-地名", "Bx地名"])
 def test_labels_that_are_not_bio_are_refused(own, label):
     folder = own("test", [("a", "O"), ("b", label)], separator="\t")
     with pytest.raises(ValueError, match="test.txt:3: label .* is not O, B-TYPE or I-TYPE"):
         data.load_dataset(folder)
+
+
+def test_types_may_hold_spaces_where_tabs_separate(own):
+    own("train", [("Ann", "B-Public Person"), ("Lee", "I-Public Person"), ("in", "O")], separator="\t")
+    dataset = data.load_dataset(own("valid", [("[", "S-Public Person")], separator="\t"))
+    assert dataset.labels == ("O", "B-Public Person", "I-Public Person")
+    assert dataset.examples["valid"][0].labels == ("B-Public Person",)
+    own("train", [("[", "B-Public Person")], separator="\t")
+    assert data.data_task(own("valid", [("a", "O")])) == "ner"
+
+
+def test_posts_with_and_without_photo_in_one_file(tmp_path):
+    text, notes = "IMGID:\na\tO\n\nIMGID:1\nb\tO\n\nIMGID:\tO\nc\tO\n\nd\tO\n", []
+    path = write(tmp_path / "x", text)
+    posts = data.read_ner(path, None, notes)
+    assert [(post.id, post.image_id, post.words) for post in posts] == [
+        ("line 1", None, ("a",)), ("1", "1", ("b",)), ("line 7", None, ("c",)), ("line 10", None, ("d",)),
+    ]  # fmt: skip
+    assert notes == ["3 of 4 posts name no photo, the first at line 1"]
+    with refused(write(path, "IMGID:1\nb\tO\n\nIMGID:\n\n"), 4, "post without photo has no words"):
+        data.read_ner(path, None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("separator", [" ", "\t", "  "])
+def test_advice_for_columns_keeps_words_and_labels_or_names_none(tmp_path, separator, seed):
+    rng = random.Random(seed)
+    empty = "" if separator == "\t" else "_"
+    others = {  # what may stand beside words and labels, of the n-th word of post p
+        "index": lambda p, n: str(n + 1), "id": lambda p, n: f"{p}-{n}", "document": lambda p, n: f"doc{p}",
+        "score": lambda p, n: f"{rng.random():.4f}", "empty": lambda p, n: empty,
+    }  # fmt: skip
+    before, after = ([rng.choice(list(others)) for _ in range(rng.randint(0, 2))] for _ in range(2))
+    between = [lambda p, n: rng.choice(["NNP", "VBZ"]), lambda p, n: rng.choice(["O", "B-NP"])]
+    middle = between[: rng.randint(not (before or after), 2)]
+    posts = [[(rng.choice(["Ann", "東京", "2", "!"]) + "x" * n, rng.choice(["O", "B-PER"])) for n in range(4)]
+             for _ in range(5)]  # fmt: skip
+    lines = []
+    for p, post in enumerate(posts):
+        lines.append(f"IMGID:{p}")
+        for n, (word, label) in enumerate(post):
+            sides = [[others[name](p, n) for name in names] for names in (before, after)]
+            fields = [*sides[0], word, *(make(p, n) for make in middle), label, *sides[1]]
+            lines.append(separator.join(fields))
+        lines.append("")
+    path = write(tmp_path / "x", "\n".join(lines))
+    advice = f"keep columns {len(before) + 1} and {len(before + middle) + 2}, "
+    with pytest.raises(ValueError, match=advice) as error:
+        data.read_ner(path, None)
+    cut = re.search(r"as (cut .*) does$", str(error.value))
+    assert bool(cut) == (separator != "  ")
+    if cut:
+        made = subprocess.run(f"{cut[1]} {path}", shell=True, capture_output=True, check=True).stdout
+        read = data.read_ner(write(tmp_path / "y", made), None)
+        assert [list(zip(post.words, post.labels, strict=True)) for post in read] == posts
+        assert [post.image_id for post in read] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_file_without_a_word_is_pointed_out(tmp_path):
+    notes = []
+    data.read_ner(write(tmp_path / "x", "1 B-PER\n2 I-PER\n3 O\n"), None, notes)
+    assert notes[1:] == ["every word is a number: is the first column that of the words?"]
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"tokens": ["Ann"], "ner_tags": [1]},
+        "named entities in JSON ('tokens', 'ner_tags') are not read; write word<TAB>label lines"),
+    ({"id": 1, "text": "Ann", "label": [[0, 3, "PER"]]}, "in JSON ('id', 'text', 'label') are not"),
+    ({"text": "Ann", "spans": [{"start": 0}]}, "named entities in JSON ('text', 'spans') are not read"),
+    ({"text": "Ann Lee", "h": {"pos": [0, 7]}, "t": {"pos": [3, 4]}, "relation": "x"},
+        "(KeyError: 'token') but 'text', 'h', 't', 'relation'; 'pos' is to be [start, end) in words"),
+    ({"token": ["Ann"], "subj_start": 0, "subj_end": 0, "relation": "x"},
+        "(KeyError: 'h') but 'token', 'subj_start', 'subj_end', 'relation'; 'pos' is to be"),
+    ({"text": "Ann Lee", "head": "Ann", "tail": "Lee", "relation": "x"}, "but 'text', 'head', 'tail', 'rel"),
+])  # fmt: skip
+def test_rows_in_another_layout_are_named(tmp_path, row, said):
+    for split in ("train", "valid"):
+        write(tmp_path / f"{split}.txt", json.dumps(row) + "\n")
+    with refused(tmp_path / "train.txt", 1, re.escape(said)):
+        data.load_dataset(str(tmp_path))
+
+
+def test_mnre_version_1_is_named_and_read_as_ones_own(tmp_path):
+    path = write(tmp_path / "mnre" / "train.txt", row(relation="none") + row(relation="/per/misc/creat"))
+    with refused(path, 1, "unknown label 'none', not of MNRE version 2; .* for version 1 .*--dataset path"):
+        read_mnre(path, RELATIONS)
+    assert [example.label for example in read_mnre(path, None)] == ["None", "/per/misc/creat"]
 
 
 def test_conversions_are_said_once_a_file(own):
@@ -749,9 +844,9 @@ def test_conversions_are_said_once_a_file(own):
     assert dataset.notes == ("test: BIOES labels read as BIO, 1 changed",)
 
 
-@pytest.mark.parametrize(
-    "line, columns", [("a b O", "3 columns, 'a', 'b', 'O'.* cut -d' ' -f1,3 "), ("a", "'a'$")]
-)
+@pytest.mark.parametrize("line, columns", [  # the first is a word with a space in a file of two columns
+    ("a b O", "3 columns, 'a', 'b', 'O'; keep one word and one label, a tab between them$"), ("a", "'a'$"),
+])  # fmt: skip
 def test_a_word_and_label_too_few_or_many(own, line, columns):
     folder = own("test", [("x", "O")])
     with open(Path(folder, "test.txt"), "a", encoding="utf-8") as file:

@@ -38,7 +38,7 @@ def make_records(task, seed=0, posts=40):
     pairs = zip(*make_labels(seed, posts), strict=True)
     if task == "relation":
         pairs = [(rng.choice(kinds), rng.choice(kinds)) for _ in range(posts)]
-    words = ("Messi", "\u00a0", "#", '{"', "½", "b c", "\u2028", "IMGID:7")
+    words = ("Messi", "\u00a0", "#", '{"', "½", "b c", "\u2028", "#IMGID:7")
     return [
         {"id": str(i), "words": rng.choices(words, k=len(y) if task == "ner" else 9), "gold": y,
          "predicted": predicted}
@@ -288,17 +288,26 @@ def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
 
 
 POST, ROW = '{"id": 1, "gold": ["O"], "predicted": ["O"]}', '{"id": 2, "gold": "None", "predicted": "None"}'
-NO_LABELS = ['"X-PER"', '"B"', '"B-"', '"o"', '""', '"O "', '"B-PER\\n"', '"PER"', "null", "1", "[]", "{}"]
+NO_LABELS = ['"X-PER"', '"B"', '"B-"', '"o"', '""', '"O "', '"B-PER\\n"', '"PER"']
 BAD = [
     *((f"{POST}\n\n{line}", 3, "not a JSON object")
-      for line in ("{'id': 2}", POST[:-1], "[1]", '"id"', "[" * 9999)),
+      for line in ("{'id': 2}", POST[:-1], "[1]", '"id"', '{"id":' * 200_000)),
     *((POST.replace(key, "other"), 1, f"'{key}'") for key in ("id", "gold", "predicted")),
     *((POST.replace('["O"]', other, 1), 1, "of one length") for other in ('["O", "O"]', '"O"', "null", "[]")),
     *((POST.replace('"O"', label, 1), 1, "is not O, B-TYPE or I-TYPE") for label in NO_LABELS),
     (ROW.replace('"None"', "1"), 1, "label 1 is not text"),
     (ROW.replace('"None"', "[]", 1), 1, "of one length"),
-    *((POST[:-1] + f', "{key}": {value}}}', 1, f"{key} must be a list as long as gold") for key, value in
-      (("words", '["a", "b"]'), ("probability", "0.5"), ("words", "null"))),
+    *((POST.replace('"O"', label, 1), 1, "is not text") for label in ("null", "1", "[]", "{}")),
+    *((POST.replace("1", post_id), 1, "the id is no") for post_id in ("null", "[1]", "true", "1.5")),
+    *((f'{line[:-1]}, "{key}": {value}}}', 1, f"{key} must be a") for line, key, values in (
+        (POST, "words", ('["a", "b"]', "null", "[1]", '"a"', "{}")), (ROW, "words", ('"a"', "[null]", "2")),
+        (POST, "probability", ("0.5", "[true]", '["1"]', "[NaN]", "[1.5]", "[-1e999]", "[0, 0]", "[[0.5]]")),
+        (ROW, "probability", ("[0.5]", '"0.5"', "2", "NaN")), (ROW, "relevance", ("[]", "-1", '"high"')),
+        (POST, "seen", ("null", "[0, 1]", "[[1]]", "[[0, 1, 2]]", "[[0.0, 1]]", "[[[], 1]]", "[[-1, 1]]")),
+        (ROW, "head", ('"Ann"', "null", "[1, 1]", "[2]", "[true, 2]")), (ROW, "tail", ("{}", "[0, []]")),
+    ) for value in values),
+    *((f'{ROW[:-1]}, "image_id": {value}}}', 1, "image_id must be text or null") for value in ("[]", "1.5")),
+    (ROW[:-1] + ', "words": ["a", "b"], "head": [0, 1], "tail": [1, 3]}', 1, "must be spans of its 2 words"),
     (POST.replace('"O"', '"B-\\ud800"', 1), 1, "surrogates not allowed"),
     (POST.replace("{", " { ", 1)[:-1], 1, "not a JSON"),
     (f"{POST}\n{POST}", 2, "post 1: this id stands twice"),
@@ -308,7 +317,10 @@ BAD = [
     ("a O O\nb O", 2, "expected 'word"), ("a O O\nb", 2, "expected 'word"), ("a O O 0.9", 1, "label '0.9'"),
     ("a O O\r\n\r\nb O B\r\n", 3, "label 'B'"), ("a\tX-PER\tO", 1, "label 'X-PER'"),
     ("a  O  o", 1, "label 'o'"),
-    *((text, None, "no predictions") for text in ("", "\ufeff\r\n \n", "IMGID:1\n\nIMGID:2\n")),
+    *((text, None, "no predictions") for text in ("", "\ufeff\r\n \n", POST.replace('"O"', ""))),
+    ("IMGID:1\n\nIMGID:2\n", 1, "post 1 has no words"),
+    ("[" * 200_000, 1, "expected 'word"),
+    ("a B-PER O\nb O O\n\nc S-PER O\n", 1, "'B-PER' before 'O' is not BIOES"),
     (b"a O O\n\xff O O\n", 2, "not UTF-8"), ("a O O".encode("utf-16"), 1, "not UTF-8"),
     (POST.encode() + b"\xe4", 1, "not UTF-8"),
 ]  # fmt: skip
@@ -323,6 +335,53 @@ def test_bad_predictions(text, line, said, tmp_path):
     assert caught.type is ValueError and said in str(caught.value)
     assert str(caught.value).startswith(f"{path}:{line}: " if line else f"{path}: ")
     assert [file.name for file in tmp_path.iterdir()] == ["theirs.txt"]
+
+
+@pytest.mark.parametrize("scheme", ["BIOES", "BIOLU", "BMOES", "BMOEW"])
+@pytest.mark.parametrize("line", ["{} {} {}", "{}\t{}\t{}", "7 {} {} {}", "JSON"])
+def test_predictions_are_read_as_training_files_are(scheme, line, tmp_path, capsys):
+    """What a model answers need not be whole: it counts as in the CoNLL evaluation script."""
+    first, middle, _, last, single = scheme
+    words = [["x", "Ann", "Bob"], ["New", "York", "City"]]
+    gold = [["O", f"{single}-PER", f"{single}-PER"], [f"{first}-LOC", f"{middle}-LOC", f"{last}-LOC"]]
+    answers = [["O", f"{single}-PER", "O"], [f"{first}-LOC", f"{last}-LOC", f"{last}-LOC"]]
+    records = [{"id": str(i), "words": words[i], "gold": gold[i], "predicted": answers[i]} for i in range(2)]
+    path = tmp_path / "theirs.txt"
+    write_json_lines(path, records)
+    if line != "JSON":
+        posts = [["-DOCSTART- O O", "", "IMGID:0\tO\tO"], ["IMGID:1"]]
+        for post, *columns in zip(posts, words, gold, answers, strict=True):
+            post += [line.format(*fields) for fields in zip(*columns, strict=True)]
+        path.write_text("\n\n".join(map("\n".join, posts)))
+    bio = [
+        {"gold": ["O", "B-PER", "B-PER"], "predicted": ["O", "B-PER", "O"]},
+        {"gold": ["B-LOC", "I-LOC", "I-LOC"], "predicted": ["B-LOC", "I-LOC", "B-LOC"]},
+    ]
+    assert read_predictions(path) == [record | labels for record, labels in zip(records, bio, strict=True)]
+    main(["--predictions", str(path)])
+    notes = [text for text in capsys.readouterr().out.splitlines() if text.startswith(f"{path}: ")]
+    name = {"BIOLU": "BILOU", "BMOES": "BMES", "BMOEW": "BMEWO"}.get(scheme, scheme)
+    count = sum(a != b for pair in zip(records, bio, strict=True) for key in bio[0]
+                for a, b in zip(*(side[key] for side in pair), strict=True))  # fmt: skip
+    wanted = ["1 -DOCSTART- lines left out"] if line != "JSON" else []
+    wanted += [f"{name} labels read as BIO, {count} changed"]
+    assert notes == [f"{path}: {note}" for note in wanted]
+
+
+@pytest.mark.parametrize("task, line, needed", [
+    ("ner", POST, ("image_id", "words")), ("relation", ROW, ("image_id", "words", "head", "tail")),
+])  # fmt: skip
+def test_what_a_report_shows_must_be_there(task, line, needed, tmp_path):
+    path, values = tmp_path / "p", {"image_id": None, "words": ["a"], "head": [0, 1], "tail": [0, 1]}
+    record = json.loads(line) | {key: values[key] for key in needed}
+    write_json_lines(path, [record])
+    assert read_predictions(path, task=task) == [record]
+    with pytest.raises(ValueError, match="p:1: post .: not a post of a run on "):
+        read_predictions(path, task="relation" if task == "ner" else "ner")
+    for key in needed:
+        write_json_lines(path, [{name: value for name, value in record.items() if name != key}])
+        with pytest.raises(ValueError, match=f"p:1: .*not a post of a run on {task}, which has .*{key}"):
+            read_predictions(path, task=task)
 
 
 @every_task
