@@ -281,25 +281,23 @@ def read_predictions(path, notes=None, task=None):
         raise ValueError(f"{path}: no predictions in it")
     if isinstance(records[0]["gold"], str):
         return records
-    gold, predicted = ([record[key] for record in records] for key in ("gold", "predicted"))
-    scheme, answered = label_scheme(gold), label_scheme(predicted)
-    check_scheme(path, list(zip(numbers, gold, strict=True)), scheme)
-    if answered in ("BIO", "IOB1"):  # a model's answers may look like either
-        answered = scheme
+    schemes = {key: label_scheme([record[key] for record in records]) for key in ("gold", "predicted")}
+    check_scheme(path, [(n, r["gold"]) for n, r in zip(numbers, records, strict=True)], schemes["gold"])
+    if schemes["gold"] != "BIO" or schemes["predicted"] == "IOB1":  # a model's answers may look like any
+        schemes["predicted"] = schemes["gold"]
     changed = 0
     for record in records:
-        for key, written in (("gold", scheme), ("predicted", answered)):
-            labels, record[key] = record[key], to_bio(record[key], written)
+        for key, scheme in schemes.items():
+            labels, record[key] = record[key], to_bio(record[key], scheme)
             changed += sum(a != b for a, b in zip(labels, record[key], strict=True))
-    notes += reading_notes(documents, answered if scheme == "BIO" else scheme, changed)
+    notes += reading_notes(documents, schemes["predicted"], changed)
     return records
 
 
 def json_records(path, lines, task):
     """As `conll_records`, of JSON lines; `task` as `read_predictions` has it."""
     records, numbers, ids = [], [], set()
-    needed = ("image_id", "words") if task else ()
-    needed += ("head", "tail") if task == "relation" else ()
+    needed = {None: (), "ner": ("image_id", "words"), "relation": ("image_id", "words", "head", "tail")}[task]
     for number, line in lines:
         if not line.strip():
             continue
@@ -319,11 +317,11 @@ def json_records(path, lines, task):
             raise ValueError(
                 f"{where}: gold and predicted must be two label lists of one length, or two labels"
             )
-        for label in [*gold, *predicted] if ner else [gold, predicted]:
-            if not isinstance(label, str):
-                raise ValueError(f"{where}: label {label!r:.60} is not text")
-            if ner:
-                check_label(label, None, where)
+        labels = [*gold, *predicted] if ner else [gold, predicted]
+        if not is_list(labels, is_text):
+            raise ValueError(f"{where}: a label is not text, but {labels!r:.60}")
+        for label in labels if ner else ():
+            check_label(label, None, where)
         if task and (ner != (task == "ner") or not record.keys() >= set(needed)):
             message = f"not a post of a run on {task}, which has {', '.join(needed)}; restore the file"
             raise ValueError(f"{where}: {message}")

@@ -356,7 +356,7 @@ def mutated(draw, valid):
 
 JSON = st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=3), st.lists, max_leaves=4)
 SIDE = st.just(["O"]) | st.just(["B-x"]) | st.text() | st.lists(st.sampled_from(["O", "B", "I-x"]))
-RECORDS = st.fixed_dictionaries({"id": JSON, "gold": SIDE, "predicted": SIDE})
+RECORDS = st.fixed_dictionaries({"id": st.integers() | st.text() | JSON, "gold": SIDE, "predicted": SIDE})
 OBJECTS = RECORDS | st.dictionaries(st.just("gold"), JSON)
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n")), min_size=1)
 CONLL = [

@@ -295,9 +295,9 @@ BAD = [
     *((POST.replace(key, "other"), 1, f"'{key}'") for key in ("id", "gold", "predicted")),
     *((POST.replace('["O"]', other, 1), 1, "of one length") for other in ('["O", "O"]', '"O"', "null", "[]")),
     *((POST.replace('"O"', label, 1), 1, "is not O, B-TYPE or I-TYPE") for label in NO_LABELS),
-    (ROW.replace('"None"', "1"), 1, "label 1 is not text"),
+    (ROW.replace('"None"', "1"), 1, "a label is not text, but [1, 1]"),
     (ROW.replace('"None"', "[]", 1), 1, "of one length"),
-    *((POST.replace('"O"', label, 1), 1, "is not text") for label in ("null", "1", "[]", "{}")),
+    *((POST.replace('"O"', label, 1), 1, "a label is not text") for label in ("null", "1", "[]", "{}")),
     *((POST.replace("1", post_id), 1, "the id is no") for post_id in ("null", "[1]", "true", "1.5")),
     *((f'{line[:-1]}, "{key}": {value}}}', 1, f"{key} must be a") for line, key, values in (
         (POST, "words", ('["a", "b"]', "null", "[1]", '"a"', "{}")), (ROW, "words", ('"a"', "[null]", "2")),
