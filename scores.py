@@ -320,7 +320,7 @@ def json_records(path, lines, task):
         labels = [*gold, *predicted] if ner else [gold, predicted]
         if not is_list(labels, is_text):
             raise ValueError(f"{where}: a label is not text, but {labels!r:.60}")
-        for label in labels if ner else ():
+        for label in dict.fromkeys(labels) if ner else ():
             check_label(label, None, where)
         if task and (ner != (task == "ner") or not record.keys() >= set(needed)):
             message = f"not a post of a run on {task}, which has {', '.join(needed)}; restore the file"
