@@ -2,13 +2,14 @@
 
     python benchmarks/faults.py --kills 50    # some 40 minutes on 2 cores; writes benchmarks/FAULTS.md
 
-Every trial kills a command (SIGKILL, its children with it) at a moment drawn by a seeded generator, looks at
-what stands on disk, and starts the same command again: up to four times killed, then left alone. What it ends
-in must be, byte for byte, what an uninterrupted run made. Data, models and photos are those of demo.py, in a
-temporary folder. Needs requirements-dev.txt.
+Every trial ends a command (SIGKILL, SIGTERM or SIGHUP, its children with it) at a moment drawn by a seeded
+generator, looks at what stands on disk, and starts the same command again: up to four times killed, then left
+alone. What it ends in must be, byte for byte, what an uninterrupted run made. Data, models and photos are
+those of demo.py, in a temporary folder. Needs requirements-dev.txt.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,12 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
+import evaluate  # noqa: E402
+import extract_features  # noqa: E402
+import predict  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+import write_notes  # noqa: E402
 from commands import command_line  # noqa: E402
 from data import DATASETS, load_dataset, read_mnre, read_ner  # noqa: E402
 from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
@@ -59,6 +67,7 @@ COMMANDS = {  # name: script and arguments, in a folder that has data/
         "benchmarks/tables.py", "--only", "demo/none", "demo/film", "--seeds", "1", "--no-controls",
     ],
 }  # fmt: skip
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 MADE = {  # name: what the command makes
     "extract_features.py": (FEATURES,),
     "train.py": tuple(f"{RUN}/{name}" for name in (
@@ -124,10 +133,16 @@ def check(folder, whole, name):
         assert (whole / "answers.jsonl").read_bytes().startswith(lines), "other answers"
 
 
+def written(folder):
+    """Bytes of all files in a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
 def kill_again_and_again(name, place, kills, seed=0):
     """Kill a command `kills` times.
 
-    Returns a dict: kills, working (kills after it had begun to write), chains, seconds.
+    Returns a dict: kills, working (kills after it had written a byte), chains (of at least one kill),
+    seconds.
     """
     rng, whole, arguments = random.Random(f"{name}/{seed}"), place / f"{name}-whole", COMMANDS[name]
     shutil.copytree(place / "given", whole, symlinks=True)
@@ -138,20 +153,20 @@ def kill_again_and_again(name, place, kills, seed=0):
         folder = place / f"{name}-killed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(place / "given", folder, symlinks=True)
-        before = sum(1 for _ in folder.rglob("*"))
+        before, killed = written(folder), made["kills"]
         for _ in range(min(4, kills - made["kills"])):
             process = start(folder, arguments)
             try:
                 process.communicate(timeout=rng.uniform(0, lasts))
                 break  # it was done before its end was due
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, rng.choice(SIGNALS))
                 process.communicate()
             made["kills"] += 1
-            made["working"] += sum(1 for _ in folder.rglob("*")) > before
+            made["working"] += written(folder) > before
             check(folder, whole, name)
         finish(folder, arguments)
-        made["chains"] += 1
+        made["chains"] += made["kills"] > killed
         assert digests(folder, name) == expected, f"{name}: ended otherwise than an uninterrupted run"
     return made
 
@@ -186,6 +201,92 @@ def watch(folder, arguments):
     if process.wait():
         raise RuntimeError(f"{arguments[0]}: {process.stderr.read().decode()[-500:]}")
     return seen
+
+
+# ------------------------------------------------------------------------------------------- wrong outputs
+
+# What lies in the place of an output: none of it is a file that the command wrote.
+TARGETS = ("device", "link", "dangling link", "pipe", "folder", "empty file", "text", "configuration of a run",
+           "model of a hub", "repository")  # fmt: skip
+
+
+def make_target(kind, path, given):
+    """Put something of somebody's own at `path`, and beside it what a link points at."""
+    path.parent.mkdir(parents=True)
+    (path.parent / "mine").write_text("mine")
+    if kind == "device":
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    elif kind == "link":
+        path.symlink_to("mine")
+    elif kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("empty file", "text"):
+        path.write_text("" if kind == "empty file" else "mine")
+    elif kind == "configuration of a run":
+        shutil.copy(given / "finished" / "run" / "config.json", path)
+    elif kind == "model of a hub":
+        shutil.copytree(given / "data" / "demo" / "encoder", path)
+    else:
+        path.mkdir()
+        (path / ("chapter.tex" if kind == "folder" else "HEAD")).write_text("mine")
+
+
+def look(folder):
+    """{path: (kind and mode, number, device, bytes or where a link points)} of all in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        content = os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        found[path] = about.st_mode, about.st_ino, about.st_rdev, content
+    return found
+
+
+def outputs(given):
+    """{command with its option: (its `main`, its arguments, what it is to write)}; `{}` is the target's folder."""
+    data, run = given / "data", given / "finished" / "run"
+    dataset = ["--dataset", "demo", "--data-dir", data]
+    return {
+        "train.py --overwrite --run-dir": (train.main, [
+            *TRAIN, "--data-dir", data, "--cache-dir", given / "features", "--overwrite", "--run-dir", "{}/out",
+            "--text-encoder", data / "demo" / "encoder",
+        ], "out"),
+        "extract_features.py --overwrite": (extract_features.main, [
+            *dataset, "--weights", "random", "--img-size", "32", "--views", "1", "--overwrite", "--cache-dir",
+            "{}",
+        ], "demo-resnet50-32.h5"),
+        "evaluate.py --predictions": (evaluate.main, ["--predictions", "{}/out"], "out.metrics.json"),
+        "report.py --output": (report.main, ["--run", run, "--data-dir", data, "--output", "{}/out"], "out"),
+        "predict.py --output": (predict.main, [
+            "--run", run, "--input", given / "posts.jsonl", "--output", "{}/out",
+        ], "out"),
+        "write_notes.py --output": (write_notes.main, [
+            *dataset, "--endpoint", "http://127.0.0.1:9/v1", "--retries", "0", "--output", "{}/out",
+        ], "out"),
+        "demo.py --data-dir": (demo.main, ["--data-dir", "{}"], "demo/train.txt"),
+    }  # fmt: skip
+
+
+def try_outputs(given, place):
+    """[(command, what lay there, what was said)] of each command over each of `TARGETS`, all left as it was."""
+    rows = []
+    for command, (main, arguments, name) in outputs(given).items():
+        for i, kind in enumerate(TARGETS):
+            folder = place / f"{len(rows)}-{i}"
+            make_target(kind, folder / name, given)
+            if command == "evaluate.py --predictions":
+                (folder / "out").write_text("Ann B-PER B-PER\n")
+            before, console = look(folder), io.StringIO()
+            try:
+                with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
+                    main([str(argument).format(folder) for argument in arguments])
+                message = console.getvalue().strip().splitlines()[-1].strip()
+            except (ValueError, OSError) as error:
+                message = str(error)
+            assert look(folder) == before, (command, kind, message)
+            rows.append((command, kind, message.replace(f"{folder}/", "")))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------- odd files and texts
@@ -443,6 +544,8 @@ def main(argv=None):
     parser.add_argument("--posts", type=int, nargs=3, default=(120, 40, 40), help="of train, valid and test")
     parser.add_argument("--files", action=argparse.BooleanOptionalAction, default=True,
                         help="try odd files and texts")  # fmt: skip
+    parser.add_argument("--outputs", action=argparse.BooleanOptionalAction, default=True,
+                        help="try what lies in the place of an output")  # fmt: skip
     parser.add_argument("--fuzz", type=int, default=20_000, help="generated files for each reader; 0 = none")
     parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True,
                         help="watch memory too")  # fmt: skip
@@ -461,8 +564,9 @@ def main(argv=None):
 
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        if args.kills or args.long:
-            prepare(place, tuple(args.posts), finished=args.long or "predict.py" in args.commands)
+        if args.kills or args.long or args.outputs:
+            finished = args.long or args.outputs or "predict.py" in args.commands
+            prepare(place, tuple(args.posts), finished)
         if args.kills:
             header = ("command", "lasts, s", "killed", "of these after it had begun to write")
             table(KILLS, *header, "ended byte for byte the same")
@@ -471,6 +575,10 @@ def main(argv=None):
                 # An assertion stops at a chain that did not.
                 chains = f"{made['chains']} of {made['chains']} chains"
                 row(f"`{name}`", f"{made['seconds']:.1f}", made["kills"], made["working"], chains)
+        if args.outputs:
+            table(OUTPUTS, "command", "what lies there", "what is said")
+            for command, kind, message in try_outputs(place / "given", place / "outputs"):
+                row(f"`{command}`", kind, message)
         if args.files:
             rows, peak = try_files(place)
             table(FILES.format(peak), "file", "became", "reason recorded", "same features as its clean copy")
@@ -514,9 +622,14 @@ INTRO = """# Faults
 Written by `benchmarks/faults.py`, one thread, on the demo data and what it writes itself."""
 KILLS = """## Commands killed
 
-Each command is killed (SIGKILL) at seeded random moments of its life, up to four times in a row, and started
-again; after each kill everything on disk is read: what is marked done must hold the bytes of an uninterrupted
-run, what has a finished name must be finished."""
+Each command is ended (SIGKILL, SIGTERM or SIGHUP) at seeded random moments of its life, up to four times in a
+row, and started again; after each kill everything on disk is read: what is marked done must hold the bytes of
+an uninterrupted run, what has a finished name must be finished. A chain counts if it was killed at least
+once. A file gets its finished name when its bytes are on disk (`fsync`); no power was cut here to try it."""
+OUTPUTS = """## What --overwrite and --output leave alone
+
+Each command is told to write where something of somebody's own lies. All that lay there, and what a link
+points at, is compared afterwards, bytes and kind: nothing was touched."""
 FILES = """## Files tried
 
 What `extract_features.py` made of photo files of every odd kind, each named for what it is. The clean copy of
