@@ -37,7 +37,7 @@ def is_text(value):
 EXTRAS = {
     "none": (), "post": ("about_post",), "photo": ("about_photo",), "both": ("about_post", "about_photo"),
 }  # fmt: skip
-MOST_PIECES = 100_000  # texts whose sub-tokens are remembered: all of a data set's, some of a stream's
+MOST_KEPT = 2**25  # characters of texts whose sub-tokens are remembered: a data set's, some of a stream's
 OF_PHOTO = ("about_photo", "relevance", "phrases")
 # Per key of a note, beside its id: whether a value is one, and what it has to be.
 KEYS = {
@@ -60,7 +60,8 @@ def check_note(note, keys=tuple(KEYS)):
     for key, value in found.items():
         fits, wanted = KEYS[key]
         if not fits(value):
-            raise ValueError(f"{key} must be {wanted}, not {value!r:.60}; correct it or leave it out")
+            kind = {list: "a list", dict: "an object"}.get(type(value)) or f"{value!r:.60}"
+            raise ValueError(f"{key} must be {wanted}, not {kind}; correct it or leave it out")
     return found
 
 
@@ -81,7 +82,7 @@ def read_notes(path):
         if not isinstance(note, dict) or not is_text(note.get("id")):
             raise ValueError(f"{where}: not a JSON object with an id that is text")
         if note["id"] in notes:
-            raise ValueError(f"{where}: a second note for {note['id']}; keep one")
+            raise ValueError(f"{where}: a second note for {note['id']:.100}; keep one")
         try:
             notes[note["id"]] = check_note(note)
         except ValueError as error:
@@ -108,6 +109,9 @@ class Notes:
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
         read = tokenizer is not None and extra != "none"
         self.segments = Segments(tokenizer, extra, length) if read else None
+        for note in self.notes.values() if read else ():  # one character more tells that a text is cut
+            for key in EXTRAS["both"]:
+                note |= {key: note_text(note, key)[: self.segments.readable + 1]} if key in note else {}
         self.of_photo = {}
 
     def find(self, example, split):
@@ -220,10 +224,15 @@ def seen_with(note, of_photo):
 
 
 class Segments:
-    """Rows of `encode` with the texts of a note as a second segment; see `Notes`."""
+    """Rows of `encode` with the texts of a note as a second segment; see `Notes`.
+
+    `readable`: characters of a text that are looked at, many more than `length` sub-tokens of a language are.
+    """
 
     def __init__(self, tokenizer, extra, length):
-        self.tokenizer, self.keys, self.length, self.pieces = tokenizer, EXTRAS[extra], length, {}
+        self.tokenizer, self.keys, self.length = tokenizer, EXTRAS[extra], length
+        self.readable = 4096 + 64 * length
+        self.pieces, self.kept = {}, 0  # {text: its sub-tokens}, characters of these texts
         self.end = len(special_ends(tokenizer)[1])
         self.middle, self.suffix = pair_ends(tokenizer)
 
@@ -232,25 +241,32 @@ class Segments:
         """How many sub-tokens a row can grow by."""
         return len(self.middle) + self.length + len(self.suffix) - self.end
 
+    def split(self, text):
+        """The sub-tokens of a text, one more than `length` at most."""
+        ids = self.pieces.get(text)
+        if ids is None:
+            if self.kept + len(text) > MOST_KEPT:
+                self.pieces, self.kept = {}, 0
+            ids = self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+            ids = self.pieces[text] = ids[: self.length + 1]
+            self.kept += len(text)
+        return ids
+
     def __call__(self, row, note):
         """The row with a second segment; itself if the note has no text.
 
         `text_length`: how much of it is the post's; `note_cut`: whether the note was longer than `length`.
         """
-        ids = []
-        for said in filter(None, (note_text(note, key) for key in self.keys)):
-            if said not in self.pieces:
-                if len(self.pieces) == MOST_PIECES:
-                    self.pieces.clear()
-                made = self.tokenizer(said, add_special_tokens=False, truncation=False)
-                self.pieces[said] = made["input_ids"]
-            ids += (self.middle if ids else []) + self.pieces[said]
+        ids, texts = [], [text for key in self.keys if (text := note_text(note, key))]
+        for text in texts:
+            ids = ids + (self.middle if ids else []) + self.split(text[: self.readable])
         if not ids:
             return row
         post = row["input_ids"][: len(row["input_ids"]) - self.end]
         length = min(len(row["input_ids"]), len(post) + len(self.middle))
-        made = {"text_length": length, "note_cut": len(ids) > self.length}
-        return row | made | {"input_ids": post + self.middle + ids[: self.length] + self.suffix}
+        cut = len(ids) > self.length or any(len(text) > self.readable for text in texts)
+        input_ids = post + self.middle + ids[: self.length] + self.suffix
+        return row | {"text_length": length, "note_cut": cut, "input_ids": input_ids}
 
 
 def pair_ends(tokenizer):

@@ -5,12 +5,13 @@
     python write_notes.py --dataset twitter2017 --endpoint http://localhost:8000/v1 --model MODEL
 
 A note is a JSON line: `id` (`<split>/<id>` where several posts have it); of the keys asked for below those
-with a value of the right kind, or `raw`, the second answer, if neither of two was a JSON object with such a
+with a value of the right kind, or `raw`, the second answer, if neither of two held a JSON object with such a
 key; `with_photo`, whether a photo was in view; `model`; `prompt`, digits of the prompts; `check`, digits of
-the post and the settings. The same command goes on where it was stopped. A local model's batches are cut at
-fixed places, and one that lacks a line is answered whole, so that no note depends on where it was stopped;
-another --batch-size rounds otherwise, and may change a word. An endpoint is asked for the missing posts
-alone, with the key in the environment variable OPENAI_API_KEY where that is set.
+the post and the settings. Where the first posts all get no note, none is kept, and what was answered is said.
+The same command goes on where it was stopped. A local model's batches are cut at fixed places, and one that
+lacks a line is answered whole, so that no note depends on where it was stopped; another --batch-size rounds
+otherwise, and may change a word. An endpoint is asked for the missing posts alone, with the key in the
+environment variable OPENAI_API_KEY where that is set.
 """
 # ruff: noqa: E402 (the prompts stand first)
 
@@ -42,18 +43,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attention_maps import thumbnail
-from chat import Endpoint, Local
+from chat import Endpoint, Local, Refused, split_url
 from commands import bounded, command_line, dataset_name, default_device, first_line, lock, progress_bar
 from data import DATASETS, RelationExample, load_dataset, locate
-from files import bounded_lines
+from files import bounded_lines, check_output
 from notes import KEYS, OF_PHOTO
 from photos import find_photos, image_folders
 
 DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
 SIDE = 1024  # pixels of a photo's longer side, at most
 LINE = 2**27  # bytes of a note, at most
-
-
+FIRST = 8  # posts, of which one at least must get a note
+READ = 2**16  # characters of an answer that are looked at, and kept of one that is no note
 ASKED = ("about_post", *OF_PHOTO)
 
 # ------------------------------------------------------------------------------------------------------ posts
@@ -116,14 +117,52 @@ def look(post):
 # ------------------------------------------------------------------------------------------------------ notes
 
 
+# What opens and closes what a model thought. An answer may be cut before it closes, or begin after it opens.
+THOUGHT = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning)>", re.MULTILINE)
+THOUGHT_END = re.compile("</(?:think|thinking|thought|reasoning)>")
+# Of an object: strings in either quotes, braces, and what JSON lacks, a comma at an end and Python's names.
+TOKEN = re.compile(
+    r'''"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)|[{}]|,(?=\s*[]}])|\b(?:None|True|False)\b''',
+    re.DOTALL,
+)
+AS_JSON = {",": "", "None": "null", "True": "true", "False": "false"}
+
+
+def mend_object(text, start):
+    """(JSON of the object that begins at `start` as Python has them, its end); ("", 0) if it does not end."""
+    depth, parts, end = 0, [], start
+    for match in TOKEN.finditer(text, start):
+        token = match[0]
+        depth += (token == "{") - (token == "}")
+        if token[0] == "'":
+            inner = token[1:-1].replace("\\'", "'")
+            token = '"' + re.sub(r'(?<!\\)"', r'\"', inner) + '"'
+        parts += [text[end : match.start()], AS_JSON.get(token, token)]
+        end = match.end()
+        if depth == 0:
+            return "".join(parts), end
+    return "", 0
+
+
 def read_answer(answer, keys):
-    """The first complete JSON object in an answer that has one of the keys asked for, or None."""
-    for start in re.finditer("{", answer):
+    """The last JSON object in an answer that has one of the keys asked for, or None.
+
+    What was thought is no answer. Objects may have commas at their ends, single quotes, raw line breaks.
+    """
+    answer = THOUGHT.split(THOUGHT_END.split(answer)[-1])[0][-READ:]
+    decoder, last, end = json.JSONDecoder(strict=False), None, 0
+    for start in [match.start() for match in re.finditer("{", answer)][-1000:]:
+        if start < end:  # inside of one
+            continue
         with contextlib.suppress(ValueError, RecursionError):
-            found, _ = json.JSONDecoder().raw_decode(answer, start.start())
-            if found.keys() & set(keys):
-                return found
-    return None
+            try:
+                value, stop = decoder.raw_decode(answer, start)
+            except ValueError:
+                text, stop = mend_object(answer, start)
+                value = decoder.decode(text)
+            if value.keys() & set(keys):
+                last, end = value, stop
+    return last
 
 
 def make_notes(ask, posts):
@@ -142,7 +181,9 @@ def make_notes(ask, posts):
         answers[i], found[i] = answer, read_answer(answer, keys[i])
     made = []
     for i, (post, (photo, failing, why)) in enumerate(zip(posts, looks, strict=True)):
-        said, raw = found[i] or {}, {"raw": answers[i]} if found[i] is None else {}
+        said, raw = found[i] or {}, {"raw": answers[i][:READ]} if found[i] is None else {}
+        if KEYS["phrases"][0](names := said.get("about_post")):  # a list of text
+            said["about_post"] = "; ".join(names)
         kept = {key: said[key] for key in keys[i] if key in said and KEYS[key][0](said[key])}
         counted = [key if key in keys[i] else "other keys" for key in said if key not in kept]
         counted += ["photo"] * (photo is not None) + ["again"] * (i in again) + ["raw"] * bool(raw)
@@ -185,13 +226,20 @@ def resume(out, path, posts):
 
 
 @contextlib.contextmanager
-def kept_if_written(file, path):
-    """At the end, take the open `file` at `path` away if it is empty: it would be notes of nobody."""
-    try:
-        yield
-    finally:
-        if not os.fstat(file.fileno()).st_size:
-            path.unlink()
+def open_output(path):
+    """The file at `path`, open for this process alone; a new one is taken away if nothing was written to it.
+
+    ValueError for what is no regular file, a link too.
+    """
+    check_output(path, "--output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b") as file:
+        try:
+            yield file
+        finally:
+            if new and not os.fstat(file.fileno()).st_size:
+                path.unlink()
 
 
 def parse_args(argv):
@@ -214,8 +262,11 @@ def parse_args(argv):
     add("--retries", type=bounded(int, 0), default=5, help="of a request to the endpoint that failed")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.endpoint is not None and not re.fullmatch("https?://[!-~]+", args.endpoint):
-        parser.error(f"--endpoint {args.endpoint!r}: no address such as http://localhost:8000/v1")
+    if args.endpoint is not None:
+        try:
+            split_url(args.endpoint)
+        except ValueError as error:
+            parser.error(str(error))
     if args.images and not args.photos:
         parser.error("--images does not go with --no-photos")
     for name in ("workers", "retries") if args.endpoint is None else ("batch_size", "device"):
@@ -232,9 +283,8 @@ def main(argv=None):
         print(said)
     posts, (name, folder) = list_posts(dataset, args), locate(args.dataset, args.data_dir)
     output = args.output or Path(folder) / name / "notes.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
     counts, first = Counter(), {}
-    with os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out, kept_if_written(out, output):
+    with open_output(output) as out:
         before = done = resume(out, output, posts)
         if done == len(posts):
             print(f"{output}: it is finished, {done} posts have their notes", file=sys.stderr)
@@ -248,23 +298,36 @@ def main(argv=None):
             ask = Local(args.model, args.photos, args.max_new_tokens, args.device)
             made = (make_notes(ask, batch) for batch in batches)
         bar = progress_bar(len(posts), "post", initial=done)
+        lines, usable = [], before > 0  # lines that wait for the first note that can be used
         with contextlib.closing(made), bar as progress:
             try:
                 for batch in made:
-                    lines = []
                     for note, counted, reasons in batch[done % size :]:
                         # Half a surrogate pair, in a raw answer, becomes the escape that JSON has for it.
                         line = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
                         lines.append(line + b"\n")
+                        usable = usable or not note.keys().isdisjoint(ASKED)
                         counts.update(counted)
                         first = reasons | first
-                    out.write(b"".join(lines))
-                    out.flush()
-                    done += len(lines)
-                    progress.update(len(lines))
+                    if usable:
+                        out.write(b"".join(lines))
+                        out.flush()
+                        done += len(lines)
+                        progress.update(len(lines))
+                        lines = []
+                    elif len(lines) >= FIRST:
+                        break
             except ValueError as error:
-                said = "what was written stays, and the same command goes on"
-                raise ValueError(f"post {posts[done].id}: {error}; {said}") from None
+                goes_on = "" if isinstance(error, Refused) else ", and the same command goes on"
+                where = f"post {posts[done + len(lines)].id}"
+                raise ValueError(f"{where}: {error}; what was written stays{goes_on}") from None
+        if not usable:
+            answer = " ".join(note.get("raw", "values of other kinds").split()) or ask.instead or "no text"
+            raise ValueError(
+                f"no note of the first {len(lines)} posts can be used, so none is kept; the last answer:"
+                f" {answer[:300]}; name another --model, --no-photos if it takes none, or a larger"
+                " --max-new-tokens if it thinks first"
+            )
     left = ", ".join(f"{counts[key]} {key}" for key in (*ASKED, "other keys") if counts[key])
     said = f"{output}: {done - before} posts" + f" after {before} before" * bool(before)
     said += f", {counts['photo']} with photo; {counts['again']} answers were no JSON and asked again,"
