@@ -151,7 +151,7 @@ def read_answer(answer, keys):
     """
     answer = THOUGHT.split(THOUGHT_END.split(answer)[-1])[0][-READ:]
     decoder, last, end = json.JSONDecoder(strict=False), None, 0
-    for start in [match.start() for match in re.finditer("{", answer)][-1000:]:
+    for start in [match.start() for match in re.finditer("{", answer)][-300:]:
         if start < end:  # inside of one
             continue
         with contextlib.suppress(ValueError, RecursionError):

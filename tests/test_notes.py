@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import evaluate
+import notes as notes_module
 import predict
 import train
 from data import load_dataset
@@ -81,13 +82,19 @@ def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
         ({"id": "b", "phrases": "x"}, "phrases must be a list"),
         ({"id": "b", "phrases": ["x", 1]}, "phrases must be a list"),
         ({"id": "b", "with_photo": 1}, "with_photo must be true or false"),
+        ("[" * 200_000, "not JSON"), ('{"id": "b", "phrases": ' + "[" * 200_000, "not JSON"),
+        ('{"id": "b", "about_post": %s}' % ("[" * 900 + "]" * 900), "about_post must be text, not a list"),
+        ({"id": "b", "about_post": {"x": "y" * 10**5}}, "about_post must be text, not an object"),
+        ('{"id": "b", "relevance": 1%s}' % ("0" * 5000), "not JSON"),
+        ({"id": "b" * 10**6}, "a second note for b{100}; keep one"), ("\\x00", "not JSON"),
     ],
 )  # fmt: skip
 def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, said):
-    path = write(tmp_path / "n.jsonl", [FULL, "", line])
+    path = write(tmp_path / "n.jsonl", [FULL, {"id": "b" * 10**6}, line])
     with pytest.raises(ValueError, match=said) as error:
         read_notes(path)
-    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+    message = str(error.value).removeprefix(f"{path}:3: ")
+    assert message != str(error.value) and len(message) < 200 and "\n" not in message
 
 
 def test_a_row_has_its_own_note_before_its_photos_and_its_splits_before_both(data_dir, encoder_dir, tmp_path):
@@ -170,6 +177,34 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
         made = cut["input_ids"]
         assert cut["note_cut"] and made == whole[: len(made) - len(suffix)] + suffix
         assert len(made) - len(row["input_ids"]) == segments.longest
+
+
+def test_of_a_long_text_no_more_is_kept_or_split_than_can_be_read(tokenizer, noted, tmp_path, monkeypatch):
+    """And what is read is what a tokenizer that was given all of it makes."""
+    dataset, _ = noted
+    (example, *_), long = dataset.examples["test"], "so good, " * 50_000
+    path = write(tmp_path / "n.jsonl", [{"id": example.id, "about_post": long, "about_photo": "x"}])
+    notes = Notes(path, tokenizer, "both", 12)
+    segments, lengths = notes.segments, []
+    split = type(tokenizer).__call__
+
+    def counting(tokenizer, text, **options):
+        lengths.append(len(text))
+        return split(tokenizer, text, **options)
+
+    rows, _ = encode(tokenizer, [example], dataset.labels, 128)
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    notes.attach(rows, [example], "test")
+    for row in (notes.shown(rows[0], example.image_id), segments(rows[0], {"about_post": long})):
+        start = len(row["input_ids"]) - 12 - len(segments.suffix)
+        whole = split(tokenizer, long[:999], add_special_tokens=False)["input_ids"]
+        assert row["note_cut"] and row["input_ids"][start:][:12] == whole[:12]
+    assert max(lengths) < 5000 and len(notes.notes[example.id]["about_post"]) < 5000
+    assert all(len(text) < 5000 and len(ids) < 14 for text, ids in segments.pieces.items())
+    monkeypatch.setattr(notes_module, "MOST_KEPT", 99)
+    for i in range(99):
+        assert segments(rows[0], {"about_post": f"so {i}"})["text_length"]
+        assert sum(map(len, segments.pieces)) < 99
 
 
 @pytest.mark.parametrize(

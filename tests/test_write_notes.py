@@ -2,11 +2,14 @@
 
 import base64
 import fcntl
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import signal
+import stat
 import threading
 import time
 from collections import Counter
@@ -149,7 +152,8 @@ def run(*flags):
 
 class Server:
     """An OpenAI-compatible server; `reply(number of the request from 0 on, its body)`: an answer's text, or
-    (status, headers, bytes), or None to hang up. Keeps `requests`: (path, headers, body)."""
+    (status, headers, bytes), a function that is given the handler, or None to hang up. Keeps `requests`:
+    (path, headers, body)."""
 
     def __init__(self, reply):
         self.requests, self.reply, mutex = [], reply, threading.Lock()
@@ -164,6 +168,8 @@ class Server:
                 said = owner.reply(number, body)
                 if said is None:
                     return self.connection.close()
+                if callable(said):
+                    return said(self)
                 if isinstance(said, str):
                     said = 200, {}, json.dumps({"choices": [{"message": {"content": said}}]}).encode()
                 status, headers, content = said
@@ -249,11 +255,11 @@ def test_the_prompt_asks_for_exactly_the_keys_and_for_no_label(data_dir):
 
 @given(st.text().filter(lambda text: "{" not in text), st.dictionaries(st.text(), st.integers()), st.text())
 @settings(deadline=None)
-def test_the_first_complete_object_is_taken_whatever_stands_around_it(before, more, after):
-    found = more | {"about_post": "x"}
-    plain = json.dumps(found)
-    for text in (plain, f"```json\n{json.dumps(found, indent=1)}\n```", f"{{so}} {plain}"):
-        assert read_answer(f"{before}{text}{after}", ["about_post"]) == found
+def test_the_last_complete_object_is_taken_whatever_stands_around_it(before, more, after):
+    wanted = more | {"about_post": "x"}
+    plain, after = json.dumps(wanted), after.replace("{", "").replace("<", "")
+    for text in (plain, f"```json\n{json.dumps(wanted, indent=1)}\n```", f'{{so}} {{"phrases": []}} {plain}'):
+        assert read_answer(f"{before}{text}{after}", ["about_post", "phrases"]) == wanted
 
 
 @pytest.mark.parametrize("answer, found", [
@@ -261,11 +267,30 @@ def test_the_first_complete_object_is_taken_whatever_stands_around_it(before, mo
     ("[" * 10**5, None), ('{"a":' * 2000, None), ('["about_post"]', None), ('{"kind": 1}', None),
     ('{"about_post": 1' + "0" * 5000 + "}", None),  # more digits than Python reads
     ('{"answer": {"about_post": "a"}}', {"about_post": "a"}),  # in a wrapper
-    ('{"about_post": "a"} {"about_post": "b"}', {"about_post": "a"}),
+    ('{"about_post": "a"} {"about_post": "b"}', {"about_post": "b"}),
+    ('{"about_post": "a"} so {"x": 1} {so}', {"about_post": "a"}),
+    ('{"about_post": "a", "why": {"about_post": "b"}}', {"about_post": "a", "why": {"about_post": "b"}}),
     ('{"x": 1} {"about_post": "b"}', {"about_post": "b"}), ('{"about_post": "a"}}}', {"about_post": "a"}),
+    ('<think>{"about_post": "a"}</think> {"about_post": "b"}', {"about_post": "b"}),
+    ('{"about_post": "a"}, no.</think>\n{"about_post": "b"}', {"about_post": "b"}),
+    ('<think>{"about_post": "a"}</think>', None), (' <think>So {"about_post": "a"} or', None),
+    ('{"about_post": "<think> (tag)"}', {"about_post": "<think> (tag)"}),
+    ('{"about_post": "a", "phrases": ["b,]",],}', {"about_post": "a", "phrases": ["b,]"]}),
+    ("It's {'about_post': 'O\\'Neil \"so\"', 'x': None, 'y': [True,]}",
+     {"about_post": "O'Neil \"so\"", "x": None, "y": [True]}),
+    ('{"about_post": "a\nb\tc"}', {"about_post": "a\nb\tc"}),
+    ("{'about_post': 'a\nb'}", {"about_post": "a\nb"}),
+    ("{'about_post': __import__('os').getpid()}", None), ("{'about_post'}", None),
 ])  # fmt: skip
 def test_what_counts_as_an_answer(answer, found):
     assert read_answer(answer, ["about_post", "phrases"]) == found
+
+
+@pytest.mark.parametrize("part", ['{"a":', "{'a':[", "{'\\\"", "{,", "\n<think>\n", "{\"a", ",  "])
+def test_no_answer_takes_long_to_read(part):
+    start = time.monotonic()
+    assert read_answer(part * 10**5 + "}" * 10**5, ["about_post"]) is None
+    assert time.monotonic() - start < 3
 
 
 VALUES = st.recursive(
@@ -295,6 +320,8 @@ def test_no_value_of_the_wrong_kind_is_written_and_each_is_counted(tmp_path_fact
             return isinstance(value, list) and all(right("about_post", text) for text in value)
         return isinstance(value, str) and "\ud83d" not in value
 
+    if right("phrases", said["about_post"]):
+        said["about_post"] = "; ".join(said["about_post"])
     kept = {key: said[key] for key in asked if right(key, said[key])}
     assert note == {"id": "1", **kept, "with_photo": seen, **stamp}
     left = Counter(key if key in asked else "other keys" for key in said if key not in kept)
@@ -432,6 +459,30 @@ def test_weights_are_bfloat16_on_cuda(chats, monkeypatch):
     assert asked == [torch.bfloat16, "cuda", torch.bfloat16, "cuda:1", torch.float32, "cpu"]
 
 
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_a_model_whose_template_knows_of_thinking_does_not_think(chats, tmp_path, kind):
+    shutil.copytree(chats / kind, tmp_path / kind)
+    more = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
+    (tmp_path / kind / "chat_template.jinja").write_text(TEMPLATE + more)
+    plain, ask = (Local(str(root / kind), False, 2, "cpu") for root in (chats, tmp_path))
+    assert ask.prompt(["hi"], None) == plain.prompt(["hi"], None) + "<think>\n\n</think>"
+
+
+def test_no_code_of_a_models_folder_is_run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "own", "auto_map": {"AutoConfig": "own.Own"},
+    }))  # fmt: skip
+    (tmp_path / "own.py").write_text(f"""open({str(tmp_path / "ran")!r}, "w")
+from transformers import PretrainedConfig
+class Own(PretrainedConfig):
+    model_type = "own"
+""")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Local(str(tmp_path), False, 4, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_models_that_cannot_be_used_are_one_line(chats, data_dir, tmp_path):
     shutil.copytree(chats / "vision", tmp_path / "untold")
     (tmp_path / "untold" / "chat_template.jinja").unlink()
@@ -449,24 +500,32 @@ def test_models_that_cannot_be_used_are_one_line(chats, data_dir, tmp_path):
         Local(str(chats / "text"), False, 4, "nowhere")
 
 
-def test_a_random_models_answers_are_kept_raw(chats, folder, capsys):
-    """The whole way: words and photos in, its nonsense out, asked for twice."""
+def test_a_random_models_answers_are_kept_raw(chats, folder, monkeypatch, capsys):
+    """The whole way: words and photos in, its nonsense out, asked for twice; one answer is good."""
+    answer = Local.__call__
+
+    def answer_one(ask, asked, photos):
+        pairs = zip(asked, answer(ask, asked, photos), strict=True)
+        return [json.dumps(GOOD) if "{so}" in texts[0] else nonsense for texts, nonsense in pairs]
+
+    monkeypatch.setattr(Local, "__call__", answer_one)
     output = run("--dataset", folder, "--model", chats / "vision", "--max-new-tokens", 5, "--batch-size", 2)
     assert output == folder / "notes.jsonl"
     notes = lines(output)
     assert [note["id"] for note in notes] == ["train/a", "b", "c", "a@13", "valid/a", "d"]
     assert [note["with_photo"] for note in notes] == [True, False, False, True, True, True]
-    assert all(note.keys() == {"id", "raw", "with_photo", "model", "prompt", "check"} for note in notes)
+    stamp = {"id", "with_photo", "model", "prompt", "check"}
+    assert [note.keys() - stamp for note in notes] == [GOOD.keys(), *[{"raw"}] * 5]
     assert {(note["model"], note["prompt"]) for note in notes} == {(str(chats / "vision"), DIGITS)}
     assert re.fullmatch("[0-9a-f]{16}", DIGITS)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"{output}: 6 posts, 4 with photo; 6 answers were no JSON and asked again, 6 kept raw; values left"
+        f"{output}: 6 posts, 4 with photo; 5 answers were no JSON and asked again, 5 kept raw; values left"
         " out: none; 1 photos missing (first: b: no such file); 1 photos unreadable (first: c: cannot"
         f" identify image file {str(folder / 'images' / 'c.jpg')!r})"
     )
     ask = Local(str(chats / "vision"), True, 5, "cpu")
     examples = [e for part in load_dataset(str(folder)).examples.values() for e in part]
-    for note, example in zip(notes, examples, strict=True):
+    for note, example in zip(notes[1:], examples[1:], strict=True):
         path = next(iter((folder / "images").glob(f"{example.image_id}.*"))) if note["with_photo"] else None
         photo = path and write_notes.thumbnail(path, 1024)
         prompt = fill_prompt(example, note["with_photo"]).replace("<|image_pad|>", "< |image_pad|>")
@@ -650,6 +709,133 @@ def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(
     assert f"{sum(refuses)} kept raw" in capsys.readouterr().err
 
 
+def say(content, **more):
+    """A reply whose message has such a content."""
+    return 200, {}, json.dumps({"choices": [{"message": {"content": content} | more}]}).encode()
+
+
+def test_a_server_is_asked_as_it_wants_from_its_first_refusals_on(serve, capsys):
+    def reply(number, body):
+        if "max_tokens" in body:
+            said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return 400, {}, json.dumps({"error": {"message": said}}).encode()
+        if "temperature" in body:
+            return 400, {}, b'{"error": {"message": "\'temperature\' does not support 0 with this model."}}'
+        return OK
+
+    server = serve(reply)
+    ask = asker(server)
+    assert ask([["hi"], ["so"]], [None, None]) == ["fine", "fine"] and ask.stopped == []
+    *_, third, fourth = (body for _, _, body in server.requests)
+    assert len(server.requests) == 4 and third["max_completion_tokens"] == 7
+    assert third.keys() == fourth.keys() == {"model", "messages", "max_completion_tokens"}
+    assert capsys.readouterr().err.count("takes no temperature") == 1
+    server = serve(lambda number, body: (400, {}, b"max_completion_tokens, and temperature: only 1"))
+    with pytest.raises(ValueError, match="400 Bad Request: max_completion_tokens, and"):
+        asker(server)([["hi"]], [None])  # and it does not ask for ever
+
+
+def test_of_a_content_of_parts_the_text_is_taken(serve):
+    parts = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "fi"}
+    server = serve(lambda number, body: say([*parts, {"type": "text", "text": "ne"}]))
+    assert asker(server)([["hi"]], [None]) == ["fine"]
+
+
+@pytest.mark.parametrize("reply, message, requests", [
+    ((200, {}, b'{"error": {"message": "no model m", "code": 404}}'), "text: no model m", 1),
+    ((200, {}, b'{"error": {"message": "try later", "code": 503}}'), "text: try later, tried 4 times", 4),
+    ((200, {}, b"<html><title>Web UI</title>"), "text: <html><title>Web UI</title>, tried 4 times", 4),
+    ((429, {}, b'{"error": {"message": "no money", "code": "insufficient_quota"}}'), "Requests: no money", 1),
+])  # fmt: skip
+def test_a_failure_is_said_in_the_servers_words(serve, reply, message, requests):
+    server = serve(lambda number, body: reply)
+    with pytest.raises(ValueError, match=f"{message}$") as caught:
+        asker(server)([["hi"]], [None])
+    assert len(server.requests) == requests
+    assert isinstance(caught.value, chat.Refused) == ("later" not in message)
+
+
+@pytest.mark.parametrize("reply, message", [
+    ((400, {}, b'{"message": "At most 0 image(s)"}'), "refused: 400 Bad Request: At most 0 image(s)"),
+    (say("<think>Let me see. " * 99), "<think>Let me see. <think>Let me see."),
+    (say(None, reasoning="so"), '{"choices": [{"message": {"content": null, "reasoning": "so"}}]}'),
+    (say('{"about_post": 3}'), "values of other kinds"),
+])  # fmt: skip
+def test_first_posts_that_all_get_no_note_end_it_and_none_is_kept(serve, data_dir, tmp_path, reply, message):
+    server = serve(lambda number, body: reply if "Post: " in asked_text(body, 0) else "{}")
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--endpoint", server.url, "--workers", 2]
+    for limit, count in ((40, 8), (3, 3)):
+        with pytest.raises(ValueError, match=f"no note of the first {count} posts can be used") as caught:
+            run(*flags, "--output", tmp_path / "n.jsonl", "--limit", limit)
+        assert f"; the last answer: {message}" in str(caught.value) and "goes on" not in str(caught.value)
+        assert not (tmp_path / "n.jsonl").exists() and len(server.requests) < 40
+
+
+def test_a_note_among_the_first_keeps_those_before_it(serve, data_dir, tmp_path):
+    post = load_dataset("demo", data_dir).examples["train"][6]
+    prompt = fill_prompt(post, False)
+    server = serve(lambda number, body: json.dumps(GOOD) if asked_text(body) == prompt else "{}")
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--endpoint", server.url, "--no-photos"]
+    notes = lines(run(*flags, "--output", tmp_path / "n.jsonl", "--limit", 9))
+    assert ["raw" in note for note in notes] == [True] * 6 + [False] + [True] * 2
+
+
+TRICKLED = {
+    "status": b"HTTP/1.1 200 OK and so on, for ever, and never to its end",
+    "headers": b"HTTP/1.0 200 OK\r\nSo: on, for ever, and never to its end",
+    "body": b"HTTP/1.0 200 OK\r\n\r\nand so on, for ever, and never to its end",
+    "continue": b"HTTP/1.1 100 Continue\r\n\r\n" * 9,
+}
+
+
+@pytest.mark.parametrize("part", TRICKLED)
+def test_an_answer_that_never_ends_is_given_up(serve, part):
+    def trickle(handler):
+        head, tail = TRICKLED[part][:20], TRICKLED[part][20:]
+        handler.wfile.write(head)
+        for _ in range(40):
+            for byte in tail:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+
+    ask, start = asker(serve(lambda number, body: trickle), 0, 0.3), time.monotonic()
+    with pytest.raises(ValueError, match="timed out"):
+        ask([["hi"]], [None])
+    assert time.monotonic() - start < 2
+
+
+def test_no_more_than_8_mb_of_an_answer_are_read(serve):
+    sent = []
+
+    def flood(handler):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        for _ in range(64):
+            sent.append(handler.wfile.write(b" " * 2**20))
+
+    with pytest.raises(ValueError, match="an answer of over 8,388,608 bytes"):
+        asker(serve(lambda number, body: flood), 0)([["hi"]], [None])
+    assert sum(sent) < 2**25
+
+
+def test_an_interrupt_waits_for_no_answer(serve, data_dir, tmp_path):
+    release, before = threading.Event(), set(threading.enumerate())
+
+    def reply(number, body):
+        if number == 7:  # all eight wait
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return "late" if release.wait(9) else "never"
+
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--endpoint", serve(reply).url, "--no-photos"]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--output", tmp_path / "n.jsonl")
+    assert time.monotonic() - start < 5 and not (tmp_path / "n.jsonl").exists()
+    # Python waits at its end for threads that are no daemons.
+    workers = [thread for thread in set(threading.enumerate()) - before if "work_on" in thread.name]
+    assert len(workers) == 8 and all(thread.daemon for thread in workers)
+    release.set()
+
+
 def test_an_answer_without_content_is_an_empty_one(serve):
     empty = 200, {}, b'{"choices": [{"message": {"content": null}}]}'
     server = serve(lambda number, body: empty)
@@ -678,6 +864,86 @@ def test_the_key_is_sent_and_never_seen(serve, folder, monkeypatch, capsys):
         with pytest.raises(ValueError, match="OPENAI_API_KEY: holds a character") as caught:
             Endpoint(server.url, "m", 1, 1)
         assert "cret" not in str(caught.value)
+
+
+KEY = "sk-/se+cret\"12345"
+
+
+def echo(part, where):
+    """A reply that repeats `part` of a request's headers."""
+    said = f"{'x' * 280} {part}"
+    return {
+        "words": (400, {}, json.dumps({"message": said}).encode()), "body": (400, {}, said.encode()),
+        "escaped": (403, {}, json.dumps({"message": said}).replace("/", "\\/").encode()),
+        "quoted": (400, {}, json.dumps({"headers": part}).encode()),
+        "content": say(f"{{'about_post': '{part}'}}"),
+        "status": lambda handler: handler.wfile.write(f"HTTP/1.0 500 {part}\r\n\r\n".encode()),
+        "line": lambda handler: handler.wfile.write(f"{part}\r\n\r\n".encode()),
+    }[where]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["words", "body", "escaped", "quoted", "content", "status", "line"])
+def test_the_key_that_a_server_repeats_is_in_no_message_and_no_note(
+    serve, data_dir, tmp_path, monkeypatch, capsys, where
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    posts = load_dataset("demo", data_dir).examples["train"]
+
+    def reply(number, body):
+        if fill_prompt(posts[1], False) in asked_text(body, 0):
+            return echo(server.requests[number][1]["Authorization"].removeprefix("Bearer "), where)
+        return json.dumps(GOOD)
+
+    server = serve(reply)
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--endpoint", server.url, "--no-photos"]
+    try:
+        run(*flags, "--retries", 0, "--output", tmp_path / "n.jsonl", "--limit", 3)
+    except ValueError as error:
+        assert "<key>" in str(error) or where == "line"
+        assert "cret" not in str(error) and "sk-" not in str(error)
+    else:
+        assert "<ke" in (tmp_path / "n.jsonl").read_text()
+    assert not re.search("cret|sk-", "".join(capsys.readouterr()) + (tmp_path / "n.jsonl").read_text())
+
+
+def test_a_word_in_place_of_a_key_is_left_where_it_stands(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    assert asker(serve(lambda number, body: "EMPTY"))([["hi"]], [None]) == ["EMPTY"]
+
+
+def test_secrets_of_addresses_are_not_printed(serve, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        write_notes.parse_args(["--endpoint", "http://user:sk-secret@127.0.0.1/v1"])
+    server = serve(lambda number, body: (401, {}, server.requests[-1][0].encode()))
+    with pytest.raises(ValueError, match="/v1/chat/completions: 401 .*[?]v=1&api-key=<key>$"):
+        Endpoint(f"{server.url}?v=1&api-key=sk-secret", "m", 1, 0)([["hi"]], [None])
+    assert server.requests[0][0] == "/v1/chat/completions?v=1&api-key=sk-secret"
+    for proxy in ("http://user:sk-secret@127.0.0.1:9", "user:sk-secret@127.0.0.1:9"):
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "")
+        with pytest.raises(ValueError, match=" through the proxy 127.0.0.1:9: .*refused") as caught:
+            Endpoint(server.url, "m", 1, 0)([["hi"]], [None])
+        assert "secret" not in str(caught.value)
+    assert "secret" not in "".join(capsys.readouterr())
+
+
+def test_plain_http_to_another_host_is_warned_of(monkeypatch, capsys):
+    for url in ("http://localhost:1/v1", "http://127.0.0.2", "http://[::1]:1", "https://192.0.2.1/v1"):
+        Endpoint(url, "m", 1, 0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    Endpoint("http://192.0.2.1:1/v1", "m", 1, 0)
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: anybody on the way to http://192.0.2.1:1 can read the posts and the key")
+    assert said.count("\n") == 1
+
+
+def test_what_a_photos_maker_wrote_into_it_is_not_sent(serve, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg", comment=b"my address")
+    server = serve(lambda number, body: "fine")
+    asker(server)([["hi"]], [write_notes.thumbnail(tmp_path / "a.jpg", 1024)])
+    sent = server.requests[0][2]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+    assert b"my address" in (tmp_path / "a.jpg").read_bytes() and b"my address" not in base64.b64decode(sent)
 
 
 def test_several_workers_keep_the_order_and_stay_near(serve, data_dir, tmp_path):
@@ -744,13 +1010,13 @@ def test_a_failure_keeps_what_was_written_and_others_do_not_wait(serve, data_dir
     assert time.monotonic() - start < 5
     assert str(caught.value) == (
         f"post {examples[6].id}: {server.url}/chat/completions: 403 Forbidden: too long; what was written"
-        " stays, and the same command goes on"
+        " stays"
     )
     assert [note["id"] for note in lines(tmp_path / "n.jsonl")] == [e.id for e in examples[:6]]
     broken[0] = False
-    asked = len(server.requests)
+    server = serve(reply)  # the other one's last requests may still come in
     run(*flags, "--endpoint", server.url, "--workers", 3)
-    assert len(server.requests) - asked == 34  # no note is made twice
+    assert len(server.requests) == 34  # no note is made twice
     assert [note["id"] for note in lines(tmp_path / "n.jsonl")] == [e.id for e in examples]
 
 
@@ -764,14 +1030,18 @@ def cuts(whole):
     return [0, 1, 8, ends[0], ends[0] + 3, ends[1] - 1, ends[3], ends[-2], ends[-1] - 1, *anywhere]
 
 
-def test_wherever_it_was_stopped_a_local_model_goes_on(local, data_dir, tmp_path, monkeypatch, capsys):
-    ask, loads = local("vision", 3), []
+def test_wherever_it_was_stopped_a_local_model_goes_on(data_dir, tmp_path, monkeypatch, capsys):
+    """An answer of this model depends on all that it is asked about together."""
+    loads = []
     monkeypatch.setattr(write_notes, "Local", lambda *_: loads.append(1) or counting)
     asked = []
 
+    first = fill_prompt(load_dataset("demo", data_dir).examples["train"][0], True)
+
     def counting(texts, photos):
         asked.extend(text[0] for text in texts)
-        return ask(texts, photos)
+        nonsense = hashlib.sha256(repr(texts).encode()).hexdigest()
+        return [json.dumps(GOOD) if text[0] == first else f"{nonsense} {i}" for i, text in enumerate(texts)]
 
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--max-new-tokens", 3, "--batch-size", 3]
     flags += ["--limit", 8]
@@ -783,7 +1053,8 @@ def test_wherever_it_was_stopped_a_local_model_goes_on(local, data_dir, tmp_path
         run(*flags, "--output", out)
         assert out.read_bytes() == whole, size
         done = whole[:size].count(b"\n")
-        assert len(asked) == 2 * (8 - done // 3 * 3)  # whole batches, each asked twice, none that was done
+        # Whole batches, none that was done, each post twice but the first.
+        assert len(asked) == 2 * (8 - done // 3 * 3) - (done < 3)
     loads.clear()
     capsys.readouterr()
     run(*flags, "--output", out)
@@ -839,6 +1110,28 @@ def test_a_file_of_anything_else_is_left_alone(serve, data_dir, tmp_path, monkey
     with pytest.raises(ValueError, match=f":1: not what this .* there .prompt {DIGITS}, here 0000"):
         run(*demo)
     assert len(server.requests) == asked
+
+
+@pytest.mark.parametrize("kind", ["device", "folder", "pipe", "link", "dangling", "empty"])
+def test_an_output_that_is_not_its_own_is_left_as_it_is(data_dir, tmp_path, kind):
+    out, target = tmp_path / "out.jsonl", tmp_path / "target"
+    target.write_bytes(b"" if kind == "empty" else b"mine")
+    make = {
+        "device": lambda: os.mknod(out, stat.S_IFCHR | 0o666, os.makedev(1, 3)), "folder": out.mkdir,
+        "pipe": lambda: os.mkfifo(out), "link": lambda: out.symlink_to(target), "empty": out.touch,
+        "dangling": lambda: out.symlink_to(tmp_path / "nothing"),
+    }  # fmt: skip
+    try:
+        make[kind]()
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    before = out.lstat()
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--retries", 0, "--output", out]
+    with pytest.raises(ValueError, match="refused" if kind == "empty" else "out.jsonl: is .*--output"):
+        run(*flags, "--endpoint", "http://127.0.0.1:9/v1")
+    after = out.lstat()
+    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "target"]
 
 
 def test_one_process_an_output(data_dir, tmp_path):
@@ -899,6 +1192,7 @@ def test_photos_that_are_not_there(serve, folder, tmp_path, capsys):
     (["--endpoint", "http://a", "--batch-size", "3"], "--batch-size is for a local model only"),
     (["--endpoint", "http://a", "--device", "cuda:7"], "--device is for a local model only"),
     (["--endpoint", "localhost:8000"], "--endpoint 'localhost:8000': no address such as http"),
+    (["--endpoint", "http://a:b/v1"], "no address"), (["--endpoint", "http://u:p@a"], "--endpoint: no add"),
     (["--endpoint", "file:///etc/hosts"], "no address such as"), (["--endpoint", "http://a b"], "no address"),
     (["--images", "x", "--no-photos"], "--images does not go with --no-photos"),
     (["--max-new-tokens", "0"], "0 is not from 1"), (["--limit", "0"], "0 is not from 1"),
