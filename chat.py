@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from urllib.error import HTTPError
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import torch
 import transformers
@@ -208,7 +208,7 @@ class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
     The key is that in the environment variable OPENAI_API_KEY, if it is set; it is taken out of all that the
-    server says. `Refused` at once for what the server refuses (4xx but for 408 and 429, an empty account),
+    server says. What it refuses of `settings` it is asked without, from then on. `Refused` at once for what the server refuses (4xx but for 408 and 429, an empty account),
     ValueError for any other failure once `retries` more requests failed too. A chat that it refuses for what
     stands in it (400, 413, 422: a filter, a length), while it answers another, is answered "refused: " and
     what it says; an answer without content (null: a refusal too) is "". `instead`: what came in its place.
@@ -229,7 +229,7 @@ class Endpoint:
         proxy = urllib.request.getproxies().get(parts.scheme)
         if proxy and not urllib.request.proxy_bypass(parts.netloc):
             user, _, host = re.sub(r"^\w+://", "", proxy).rpartition("@")
-            secrets += [user, user.partition(":")[2]]
+            secrets += [user, user.partition(":")[2], base64.b64encode(unquote(user).encode()).decode()]
             self.place += f" through the proxy {host}"
         secrets = {spelling for secret in secrets for spelling in spellings(secret)}
         self.secrets = sorted(secrets, key=len, reverse=True)  # one may stand in another
