@@ -208,10 +208,11 @@ class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
     The key is that in the environment variable OPENAI_API_KEY, if it is set; it is taken out of all that the
-    server says. What it refuses of `settings` it is asked without, from then on. `Refused` at once for what the server refuses (4xx but for 408 and 429, an empty account),
-    ValueError for any other failure once `retries` more requests failed too. A chat that it refuses for what
-    stands in it (400, 413, 422: a filter, a length), while it answers another, is answered "refused: " and
-    what it says; an answer without content (null: a refusal too) is "". `instead`: what came in its place.
+    server says. What it refuses of `settings` it is asked without, from then on. `Refused` at once for what the
+    server refuses (4xx but for 408 and 429, an empty account), ValueError for any other failure once `retries`
+    more requests failed too. A chat that it refuses for what stands in it (400, 413, 422: a filter, a length),
+    while it answers another, is answered "refused: " and what it says; an answer without content (null: a
+    refusal too) is "". `instead`: what came in its place.
     """
 
     def __init__(self, url, model, most, retries, timeout=TIMEOUT):

@@ -1011,7 +1011,7 @@ def test_what_does_not_go_together_is_one_line(flags, said, capsys):
 def test_run_folders_tell_relevance_and_prefix():
     names = {
         ("--relevance", "predicted"): "film-relevance-predicted",
-        ("--fusion", "prefix", "--heads", "4"): "prefix",
+        ("--fusion", "prefix", "--heads", "4"): "prefix-heads4",
         ("--relevance", "predicted", "--notes", "n"): "film-relevance-predicted-notes",
         ("--relevance", "given", "--notes", "n", "--relevance-loss", "1"): "film-relevance-given-loss1",
         ("--align", "supervised=.1", "--notes", "n", "--extra", "post"): "film-supervised0.1-extra-post",
