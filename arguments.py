@@ -127,7 +127,7 @@ def make_parser(description):
     add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
     add("--dropout", type=bounded(float, 0, 1), default=0.1)
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto: bfloat16 on GPUs that have it, from Ampere on")
+        help="auto: bfloat16 on NVIDIA's GPUs from Ampere on, float32 elsewhere, on Apple's mps too")
     add("--device", default=default_device())
 
     add = parser.add_argument_group("where things are").add_argument

@@ -4,9 +4,14 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import functools
+import io
 import math
 import os
+import re
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 
 import torch
@@ -18,6 +23,13 @@ try:
     import fcntl
 except ImportError:
     sys.exit("these scripts run on Linux and macOS; on Windows use them under WSL")
+
+PROJECT = Path(__file__).resolve().parent
+SMALL = 5_000_000  # parameters; below that a second thread gains nothing
+# What moves a terminal's cursor, types for its user or turns words around: control characters but tab and
+# newline, and those of bidirectional text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+OF_A_BAR = re.compile("\r|(\x1b\\[A)+$|")  # what tqdm begins with, or all of what it writes to go up a line
 
 
 def bounded(kind, low, high=math.inf):
@@ -52,6 +64,33 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def shown(text):
+    """A text whose `CONTROLS` are seen and not obeyed: as \\u001b, as JSON has them."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class Console:
+    """A standard stream on which no text of a stranger moves anything, and no character is one too many.
+
+    `stream`: of any kind, a notebook's or a logger's too, which may lack all but `write`; None for a closed
+    one. `bars`: whether tqdm writes there, too.
+    """
+
+    def __init__(self, stream, bars=False):
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")
+        self.stream, self.bars = stream, bars
+
+    def __getattr__(self, name):
+        return getattr(self.stream if hasattr(self.stream, name) else io.TextIOBase(), name)
+
+    def write(self, text):
+        start = OF_A_BAR.match(text).end() if self.bars else 0
+        safe, encoding = text[:start] + shown(text[start:]), self.encoding or "utf-8"
+        self.stream.write(safe.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+
 def progress_bar(total, unit, short=False, **more):
     """tqdm's bar: twice a second on a terminal, a line a minute elsewhere.
 
@@ -76,7 +115,7 @@ def check_device(name):
 
 
 def pick_precision(precision, device):
-    """`precision`; for auto the device's: bfloat16 on GPUs that compute in it, from capability 8.0 on."""
+    """`precision`; for auto bfloat16 on NVIDIA's GPUs from capability 8.0 on, float32 elsewhere."""
     if precision != "auto":
         return precision
     fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -94,6 +133,25 @@ def precision_on(device, config):
     There bfloat16 took 6 times as long on cores that do not compute in it.
     """
     return config["precision"] if torch.device(device).type == "cuda" else "float32"
+
+
+@functools.cache
+def all_threads():
+    """How many threads torch computes with, as long as `fit_threads` has changed nothing."""
+    return torch.get_num_threads()
+
+
+def fit_threads(model, frozen=0):
+    """Compute with one thread if a model is `SMALL`, else with all; returns how many. OMP_NUM_THREADS wins.
+
+    `frozen`: parameters of what computes beside it, a backbone that looks at photos.
+    """
+    threads = all_threads()
+    if frozen + sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        threads = 1
+    if "OMP_NUM_THREADS" not in os.environ and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 def keep_heap():
@@ -185,7 +243,35 @@ def alone_in(folder):
 
 def out_of_memory(error):
     """Whether an exception says that there was no memory, on a GPU or here."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
+
+
+def owner(line):
+    """Whose code a line of a traceback is: "ours", "library" or "user"."""
+    path = Path(line.filename).resolve()
+    if {"site-packages", "dist-packages"} & {*path.parts} or not path.is_file():  # <string>, for one
+        return "library"
+    if path.is_relative_to(sysconfig.get_path("stdlib")):
+        return "library"
+    return "ours" if path.is_relative_to(PROJECT) else "user"
+
+
+def in_users_layer(lines):
+    """The last line of a traceback that is in a user's own code which ours has called, or None."""
+    owners = [owner(line) for line in lines]
+    called = owners.index("ours") if "ours" in owners else len(lines)
+    return next((lines[i] for i in range(len(lines) - 1, called, -1) if owners[i] == "user"), None)
+
+
+def is_refusal(error, lines):
+    """Whether an error is for the user to mend: raised by ours as such, or what the system says of a file.
+
+    All else is a bug, here or in a user's own layer.
+    """
+    by_us = owner(lines[-1]) == "ours" and lines[-1].line.startswith("raise")
+    return by_us or isinstance(error, OSError) and not in_users_layer(lines)
 
 
 def command_line(main, lower="use another --device"):
@@ -193,24 +279,34 @@ def command_line(main, lower="use another --device"):
 
     `lower`: what helps when memory runs out.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal's encoding may lack a character of a post
-        stream.reconfigure(errors="backslashreplace")
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a closed stream: else a file of ours would stand in its place, and get what libraries print
+    os.close(fd)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr, bars=True)
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        lines = traceback.extract_tb(error.__traceback__)[1:]
         if os.environ.get("TRACEBACK"):  # to find a bug of ours behind such a line
             raise
-        # What the system says of a file, without its number and with the name in front.
-        of_file = getattr(error, "strerror", None) and error.filename
-        said = f"{error.filename}: {error.strerror}" if of_file else error
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {said}")
-    except (RuntimeError, MemoryError) as error:
-        if os.environ.get("TRACEBACK") or not out_of_memory(error):
+        if out_of_memory(error):
+            message = f"out of memory ({first_line(error)[:200]})"
+            if place := in_users_layer(lines):
+                message += f" at {place.filename}:{place.lineno}"
+            message += f"; {lower}"
+        elif not isinstance(error, RuntimeError) and is_refusal(error, lines):
+            # What the system says of a file, without its number and with the name in front.
+            of_file = getattr(error, "strerror", None) and error.filename
+            message = f"{error.filename}: {error.strerror}" if of_file else error
+        else:
             raise
-        said = (str(error).strip().splitlines() or ["no more is said"])[0]
-        sys.exit(f"{Path(sys.argv[0]).name}: error: out of memory ({said[:200]}); {lower}")
+        sys.exit(shown(f"{Path(sys.argv[0]).name}: error: {message}"))
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if not isinstance(sys.exception(), Exception):  # else its traceback is still to be printed there
+            sys.stdout, sys.stderr = streams

@@ -211,7 +211,9 @@ def collate(rows, pad_id):
 
 
 def to_device(batch, device):
-    """Copy a batch without making the host wait; regions are still float16 here, half the bytes to move."""
-    if torch.device(device).type == "cuda":  # from memory that is not pinned, the copy would wait
+    """Copy a batch, to CUDA without making the host wait; regions are still float16, half the bytes to move."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:  # from memory that is not pinned, the copy would wait
         batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    # Elsewhere it waits: on mps a source may be freed before it is read (pytorch's issue 139550).
+    return {key: value.to(device, non_blocking=cuda) for key, value in batch.items()}

@@ -8,6 +8,9 @@
     python evaluate.py --leak-check twitter2017 --notes notes.jsonl
 """
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import argparse
 import contextlib
 import glob
@@ -18,7 +21,8 @@ from pathlib import Path
 import torch
 
 from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from commands import autocast, bounded, check_device, command_line, dataset_name, default_device, precision_on
+from commands import autocast, bounded, check_device, command_line, dataset_name, default_device, fit_threads
+from commands import precision_on
 from commands import progress_bar
 from data import load_dataset, read_ner
 from encoding import length_batches, to_device
@@ -87,6 +91,7 @@ def image_check(run_dir, split, shuffles, device, **now):
     is no photo to show. `now`: where things lie, as `open_run` takes it.
     """
     model, config, dataset, posts = open_run(run_dir, split, device, **now)
+    fit_threads(model)
     known = mentions(dataset.examples["train"])
     ids = [example.image_id for example in posts.examples]
     swaps = [shuffled_photos(ids, posts.cache, seed, posts.notes) for seed in range(shuffles)]

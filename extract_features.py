@@ -13,6 +13,9 @@ row missing is computed whole, so that an interrupted run gives the same bytes a
 do several processes of as many threads that share the batches.
 """
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import argparse
 import contextlib
 import hashlib
@@ -27,7 +30,6 @@ import PIL
 import torch
 import torchvision
 import transformers
-from tqdm import tqdm
 
 from backbones import BACKBONES, Compiled, load_backbone, pick_engine
 from commands import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
@@ -131,8 +133,11 @@ def extract(backbone, writer, loader, batches, device, progress):
 
 def verify(cache):
     """Compare a finished file with its checksums; ValueError names damaged rows, which are then not done."""
-    rows = tqdm(range(len(cache.ids)), unit="row", mininterval=1)
-    damaged = [row for row in rows if not cache.whole(row)]
+    damaged = []
+    with progress_bar(len(cache.ids), "row") as bar:
+        for row in range(len(cache.ids)):
+            damaged += [] if cache.whole(row) else [row]
+            bar.update()
     if not damaged:
         print(f"{cache.path}: all {len(cache.ids)} rows are as they were written")
         return

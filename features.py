@@ -391,10 +391,9 @@ class FeatureCache:
                 values[~real] = 0
             return {"regions": torch.from_numpy(values)} | about
         device = self.resident.device
-        about = {key: value.to(device, non_blocking=True) for key, value in about.items()}  # a few kB
-        rows, views, real = (
-            torch.from_numpy(values).to(device, non_blocking=True) for values in (rows, views, real)
-        )
+        how = {"device": device, "non_blocking": device.type == "cuda"}  # on mps a source may be freed too early
+        about = {key: value.to(**how) for key, value in about.items()}  # a few kB
+        rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
         return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
 
     def read_generated(self, photos, views=None):

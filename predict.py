@@ -18,6 +18,9 @@ With --input also `line`, the post's in its file, counted from 1, and `check`, d
 run and post.
 """
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import argparse
 import hashlib
 import itertools
@@ -33,7 +36,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from commands import bounded, check_device, command_line, default_device, lock, precision_on, progress_bar
+from commands import bounded, check_device, command_line, default_device, fit_threads, lock, precision_on
+from commands import progress_bar
 from encoding import encode
 from evaluate import predict
 from files import bounded_lines
@@ -61,6 +65,7 @@ class Predictor:
     them; needed only if they were a local file. `precision`: "float32" or "bfloat16", by default the run's
     own on a GPU and float32 on a CPU. ValueError if the weights are not those the run's features were made
     with. A run with --generated answers without second pictures, as it answers a post that has none.
+    On cores that others use too, set GOMP_SPINCOUNT=1000 (KMP_BLOCKTIME=0 on macOS) before torch is imported.
     """
 
     def __init__(self, run_dir, device=None, weights=None, precision=None):
@@ -356,6 +361,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     predictor = Predictor(args.run, args.device, args.weights, args.precision)
+    fit_threads(predictor.model, predictor.backbone.parameters if predictor.backbone else 0)
     relations, looked_at = predictor.config["task"] == "relation", predictor.source
     read = predictor.keys
     uses = {"head": relations, "tail": relations, "image": looked_at == "image"}

@@ -6,6 +6,9 @@ The page works offline, from the file alone; its template is report.html. What c
 JSON that no markup can end, shown as text.
 """
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import argparse
 import base64
 import hashlib

@@ -10,6 +10,9 @@ goes on after a stop: it ends in the log, predictions and weights of a run that 
 digit on CPU.
 """
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import contextlib
 import math
 import platform
@@ -24,8 +27,8 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from arguments import parse_args
-from commands import autocast, command_line, gather, join_processes, keep_heap, pick_precision, progress_bar
-from commands import wait_for_all
+from commands import autocast, command_line, fit_threads, gather, join_processes, keep_heap, pick_precision
+from commands import progress_bar, wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
 from files import write_json, write_json_lines
@@ -79,7 +82,7 @@ def check_finite(first_bad, posts, batches, epoch, args):
 
 
 def tell_parameters(model, args):
-    """{part of the model: its parameters}, and on the console how many of them are trained."""
+    """{part of the model: its parameters; threads}, and on the console how many of them are trained."""
     found = {}
     for part, module in model.named_children():
         found[f"{part}_parameters"] = count = sum(parameter.numel() for parameter in module.parameters())
@@ -91,7 +94,9 @@ def tell_parameters(model, args):
         if frozen:
             print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first:"
                   f" {part}.{next(iter(frozen))})")  # fmt: skip
-    return found
+    threads = fit_threads(model)  # another number sums in another order: the last digits differ
+    print(f"in all     {sum(found.values()):,} parameters; CPU threads: {threads}")
+    return found | {"threads": threads}
 
 
 def draw(rng, count, posts, args):
@@ -128,7 +133,6 @@ def run(args, stack):
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
     config = vars(args) | facts | {
         "versions": versions | {"python": platform.python_version()},
-        "threads": torch.get_num_threads(),  # another number sums in another order: the last digits differ
         "processes": processes,
     }  # fmt: skip
     model = SYSTEMS[args.model].model(encoder, config).to(device)

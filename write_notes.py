@@ -31,6 +31,9 @@ ENTITIES = """It names "{head}" and "{tail}"; begin with these two.
 """
 AGAIN = "Answer with the JSON object alone."
 
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
 import argparse
 import contextlib
 import hashlib

@@ -10,9 +10,12 @@ through it.
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
+import torch  # noqa: E402
+
 from align import ALIGNMENTS, Alignment, masked_mean  # noqa: E402
 from arguments import PRESETS  # noqa: E402
 from commands import command_line  # noqa: E402

@@ -13,12 +13,15 @@ import pickle
 import sys
 from pathlib import Path
 
-import ray
-import ray.data
-import torch
-
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
+if __name__ == "__main__":
+    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+
+import ray  # noqa: E402
+import ray.data  # noqa: E402
+import torch  # noqa: E402
+
 from commands import bounded, command_line, lock  # noqa: E402
 from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows  # noqa: E402
 

@@ -3,17 +3,17 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no folder fails at once
+# Before torch is: models of this size gain nothing from more. Beside a busy neighbour two take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 
 import pytest
-import torch
 from PIL import Image
 
 import demo
 import extract_features
 
-torch.set_num_threads(1)
 # Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
 PARTS = {
     "bert-caption": ("caption", 64, "encoder", "encoder"),

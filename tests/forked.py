@@ -11,8 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 PROJECT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["predict", "report", "train", "torch._dynamo",
@@ -20,14 +18,13 @@ SERVER.set_forkserver_preload(["predict", "report", "train", "torch._dynamo",
 
 
 def be_script(begun, folder, command, outputs, env, limit):
-    """In the new process: run a script with its arguments as `python SCRIPT ARGUMENTS` does, one thread."""
+    """In the new process: run a script with its arguments as `python SCRIPT ARGUMENTS` does."""
     os.setsid()
     begun.set()
     for stream, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(folder)
     os.environ.update({name: str(value) for name, value in env.items()})
-    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -1,7 +1,6 @@
 """Two processes that share the work, against one that does it alone."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 
 
 def alone(script, *args):
-    """Run a script, one thread; returns what it printed."""
+    """Run a script; returns what it printed."""
     ended = run_script(PROJECT, script, *args)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -28,8 +27,8 @@ def shared(script, *args):
 def under_torchrun(script, *args):
     """The same by torchrun itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command, env = [*map(str, [*command, PROJECT / script, *args])], os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    command = [*map(str, [*command, PROJECT / script, *args])]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
