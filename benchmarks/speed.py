@@ -104,9 +104,10 @@ def peak_anonymous(command, folder):
     return peak
 
 
-def run(folder, *command):
-    """Run one of our scripts in a folder; RuntimeError with what it said if it fails."""
-    ended = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+def run(folder, *command, env=None):
+    """Run one of our scripts, with more variables in `env`; RuntimeError with what it said if it fails."""
+    command, env = [str(part) for part in command], os.environ | (env or {})
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     if ended.returncode:
         raise RuntimeError(ended.stderr[-500:])
     return ended.stdout
@@ -478,6 +479,68 @@ def startup(args, place):
               f"{whole} and {needed}, Twitter-2017, film")  # fmt: skip
 
 
+def neighbour(args, place):
+    """Commands alone and beside a process that keeps a core busy, by what the threads of OpenMP are told."""
+    all_cores = {"OMP_NUM_THREADS": str(os.cpu_count())}  # else the small model takes one
+    settings = {
+        "as it is": {}, "all cores": all_cores, "one thread": {"OMP_NUM_THREADS": "1"},
+        "all cores, OpenMP's default spin": all_cores | {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},
+        "all cores, GOMP_SPINCOUNT=10000": all_cores | {"GOMP_SPINCOUNT": "10000"},
+        "all cores, OMP_WAIT_POLICY=PASSIVE": all_cores | {"OMP_WAIT_POLICY": "PASSIVE"},
+    }  # fmt: skip
+    demo.write_dataset(place / "data" / "demo")
+    examples = load_dataset("demo", place / "data").examples["train"]
+    posts = [{"words": post.words, "image": f"data/demo/images/{post.image_id}.jpg"} for post in examples]
+    (place / "posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    shape = ["--dataset", "demo", "--img-size", "96"]
+    small = [*shape, "--text-encoder", "data/demo/encoder", "--fusion", "film"]
+    large = ["--dataset", "twitter2017", "--data-dir", Path(args.data_dir).resolve(), "--train-share", "0.1",
+             "--text-encoder", args.text_encoder, "--fusion", "none"]  # fmt: skip
+
+    def extract(env):
+        flags = ["--weights", "random", "--views", "1", "--overwrite"]
+        said = run(place, sys.executable, PROJECT / "extract_features.py", *shape, *flags, env=env)
+        return float(said.partition(" photos in ")[2].split()[0])
+
+    def train(flags, folder, env):
+        flags = [*flags, "--epochs", "1", "--overwrite", "--run-dir", folder]
+        run(place, sys.executable, PROJECT / "train.py", *flags, env=env)
+        return json.loads((place / folder / "timing.jsonl").read_text())["train_s"]
+
+    def predict(env):
+        """Less what the same command takes that finds all posts answered."""
+        command, taken = [sys.executable, PROJECT / "predict.py", "--run", "small"], []
+        (place / "answers.jsonl").unlink(missing_ok=True)
+        for _ in range(2):
+            began = time.perf_counter()
+            run(place, *command, "--input", "posts.jsonl", "--output", "answers.jsonl", env=env)
+            taken.append(time.perf_counter() - began)
+        return taken[0] - taken[1]
+
+    work = {
+        "extract, ResNet50": extract, "train, the demo's encoder": lambda env: train(small, "small", env),
+        f"train, {Path(args.text_encoder).name}": lambda env: train(large, "large", env),
+        "predict, the demo's encoder and ResNet50": predict,
+    }  # fmt: skip
+    taken = {}
+    for _ in range(3):
+        for busy in (False, True):
+            beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+            try:
+                for name, env in settings.items():
+                    for what, seconds in work.items():
+                        taken.setdefault((what, busy, name), []).append(seconds(env))
+            finally:
+                if busy:
+                    beside.kill()
+                    beside.wait()
+    for (what, busy, name), seconds in sorted(taken.items()):
+        alone = taken[what, False, "as it is"]
+        yield row(f"{what}: {name}, {'beside a neighbour' if busy else 'alone'} / as it is, alone",
+                  ratio(seconds, alone), "<= 2" if busy and name == "as it is" else "",
+                  f"{statistics.median(seconds):.1f} s")  # fmt: skip
+
+
 def growth(args, place):
     """Seconds of each part with 200, 2,000 and 20,000 posts; benchmarks/speed-growth.png."""
     import matplotlib  # a requirement of this part alone
@@ -583,7 +646,8 @@ def floor(args, place):
 
 PARTS = {
     part.__name__: part
-    for part in (fusion, systems, loop, reading, extraction, memory, startup, growth, scores, floor)
+    for part in (fusion, systems, loop, reading, extraction, memory, startup, neighbour, growth, scores,
+                 floor)
 }
 
 

@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name that is no folder fails at once
-# Before torch is: models of this size gain nothing from more. Beside a busy neighbour two take ten times as long.
+# Before torch is: models of this size gain nothing from more, and beside a busy neighbour they wait for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
