@@ -40,7 +40,7 @@ PRESETS = {
 SWEPT = {
     "epochs": "epochs", "batch_size": "batch", "lr": "lr", "fusion_lr": "fusion-lr", "dropout": "dropout",
     "weight_decay": "decay", "warmup_ratio": "warmup", "max_grad_norm": "norm", "heads": "heads",
-    "photo_dropout": "photo-dropout", "max_len": "len", "extra_len": "extra-len",
+    "photo_dropout": "photo-dropout", "img_size": "img", "max_len": "len", "extra_len": "extra-len",
 }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def parse_args(argv, description=None):
     args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
     args.text_encoder = args.text_encoder or system.text_encoder
     args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    defaults = vars(parser.parse_args([])) | {"heads": 8, "max_len": system.max_len}
+    defaults = vars(parser.parse_args([])) | {"heads": 8, "img_size": system.img_size, "max_len": system.max_len}
     args.run_dir = args.run_dir or f"runs/{run_name(args, defaults, dataset, system)}"
     return args
 

@@ -68,6 +68,7 @@ COMMANDS = {  # name: script and arguments, in a folder that has data/
     ],
 }  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+DEMO = "epochs15-lr0.001-fusion-lr0.001-img96"  # in a run's name: what tables.py sets for the demo
 MADE = {  # name: what the command makes
     "extract_features.py": (FEATURES,),
     "train.py": tuple(f"{RUN}/{name}" for name in (
@@ -76,7 +77,7 @@ MADE = {  # name: what the command makes
     )),
     "predict.py": ("answers.jsonl",),
     "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
-                  *(f"runs/demo-roberta-resnet50-encoder-{fusion}-s1/{name}" for fusion in ("none", "film")
+                  *(f"runs/demo-roberta-resnet50-encoder-{fusion}-{DEMO}-s1/{name}" for fusion in ("none", "film")
                     for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
 }  # fmt: skip
 

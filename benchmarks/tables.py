@@ -282,8 +282,6 @@ def argument_list(row, seed, args, shuffled=False):
     argv = [str(part) for pair in (given | {"--seed": seed}).items() for part in pair]
     argv += [row.control] * shuffled
     folder = Path(train.parse_args(argv).run_dir).name
-    if row.table == "settings":
-        folder = folder.replace(f"-s{seed}", f"-{row.name.replace('/', '-')}-s{seed}")
     return [*argv, "--run-dir", f"{args.runs}/{folder}"]
 
 

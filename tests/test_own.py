@@ -23,11 +23,11 @@ def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path)
     said = mine("train", "--dataset", "demo", "--system", "mine", *places, *encoder)
     assert "fusion" in said and "align" in said
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == "demo-mine-encoder-epochs1-s1337"
+    assert folder.name == "demo-mine-encoder-epochs1-img64-s1337"
     config = json.loads((folder / "config.json").read_text())
     assert (config["fusion"], config["align"], config["decoder"]) == ("add", {"near": 0.1}, "crf")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[0]["loss_near"] > 0
     checked = mine("evaluate", "--run", folder, "--image-check", "--shuffles", "1")
-    assert "demo-mine-encoder-epochs1-s1337" in checked and "true - shuffled" in checked
+    assert "demo-mine-encoder-epochs1-img64-s1337" in checked and "true - shuffled" in checked
     assert "8 of 8 posts, 0 with attention" in mine("report", "--run", folder)

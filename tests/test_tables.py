@@ -16,6 +16,7 @@ import train
 from checks import paired_bootstrap
 from scores import main_score, read_predictions
 
+DEMO = "epochs15-lr0.001-fusion-lr0.001-img96"  # what tables.py sets for the demo, in a run's name
 
 @pytest.fixture(scope="module")
 def place(data_dir, tmp_path_factory):
@@ -111,7 +112,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "left out: no feature file features/mnre-resnet50-224.h5" in out
     true, wrong = (
-        place / "runs" / f"demo-roberta-resnet50-encoder-film{part}-s1" for part in ("", "-shuffled")
+        place / "runs" / f"demo-roberta-resnet50-encoder-film-{DEMO}{part}-s1" for part in ("", "-shuffled")
     )
     metrics = [json.loads((folder / "metrics-test.json").read_text()) for folder in (true, wrong)]
     check = json.loads((true / "image-check-test.json").read_text())
@@ -163,14 +164,14 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     config = json.loads((true / "config.json").read_text())
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
     with pytest.raises(
-        ValueError, match="film-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"
+        ValueError, match=f"film-{DEMO}-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"
     ):
         tables.main(["--only", "demo/film", "--seeds", "1"])
     # A row that is not asked for does not stop the others.
     here = ["--only", "fusion/film/mnre", "--seeds", "1", "--output"]
     tables.main([*here, "elsewhere"])
     assert (
-        "film-s1 is another run, lr (its: 0.5, this row's: 0.001)"
+        f"film-{DEMO}-s1 is another run, lr (its: 0.5, this row's: 0.001)"
         in (place / "elsewhere" / "RESULTS.md").read_text()
     )
     tables.main([*here, "benchmarks"])  # what was measured stays, though its run is not here any more
