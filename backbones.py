@@ -13,11 +13,13 @@ much as alignment methods such as ITA (Wang et al., NAACL 2022) know of it. The 
 region a phrase: objects, the triples of a scene graph, or a caption cut into phrases.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,6 +39,22 @@ from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
 
 COMPILE_FROM = 8000  # images: up to 20 ms an image are gained, against 4 to 40 s of compiling
+EXACT = threading.Lock()  # of a setting that is the whole process's
+
+
+@contextlib.contextmanager
+def exact_convolutions(device):
+    """Context without TF32, whose rounding on CUDA would show in float16; what was set before comes back."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    settings = torch.backends.cudnn.conv
+    with EXACT:
+        before, settings.fp32_precision = settings.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,11 @@ class Backbone:
     dtype: str = "float16"  # of the regions
     weights_sha256: str = "none"
     parameters: int = 0
+
+    def look(self, pixels, device):
+        """Photos or ids, as `regions` takes them, -> regions [B, n, D], a numpy array."""
+        with exact_convolutions(device):
+            return self.regions(pixels.to(device)).cpu().numpy()
 
     def grid(self, views):
         """(rows, columns) of the places in views [V, 3, H, W]; (0, 0) where there are none."""
@@ -167,10 +190,11 @@ def load_resnet50(weights, img_size, seed):
     size, stride = img_size or 224, 32
     if size < stride:
         raise ValueError(f"--img-size {size}: resnet50 needs at least {stride}")
-    torch.manual_seed(seed)
-    # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every
-    # residual branch at zero the blocks start as identities, and pictures stay apart.
-    model = torchvision.models.resnet50(zero_init_residual=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs', too
+        # A plainly random ResNet50 maps all pictures to nearly one direction. With the last norm of every
+        # residual branch at zero the blocks start as identities, and pictures stay apart.
+        model = torchvision.models.resnet50(zero_init_residual=True)
     published = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}.get(weights)
     if published:
         source = torchvision.models.ResNet50_Weights[published]
@@ -408,6 +432,5 @@ def load_backbone(name, weights=None, img_size=None, seed=1337):
     `weights`: what `load_resnet50` says; for the others a hub's name or a local folder. ValueError says what
     is wrong.
     """
-    torch.backends.cudnn.allow_tf32 = False  # on CUDA its rounding would show in float16
     load, default = BACKBONES[name]
     return load(weights or default, img_size, seed)

@@ -6,15 +6,18 @@ import ctypes
 import errno
 import functools
 import io
+import logging
 import math
 import os
 import re
 import sys
 import sysconfig
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from data import DATASETS
@@ -274,6 +277,14 @@ def is_refusal(error, lines):
     return by_us or isinstance(error, OSError) and not in_users_layer(lines)
 
 
+def quiet_libraries():
+    """Let libraries speak of errors alone: in our commands, for a program that uses us decides itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a photo is its reason or note
+
+
 def command_line(main, lower="use another --device"):
     """Run a script's `main`; a user's mistake becomes one line on standard error and exit status 1.
 
@@ -284,6 +295,7 @@ def command_line(main, lower="use another --device"):
     os.close(fd)
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr, bars=True)
+    quiet_libraries()
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -118,7 +118,7 @@ def extract(backbone, writer, loader, batches, device, progress):
         pixels = [views for views, _, _ in photos if views is not None]
         made = iter(())
         if pixels:
-            regions = backbone.regions(torch.cat(pixels).to(device)).cpu().numpy()  # [B * V, n, D]
+            regions = backbone.look(torch.cat(pixels), device)  # [B * V, n, D]
             if not np.isfinite(regions).all():
                 batch = f"{rows[0]}-{rows[-1]}"
                 raise ValueError(f"features of batch {batch} do not fit float16; check --weights")

@@ -189,8 +189,8 @@ class NewPhotos(FeatureCache):
             waiting += [] if views is None else [(row, views)]
             if waiting and (len(waiting) == together or row == count - 1):
                 with torch.inference_mode():
-                    pixels = torch.cat([views for _, views in waiting]).to(device)
-                    made_of = backbone.regions(pixels).cpu().numpy()  # [together, n, D]
+                    pixels = torch.cat([views for _, views in waiting])
+                    made_of = backbone.look(pixels, device)  # [together, n, D]
                 for (row, views), regions in zip(waiting, made_of, strict=True):
                     if np.isfinite(regions).all():
                         self.regions[row, 0, : len(regions)] = regions

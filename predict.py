@@ -65,26 +65,32 @@ class Predictor:
     them; needed only if they were a local file. `precision`: "float32" or "bfloat16", by default the run's
     own on a GPU and float32 on a CPU. ValueError if the weights are not those the run's features were made
     with. A run with --generated answers without second pictures, as it answers a post that has none.
+    In a child forked after it was made (gunicorn --preload) it computes with one thread; on a GPU make it
+    there. Of the program that uses it nothing changes: no seed, no setting of torch.
     On cores that others use too, set GOMP_SPINCOUNT=1000 (KMP_BLOCKTIME=0 on macOS) before torch is imported.
     """
 
     def __init__(self, run_dir, device=None, weights=None, precision=None):
         self.device = device or default_device()
-        self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
+        with torch.random.fork_rng(devices=[]):  # models are begun at random: with no number of the host's
+            self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
+            self.made = self.config["features_made"]
+            self.source = self.backbone = None  # text only
+            if self.made:
+                self.source = self.made["backbone"] if self.made["backbone"] in WORDED else "image"
+                self.backbone = run_backbone(self.made, weights)
+                self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.precision = precision or precision_on(self.device, self.config)
-        self.made = self.config["features_made"]
-        self.source = self.backbone = None  # text only
-        if self.made:
-            self.source = self.made["backbone"] if self.made["backbone"] in WORDED else "image"
-            self.backbone = run_backbone(self.made, weights)
-            self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.segments = None
         self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
         self.keys += ("relevance",) * (self.config["relevance"] == "given")
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
-        # A tokenizer is not for several threads at once.
-        self.pool = ThreadPoolExecutor(1 if self.source in WORDED else min(4, os.cpu_count() or 1))
+        self.pool, self.process = self.make_pool(), os.getpid()
+
+    def make_pool(self):
+        """Threads that decode photos; one for words, for a tokenizer is not for several at once."""
+        return ThreadPoolExecutor(1 if self.source in WORDED else min(4, os.cpu_count() or 1))
 
     def __call__(self, posts, folder="."):
         """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order; one post -> its answer.
@@ -99,6 +105,10 @@ class Predictor:
 
     def answer(self, posts, folder):
         """`__call__` for one window of posts."""
+        if os.getpid() != self.process:  # forked: threads are not, and would be waited for, torch's too
+            torch.set_num_threads(1)
+            self.pool = self.make_pool()
+            self.process = os.getpid()
         config, answers, read = self.config, [], []
         for post in posts:
             answers.append(answer := {"id": None})

@@ -1,7 +1,5 @@
 """Pretrained text encoders of any kind and their tokenizers: loaded, tried out, and told what they are."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 import transformers
@@ -11,10 +9,6 @@ from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from commands import first_line, out_of_memory
 from encoding import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 # What kinds of encoders call their rate of dropout.
 DROPOUTS = (

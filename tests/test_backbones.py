@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval
 from transformers import CLIPVisionModel
 
-from backbones import BACKBONES, load_backbone
+from backbones import BACKBONES, exact_convolutions, load_backbone
 from features import MISSING, OK, UNREADABLE, FeatureCache
 from loading import Captions, Photos
 from photos import read_captions
@@ -186,3 +186,17 @@ def test_defaults_are_the_published_models():
         "blip": "Salesforce/blip-itm-base-coco", "pixels": "dandelin/vilt-b32-mlm",
         "caption": "bert-base-uncased", "phrases": "bert-base-uncased",
     }  # fmt: skip
+
+
+def test_tf32_is_off_while_a_backbone_looks_and_then_as_it_was():
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        with pytest.raises(KeyError), exact_convolutions("cuda:0"):
+            assert setting.fp32_precision == "ieee"
+            raise KeyError
+        assert setting.fp32_precision == "tf32"
+        with exact_convolutions("cpu"):
+            assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = before

@@ -1,28 +1,33 @@
 """A finished run on new posts: words, photos, answers, and files of posts that survive what is in them."""
 
 import fcntl
+import importlib
 import io
 import itertools
 import json
 import os
 import random
 import re
+import signal
 import threading
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import PARTS
 from forked import Script
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 import new_posts
 import predict
+import text_encoder
 import train
 from data import load_dataset
 from features import FeatureCache
@@ -304,6 +309,44 @@ def test_options_that_do_not_go_with_the_run_are_refused(runs, system, args, mes
         predict.main(
             ["--run", str(run), "--text", "Jordan", *args, *(["--weights", weights] if weights else [])]
         )
+
+
+def test_a_forked_child_answers_too(runs, data_dir):
+    """Of a process that forks no thread is in the child, neither ours nor OpenMP's."""
+    run, posts, threads = runs()[0], posts_of(data_dir), torch.get_num_threads()
+    torch.set_num_threads(2)
+    predictor = Predictor(run, "cpu")
+    predictor(posts)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if all(answer["photo"] for answer in predictor(posts)) else 1)
+    torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_its_host_stays_as_it_was(runs, data_dir):
+    def state():
+        return {
+            "torch": torch.get_rng_state().tolist(), "random": random.getstate(),
+            "numpy": repr(np.random.get_state()), "threads": torch.get_num_threads(),
+            "TF32": (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision),
+            "pictures": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES),
+            "said": (warnings.filters[:], transformers.logging.get_verbosity()),
+        }  # fmt: skip
+
+    run, posts = runs()[0], posts_of(data_dir)
+    torch.manual_seed(42)
+    transformers.logging.set_verbosity_info()
+    try:
+        before = state()
+        importlib.reload(text_encoder)
+        predictor = Predictor(run, "cpu")
+        for _ in range(5):  # warnings were switched off for good when threads met
+            predictor(posts)
+        assert state() == before
+    finally:
+        transformers.logging.set_verbosity_error()
 
 
 def test_features_that_do_not_fit_are_no_photo(runs, data_dir, monkeypatch):
