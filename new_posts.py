@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import math
+import numbers
 import os
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,11 @@ from loading import Captions, Photos
 from model import WORDED
 from notes import check_note, is_text
 
-LINE = 2**20  # bytes of a post's line, and of all lines of a window, at most
+LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
 PHOTOS = 16  # that share a forward pass of the backbone
 MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
+TEXTS = ("id", "text", "words", "image", "caption", "phrases", "about_post", "about_photo")  # that are read
+OUTSIDE = "not in the folder that photos may come from"
 
 # ------------------------------------------------------------------------------------------------------ words
 
@@ -56,24 +61,44 @@ def split_words(text, task, cuts=()):
 # ------------------------------------------------------------------------------------------------------ posts
 
 
-def load_line(line):
-    """The post on a line of JSON (bytes; None stands for one that is too long).
+def size_of(post):
+    """Bytes of a post's line; of a dict the characters, words and phrases that are read."""
+    values = [post.get(key) for key in TEXTS] if isinstance(post, dict) else [post]
+    values += [word for value in values if isinstance(value, list | tuple) for word in value[:LINE]]
+    return sum(len(value) for value in values if isinstance(value, str | bytes | list | tuple))
 
-    ValueError says what is wrong.
+
+def load_post(post):
+    """A post, given as a dict or as JSON on a line (bytes; None: a line that is too long), as a dict.
+
+    What is NaN in it, as pandas writes what is not there, is left out. ValueError says what is wrong.
     """
-    if line is None:
+    if post is None or size_of(post) > LINE:
         raise ValueError(f"longer than {LINE:,} bytes")
-    if not isinstance(line, bytes):
+    if not isinstance(post, dict | bytes):
         raise ValueError("not a post: give a dict, {'text': ...}")
-    try:
-        post = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(post, dict):
-        raise ValueError("not a JSON object")
-    return post
+    if isinstance(post, bytes):
+        if b"\0" in post:
+            raise ValueError("not UTF-8 but UTF-16, it seems; iconv -f UTF-16 -t UTF-8 converts a file")
+        try:
+            post = json.loads(post.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {error.start})") from None
+        except (ValueError, RecursionError) as error:
+            start = post[:40].decode(errors="replace")
+            reason = f" ({error})" if start[:1] == "{" else f": it begins {start!r}"
+            raise ValueError(f"not JSON{reason}") from None
+        if not isinstance(post, dict):
+            raise ValueError("not a JSON object")
+    return {key: value for key, value in post.items() if not (isinstance(value, float) and math.isnan(value))}
+
+
+def check_id(post_id):
+    """The id of a post as it is, text, a number or None; else a ValueError."""
+    whole = isinstance(post_id, numbers.Integral) and not isinstance(post_id, bool)
+    if post_id is None or whole or (isinstance(post_id, float) and math.isfinite(post_id)):
+        return post_id
+    return check_text(post_id, "id")
 
 
 def check_text(value, name):
@@ -132,7 +157,34 @@ def read_post(post, task, source=None, folder=""):
     return RelationExample("", photo, tuple(words), *spans, NONE), offsets
 
 
+def near(example, reach):
+    """The example without words that are more than `reach` from where the model reads, and how many went.
+
+    It reads from the first word on, and around the two entities of a relation.
+    """
+    relation, words = isinstance(example, RelationExample), example.words
+    spans = [example.head, example.tail] if relation else [(0, 0)]
+    kept = [i for i in range(len(words)) if any(a - reach <= i < b + reach for a, b in spans)]
+    if len(kept) == len(words):
+        return example, 0
+    changes = {"words": tuple(words[i] for i in kept)}
+    if relation:
+        head, tail = ((kept.index(a), kept.index(b - 1) + 1) for a, b in spans)
+        changes |= {"head": head, "tail": tail}
+    else:
+        changes["labels"] = example.labels[: len(kept)]
+    return replace(example, **changes), len(words) - len(kept)
+
+
 # ----------------------------------------------------------------------------------------------------- photos
+
+
+def inside(path, root):
+    """Where a path leads, links and all, if that is in the folder `root`, itself without links; else None."""
+    if "\0" in path or "://" in path:
+        return None
+    real = os.path.realpath(path)
+    return real if os.path.commonpath((real, root)) == root else None
 
 
 def run_backbone(made, weights=None):
@@ -165,10 +217,11 @@ def run_backbone(made, weights=None):
 class NewPhotos(FeatureCache):
     """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
 
-    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}.
+    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}. `root`: the folder,
+    without links, that alone may be looked into, None for any.
     """
 
-    def __init__(self, sources, made, backbone, device, pool):
+    def __init__(self, sources, made, backbone, device, pool, root=None):
         names = list(sources)
         count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
         self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
@@ -179,11 +232,13 @@ class NewPhotos(FeatureCache):
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
             read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
         else:
-            paths = {
-                name: photo if isinstance(photo, Image.Image) else Path(photo)
-                for name, photo in sources.items()
-            }
-            read = Photos(names, paths, backbone, 1, made["seed"]).read
+            paths, reasons = dict(sources), {}
+            for name, photo in sources.items():
+                if isinstance(photo, str):
+                    place = photo if root is None else inside(photo, root)
+                    paths[name] = None if place is None else Path(place)
+                    reasons |= {name: OUTSIDE} if place is None else {}
+            read = Photos(names, paths, backbone, 1, made["seed"], reasons).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
         for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
+import errno
 import hashlib
 import itertools
 import json
@@ -40,14 +41,15 @@ from commands import bounded, check_device, command_line, default_device, fit_th
 from commands import progress_bar
 from encoding import encode
 from evaluate import predict
-from files import bounded_lines
+from files import bounded_lines, check_output
 from inputs import Posts
 from model import WORDED
-from new_posts import LINE, NewPhotos, check_text, load_line, read_post, run_backbone
+from new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
 from notes import EXTRAS, Segments, check_note, note_text
 from runs import load_run
 from scores import entity_spans
 
+WRITABLE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # how an --output is opened
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
@@ -63,14 +65,18 @@ class Predictor:
 
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes
     them; needed only if they were a local file. `precision`: "float32" or "bfloat16", by default the run's
-    own on a GPU and float32 on a CPU. ValueError if the weights are not those the run's features were made
-    with. A run with --generated answers without second pictures, as it answers a post that has none.
-    In a child forked after it was made (gunicorn --preload) it computes with one thread; on a GPU make it
-    there. Of the program that uses it nothing changes: no seed, no setting of torch.
+    own on a GPU and float32 on a CPU. `root`: the folder that photos may come from, for posts of strangers;
+    what leads out of it is no photo, and no note tells what lies there. ValueError if the weights are not
+    those the run's features were made with. A run with --generated answers without second pictures, as it
+    answers a post that has none. In a child forked after it was made (gunicorn --preload) it computes with
+    one thread; on a GPU make it there. It leaves seeds and settings of the program that uses it alone.
     On cores that others use too, set GOMP_SPINCOUNT=1000 (KMP_BLOCKTIME=0 on macOS) before torch is imported.
     """
 
-    def __init__(self, run_dir, device=None, weights=None, precision=None):
+    def __init__(self, run_dir, device=None, weights=None, precision=None, root=None):
+        if root is not None and not os.path.isdir(root):
+            raise FileNotFoundError(f"{root}: no such folder; name as root the one that photos may come from")
+        self.root = None if root is None else os.path.realpath(root)
         self.device = device or default_device()
         with torch.random.fork_rng(devices=[]):  # models are begun at random: with no number of the host's
             self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
@@ -92,15 +98,15 @@ class Predictor:
         """Threads that decode photos; one for words, for a tokenizer is not for several at once."""
         return ThreadPoolExecutor(1 if self.source in WORDED else min(4, os.cpu_count() or 1))
 
-    def __call__(self, posts, folder="."):
+    def __call__(self, posts, folder=None):
         """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order; one post -> its answer.
 
-        Paths of photos start at `folder`.
+        Paths of photos start at `folder`, by default at `root`, or here without one.
         """
+        folder = folder if folder is not None else self.root or "."
         if isinstance(posts, dict | bytes | str):
             return self.answer([posts], folder)[0]
-        posts = list(posts)
-        parts = (posts[i : i + WINDOW] for i in range(0, len(posts), WINDOW))
+        parts = ([post for _, post in window] for window in windows(enumerate(posts)))
         return [answer for part in parts for answer in self.answer(part, folder)]
 
     def answer(self, posts, folder):
@@ -113,11 +119,8 @@ class Predictor:
         for post in posts:
             answers.append(answer := {"id": None})
             try:
-                post = post if isinstance(post, dict) else load_line(post)
-                post_id = post.get("id")
-                answer["id"] = (
-                    post_id if post_id is None or type(post_id) is int else check_text(post_id, "id")
-                )
+                post = load_post(post)
+                answer["id"] = check_id(post.get("id"))
                 example, offsets = read_post(post, config["task"], self.source, folder)
                 note = check_note(post, self.keys)
             except ValueError as error:
@@ -127,7 +130,11 @@ class Predictor:
         if not read:
             return answers
         examples, photos = [part[2] for part in read], None
-        rows, _ = encode(self.tokenizer, examples, config["labels"], config["max_len"])
+        # Twice: some words, parts of emojis, have no piece.
+        read_of, gone = zip(*(near(example, 2 * config["max_len"]) for example in examples), strict=True)
+        rows, _ = encode(self.tokenizer, read_of, config["labels"], config["max_len"])
+        for row, count in zip(rows, gone, strict=True):
+            row["cut_words"] += count
         rows = [self.noted(row, note, answer) for row, (answer, *_, note) in zip(rows, read, strict=True)]
         if self.source:
             # An opened image gets a name that no file can have, for images cannot be keys; the same one in
@@ -141,14 +148,14 @@ class Predictor:
                 for e, part in zip(examples, read, strict=True)
                 if e.image_id is not None
             }
-            photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool)
+            photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool, self.root)
         shown = Posts(examples, rows, self.tokenizer.pad_token_id, photos)
         settings = config["labels"], config["eval_batch_size"], self.device, self.precision
         records = predict(self.model, shown, *settings)
         for (answer, post, _, offsets, note), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
-                if reason and re.match("https?://", str(post.get("image"))):
+                if reason and not self.root and re.match("https?://", str(post.get("image"))):
                     reason = "a link, and nothing is downloaded here: download it first and name the file"
                 named = self.source if self.source in WORDED else post["image"]
                 if reason:
@@ -208,11 +215,11 @@ def numbered_lines(file, shard):
 
 
 def windows(lines):
-    """Lists of numbered lines, `WINDOW` at most, and no more than a line over `LINE` bytes."""
+    """Lists of numbered lines or posts, `WINDOW` at most, and no more than one over `LINE` bytes."""
     window, size = [], 0
     for number, line in lines:
         window.append((number, line))
-        size += len(line or b"")
+        size += size_of(line)
         if len(window) == WINDOW or size > LINE:
             yield window
             window, size = [], 0
@@ -269,7 +276,9 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     run += (folder or "").encode()  # other photos are other answers
     folder = os.path.dirname(path) if folder is None else folder
     counts, first, passed = Counter(), {}, 0
-    with open(path, "rb") as source, os.fdopen(lock(output, os.O_RDWR | os.O_CREAT), "r+b") as out:
+    check_output(output, "--output")
+    new = not os.path.exists(output)
+    with open(path, "rb") as source, os.fdopen(lock(output, WRITABLE), "r+b") as out:
         if os.path.samestat(os.fstat(source.fileno()), os.fstat(out.fileno())):
             raise ValueError(f"{output}: it is the --input; name another --output")
         total = sum(1 for _ in numbered_lines(source, shard))
@@ -294,6 +303,17 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                 out.write(b"".join(written))
                 out.flush()
                 progress.update(len(written))
+        if counts["error"] == total - done:
+            out.seek(0)
+            if all("error" in json.loads(line) for line in out):
+                out.truncate(0)
+                if new or done:  # one that was there, empty, stays so
+                    os.unlink(output)
+                reason = f"none of its {total} posts can be answered (first: {first['error']})"
+                if "JSON" in reason:
+                    reason += "; pandas writes posts with to_json(orient='records', lines=True)"
+                raise ValueError(f"{path}: {reason}")
+        os.fsync(out.fileno())
     said = [f"{output}: {total - done} posts answered" + f" after {done} before" * bool(done)]
     said += [f"{counts['photo']} with {predictor.source}"] * bool(predictor.source)
     said += [f"{counts['cut']} longer than the run's --max-len and cut"] * bool(counts["cut"])
@@ -395,7 +415,13 @@ def main(argv=None):
         print(f"{args.run}: {said}", file=sys.stderr)
     if args.input is not None:
         run = run_digits(args.run, args.precision)
-        return answer_file(predictor, run, args.input, args.output, args.shard, args.images)
+        try:
+            return answer_file(predictor, run, args.input, args.output, args.shard, args.images)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            full = f"{args.output}: {error.strerror}; the answers so far are kept"
+            raise OSError(f"{full}: make room, and the same command goes on") from None
     names = [name for name in ("text", "words", *BESIDE_TEXT) if getattr(args, name) is not None]
     (answer,) = predictor([{name: getattr(args, name) for name in names}])
     if "error" in answer:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from conftest import PARTS
-from forked import Script
+from forked import Script, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -29,10 +29,12 @@ import new_posts
 import predict
 import text_encoder
 import train
-from data import load_dataset
+from data import NONE, NerExample, RelationExample, load_dataset
+from encoding import MARKERS, encode
 from features import FeatureCache
 from predict import Predictor
 from scores import entity_spans, read_predictions
+from text_encoder import load_tokenizer
 
 # Text as typed, its words as Twitter-2015/2017 has them, and as MNRE has them.
 TYPED = [
@@ -109,6 +111,13 @@ def runs(data_dir, cache_dir, encoder_dir, tmp_path_factory):
         return made[name], weights
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tokenizer(encoder_dir):
+    tokenizer = load_tokenizer(encoder_dir)
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +249,38 @@ def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
     good, as_path, grey = film([{"words": words, "image": image} for image in images], tmp_path)
     assert good["photo"] and as_path == good and grey["photo"]
     assert good["entities"] != plain["entities"] != grey["entities"]
+
+
+def test_photos_come_from_the_root_alone(runs, data_dir, tmp_path):
+    """And what is said of another does not tell whether there is one."""
+    photo = Path(posts_of(data_dir)[0]["image"]).read_bytes()
+    root = tmp_path / "root"
+    for name in ("root/sub/in.jpg", "out/out.jpg", "rootless/out.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(photo)
+    (root / "link.jpg").symlink_to("sub/in.jpg")
+    (root / "away.jpg").symlink_to(tmp_path / "out" / "out.jpg")
+    (root / "lost.jpg").symlink_to(tmp_path / "out" / "none.jpg")
+    (root / "far").symlink_to(tmp_path / "out")
+    (tmp_path / "alias").symlink_to(root)
+    predictor = Predictor(runs()[0], "cpu", root=tmp_path / "alias")
+    post = {"text": "Jordan today"}
+    inner = ["sub/in.jpg", "link.jpg", "sub/../sub/in.jpg", str(root / "sub/in.jpg"), root / "sub/in.jpg"]
+    assert all(answer["photo"] for answer in predictor([post | {"image": name} for name in inner]))
+    outer = [
+        "../out/out.jpg", "../out/none.jpg", "../rootless/out.jpg", "sub/../../out/out.jpg", "away.jpg",
+        "lost.jpg", "far/out.jpg", "far/none.jpg", str(tmp_path / "out/out.jpg"), "/etc/passwd", "/none", "..",
+        "a\0b", "/proc/self/cwd/out.jpg", "/proc/self/root/etc/passwd", "https://example.org/1.jpg",
+        "file:///etc/passwd",
+    ]  # fmt: skip
+    answers = predictor([post | {"image": name} for name in outer])
+    assert [a["note"] for a in answers] == [f"{name}: {new_posts.OUTSIDE}" for name in outer]
+    assert not any(a["photo"] for a in answers)
+    assert predictor(post | {"image": "none.jpg"})["note"] == "none.jpg: no such file"
+    assert predictor(post | {"image": "in.jpg"}, root / "sub")["photo"]
+    assert not predictor(post | {"image": "out.jpg"}, tmp_path / "out")["photo"]
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        Predictor(runs()[0], "cpu", root=tmp_path / "none")
 
 
 def test_a_link_is_not_followed_and_says_what_to_do(film):
@@ -497,6 +538,69 @@ def test_a_broken_post_is_an_error_in_its_place(runs, tmp_path, capsys):
     assert f"{len(BROKEN)} broken (first: line 2: not JSON" in capsys.readouterr().err
 
 
+def test_posts_as_pandas_writes_them(runs, tmp_path):
+    """An id that became 17.0 comes back as it is, NaN is nothing."""
+    lines = ['{"id": 17.0, "text": "Jordan", "words": NaN}', '{"id": NaN, "text": "Jordan", "image": NaN}',
+             '{"id": Infinity, "text": "Jordan"}']  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    first, second, third = jsonl(answer(runs("none"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+    assert (first["id"], type(first["id"]), second["id"]) == (17.0, float, None)
+    assert "error" not in first | second and third["error"] == "id is not text"
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("content, message", [
+    (b"id,text\n1,Jordan\n", r"2 posts can be .* it begins 'id,text'\); pandas writes posts with to_json"),
+    ('{"text": "Jordan"}\n'.encode("utf-16"), "line 1: not UTF-8 but UTF-16, it seems; iconv"),
+    (b'[{"text": "Jordan"},\n{"text": "Paris"}]', "not JSON: it begins '.{"),
+    (b'{"txt": "Jordan"}', r"none of its 1 posts can be answered \(first: line 1: needs either .*words\)$"),
+])  # fmt: skip
+def test_a_file_of_no_post_is_an_error_and_nothing_finished(runs, tmp_path, content, message, before):
+    (tmp_path / "in").write_bytes(content)
+    if before:  # an empty file of the user's
+        (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=message) as error:
+        answer(runs("none"), tmp_path / "in", tmp_path / "out")
+    assert str(error.value).startswith(f"{tmp_path / 'in'}: none of its") and "\n" not in str(error.value)
+    assert (tmp_path / "out").read_bytes() == b"" if before else not (tmp_path / "out").exists()
+
+
+def test_one_bound_for_posts_of_all_kinds(film, monkeypatch):
+    """None that is longer is tokenised, nor words that the model cannot reach."""
+    given = []
+
+    def spy(tokenizer, examples, *rest):
+        given.extend(examples)
+        return encode(tokenizer, examples, *rest)
+
+    monkeypatch.setattr(predict, "encode", spy)
+    much, many = "a" * (new_posts.LINE + 1), ["a"] * new_posts.LINE
+    posts = [{"text": much}, {"words": [much]}, {"words": many}, {"text": "a", "about_post": much},
+             {"text": "a", "phrases": many}, {"text": "a", "id": much}, b'"%s"' % much.encode()]  # fmt: skip
+    assert [a["error"] for a in film(posts)] == ["longer than 1,048,576 bytes"] * len(posts) and not given
+    (answer,) = film([{"words": ["Jordan"] * 2000, "other": much}])
+    assert answer["cut_words"] == 2000 - 38 and [len(e.words) for e in given] == [2 * 40]
+    several = [{"text": much[1:]}] * 3 + [{"text": "a"}] * 9
+    assert [len(window) for window in predict.windows(enumerate(several))] == [2, 2, 8]
+
+
+@given(st.integers(5, 300), st.lists(st.integers(0, 300), min_size=4, max_size=4), st.sampled_from(TASKS))
+def test_words_that_are_left_out_change_no_row(tokenizer, count, ends, task):
+    words = tuple("Jordan today Paris".split()[i % 3] for i in range(count))
+    if task == "ner":
+        example = NerExample("", None, words, ("O",) * count)
+    else:
+        spans = [sorted((a % count, b % count)) for a, b in (ends[:2], ends[2:])]
+        example = RelationExample("", None, words, *((a, b + 1) for a, b in spans), NONE)
+    (kept, gone), labels = new_posts.near(example, 32), ("O", NONE)
+    (whole,), (row,) = (encode(tokenizer, [e], labels, 32)[0] for e in (example, kept))
+    assert gone + row.pop("cut_words") == whole.pop("cut_words")
+    if task == "ner":
+        assert whole["word_starts"][len(kept.words) :] == [-1] * gone
+        whole |= {key: whole[key][: len(kept.words)] for key in ("word_starts", "labels")}
+    assert row == whole
+
+
 @pytest.mark.parametrize("span, message", SPANS)
 def test_a_broken_span_is_an_error(runs, span, message):
     with pytest.raises(ValueError, match=message):
@@ -567,6 +671,24 @@ def test_what_is_not_its_own_output_is_left_alone(runs, posts_file, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["link", "lost link", "pipe", "device", "config"])
+def test_an_output_of_another_kind_is_left_alone(runs, posts_file, tmp_path, kind):
+    run, out, other = runs("none"), tmp_path / "out", tmp_path / "other"
+    if kind == "link":
+        other.write_bytes(b"")
+    if "link" in kind:
+        out.symlink_to(other)
+    elif kind == "pipe":
+        os.mkfifo(out)
+    else:
+        out = Path("/dev/null") if kind == "device" else run[0] / "config.json"
+    before, content = out.lstat(), out.read_bytes() if kind == "config" else b""
+    with pytest.raises(ValueError, match=f"{out}.*; name another --output") as error:
+        answer(run, posts_file(3), out)
+    assert "\n" not in str(error.value) and other.exists() == (kind == "link")
+    assert out.lstat() == before if kind != "config" else out.read_bytes() == content
+
+
 def test_shards_are_the_whole(runs, posts_file, tmp_path):
     path, run = posts_file(150), runs("clip-bert")
     whole = jsonl(answer(run, path, tmp_path / "whole.jsonl"))
@@ -585,6 +707,18 @@ def test_one_process_an_output(runs, posts_file, tmp_path):
             ValueError, match="out.jsonl: another process is writing it; wait for it or stop it"
         ):
             answer(runs("clip-bert"), posts_file(3), tmp_path / "out.jsonl")
+
+
+def test_on_a_full_disk_the_answers_so_far_are_kept(runs, posts_file, tmp_path):
+    run, path, out = runs("none"), posts_file(400), tmp_path / "out.jsonl"
+    whole = answer(run, path, tmp_path / "whole.jsonl").read_bytes()
+    done = run_script(tmp_path, "predict.py", *command(run, path, out), limit=len(whole) * 2 // 3)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        f"predict.py: error: {out}: File too large; the answers so far are kept: make room, and the same"
+        " command goes on"
+    )
+    assert whole.startswith(out.read_bytes()) and out.stat().st_size > len(whole) / 3
+    assert answer(run, path, out).read_bytes() == whole
 
 
 def test_killed_anywhere_no_finished_line_is_lost(runs, posts_file, tmp_path):
