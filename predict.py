@@ -49,7 +49,6 @@ from notes import EXTRAS, Segments, check_note, note_text
 from runs import load_run
 from scores import entity_spans
 
-WRITABLE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # how an --output is opened
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
@@ -240,6 +239,15 @@ def check_digits(run, line):
     return hashlib.sha256(run + (line or b"")).hexdigest()[:12]
 
 
+def open_output(path):
+    """The file of answers at `path`, made if it is not there, open for this process alone.
+
+    ValueError if it is no regular file, or another process has it.
+    """
+    check_output(path, "--output")
+    return os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b")
+
+
 def resume(out, path, lines, run):
     """How many of the numbered `lines` are answered in the open file `out`, whose torn last line is cut off.
 
@@ -276,9 +284,8 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     run += (folder or "").encode()  # other photos are other answers
     folder = os.path.dirname(path) if folder is None else folder
     counts, first, passed = Counter(), {}, 0
-    check_output(output, "--output")
-    new = not os.path.exists(output)
-    with open(path, "rb") as source, os.fdopen(lock(output, WRITABLE), "r+b") as out:
+    new = not os.path.lexists(output)
+    with open(path, "rb") as source, open_output(output) as out:
         if os.path.samestat(os.fstat(source.fileno()), os.fstat(out.fileno())):
             raise ValueError(f"{output}: it is the --input; name another --output")
         total = sum(1 for _ in numbered_lines(source, shard))

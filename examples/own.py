@@ -3,14 +3,14 @@
     python examples/own.py train --system mine --dataset demo
     python examples/own.py evaluate --image-check --run RUN
 
-A copy elsewhere wants the project's folder in PYTHONPATH. A run that needs it is read by scripts called
-through it.
+A copy elsewhere wants the project's folder in PYTHONPATH; a model.py beside it is not taken for the
+project's. A run that needs it is read by scripts called through it.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path += [sys.path.pop(0), str(Path(__file__).resolve().parents[1])]  # what lies beside this comes last
 if __name__ == "__main__":
     import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 

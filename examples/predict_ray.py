@@ -22,8 +22,9 @@ import ray  # noqa: E402
 import ray.data  # noqa: E402
 import torch  # noqa: E402
 
-from commands import bounded, command_line, lock  # noqa: E402
-from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows  # noqa: E402
+from commands import bounded, command_line  # noqa: E402
+from predict import Predictor, check_digits, numbered_lines, open_output, resume  # noqa: E402
+from predict import run_digits, windows  # noqa: E402
 
 WHOLE = (1, 1)  # the only shard
 
@@ -71,7 +72,7 @@ def main(argv=None):
     args, posts, broken = parser.parse_args(argv), 0, 0
     open(args.input, "rb").close()
     Predictor(args.run, "cpu", args.weights)  # what is wrong with it shows here, before Ray starts
-    with open(args.input, "rb") as source, os.fdopen(lock(args.output, os.O_RDWR | os.O_CREAT), "r+b") as out:
+    with open(args.input, "rb") as source, open_output(args.output) as out:
         done = resume(out, args.output, numbered_lines(source, WHOLE), run_digits(args.run))
         ray.init(args.address, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT)}})
         context, there = ray.data.DataContext.get_current(), ray.cluster_resources()

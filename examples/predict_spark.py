@@ -49,7 +49,7 @@ def main(argv=None):
     add("--tasks", type=bounded(int, 1), help="that share the posts; default: one a core")
     args = parser.parse_args(argv)
     open(args.input, "rb").close()
-    if args.output.exists():
+    if os.path.lexists(args.output):
         raise ValueError(f"{args.output}: is there already; name another --output")
     Predictor(args.run, "cpu", args.weights)  # what is wrong with the run shows here, in one line
     from pyspark import TaskContext  # here, so that `answer` can be used without
