@@ -21,7 +21,7 @@ from attention_maps import MISSING, attention, load_photos, open_regions, posts_
 from commands import bounded, check_device, command_line, default_device
 from data import NONE
 from evaluate import predictions_file, verdict
-from files import write_text
+from files import check_output, write_text
 from inputs import dataset_now
 from notes import reads_relevance
 from photos import image_folders
@@ -265,6 +265,15 @@ def facts_of(run, config, split, records, log, shown):
     return facts
 
 
+def is_page(path):
+    """Whether a file is a page of ours, of an earlier version too."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    return head.startswith(b"<!doctype html>") and all(
+        mark in head for mark in (b"script-src 'sha256-", b"<title>Report</title>")
+    )
+
+
 def write_page(page, output):
     """Put a page's data into the template; its script is the only one the browser is allowed to run."""
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -272,7 +281,11 @@ def write_page(page, output):
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+    try:
+        write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+    except OSError as error:
+        reason = f"the page cannot be stored there ({error.strerror}); name another place with --output"
+        raise OSError(f"{output}: {reason}") from None
 
 
 def main(argv=None):
@@ -283,6 +296,8 @@ def main(argv=None):
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
+    output = args.output or run / f"report-{split}.html"
+    check_output(output, "--output", is_page)
     records = read_predictions(path, task=config["task"])
     metrics, made = score(records), config["features_made"] or {}
     warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
@@ -353,7 +368,6 @@ def main(argv=None):
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
         "said": said,
     }  # fmt: skip
-    output = args.output or run / f"report-{split}.html"
     write_page(page, output)
     print(
         f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"

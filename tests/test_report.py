@@ -1,8 +1,10 @@
 """The page of a run, in-process on tiny data: what is embedded in it against the run's own files."""
 
 import base64
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -578,6 +580,40 @@ def test_what_cannot_be_shown_is_one_clear_line(runs, tmp_path, cache_dir):
             page_of(folder, output, *more)
         assert "\n" not in str(error.value)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("kind", ["config", "html", "empty", "link", "pipe", "page"])
+def test_only_a_page_of_ours_is_replaced(runs, tmp_path, kind):
+    run, output = copy_whole(runs["film"], tmp_path / "run"), tmp_path / "page.html"
+    if kind == "config":
+        output = run / "config.json"
+    elif kind == "link":
+        (tmp_path / "other").write_text("theirs")
+        output.symlink_to(tmp_path / "other")
+    elif kind == "pipe":
+        os.mkfifo(output)
+    elif kind == "page":
+        assert page_of(run, output) == page_of(run, output)
+        return
+    else:
+        output.write_text("<!doctype html><title>Report</title>" if kind == "html" else "")
+    before, content = output.lstat(), b"" if kind == "pipe" else output.read_bytes()
+    with pytest.raises(ValueError, match=f"{output}: .*; name another --output$"):
+        page_of(run, output)
+    assert output.lstat().st_ino == before.st_ino and output.lstat().st_mode == before.st_mode
+    assert kind == "pipe" or output.read_bytes() == content
+
+
+def test_a_page_that_cannot_be_stored_is_one_line(runs, tmp_path, monkeypatch):
+    def refused(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{path}.tmp")
+
+    monkeypatch.setattr(report, "write_text", refused)  # as in a folder of a colleague's
+    output = tmp_path / "page.html"
+    with pytest.raises(OSError) as error:
+        page_of(runs["film"], output)
+    reason = "the page cannot be stored there (Read-only file system); name another place with --output"
+    assert str(error.value) == f"{output}: {reason}"
 
 
 @pytest.mark.parametrize("name", ["clip-bert", "notes"])
