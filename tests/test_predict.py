@@ -554,7 +554,7 @@ def test_posts_as_pandas_writes_them(runs, tmp_path):
     ('{"text": "Jordan"}\n'.encode("utf-16"), "line 1: not UTF-8 but UTF-16, it seems; iconv"),
     (b'[{"text": "Jordan"},\n{"text": "Paris"}]', "not JSON: it begins '.{"),
     (b'{"txt": "Jordan"}', r"none of its 1 posts can be answered \(first: line 1: needs either .*words\)$"),
-])  # fmt: skip
+], ids=["CSV", "UTF-16", "list", "keys"])  # fmt: skip
 def test_a_file_of_no_post_is_an_error_and_nothing_finished(runs, tmp_path, content, message, before):
     (tmp_path / "in").write_bytes(content)
     if before:  # an empty file of the user's
