@@ -7,8 +7,9 @@ A post is a JSON object: `text` as it was typed, or `words`, a list (needed wher
 words); `image`, the file of its photo, where it has one, its path from the folder of posts.jsonl on (for runs
 on captions, `caption` instead, for those on phrases `phrases`, a list of text, or a `caption` to be cut into
 some); for relations `head` and `tail`, spans [start, end) of the text's characters or of the words; `id`,
-text or a whole number, comes back; for runs with --extra `about_post` and `about_photo`, for runs with
---relevance given `relevance`, as in their notes. Other keys are ignored.
+text or a number, comes back; for runs with --extra `about_post` and `about_photo`, for runs with
+--relevance given `relevance`, as in their notes. Other keys are ignored, and so is NaN. One post has 1 MB at
+most.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption
 was cut; `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type,

@@ -269,9 +269,9 @@ def test_photos_come_from_the_root_alone(runs, data_dir, tmp_path):
     assert all(answer["photo"] for answer in predictor([post | {"image": name} for name in inner]))
     outer = [
         "../out/out.jpg", "../out/none.jpg", "../rootless/out.jpg", "sub/../../out/out.jpg", "away.jpg",
-        "lost.jpg", "far/out.jpg", "far/none.jpg", str(tmp_path / "out/out.jpg"), "/etc/passwd", "/none", "..",
-        "a\0b", "/proc/self/cwd/out.jpg", "/proc/self/root/etc/passwd", "https://example.org/1.jpg",
-        "file:///etc/passwd",
+        "lost.jpg", "far/out.jpg", "far/none.jpg", str(tmp_path / "out/out.jpg"), "/etc/passwd", "/none",
+        "..", "a\0b", "/proc/self/cwd/out.jpg", "/proc/self/root/etc/passwd",
+        "https://example.org/1.jpg", "file:///etc/passwd",
     ]  # fmt: skip
     answers = predictor([post | {"image": name} for name in outer])
     assert [a["note"] for a in answers] == [f"{name}: {new_posts.OUTSIDE}" for name in outer]
