@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 NEVER = -1e30  # the log of nothing: as good as -inf in float32, but its gradients are numbers
+FEW = 40  # labels: with more, K times the work and room is more than a GPU saves by not waiting
+FAR = 500  # nats between two transitions: the exponential of less is not 0 in float64
 
 
 def maximum(scores, dim):
@@ -31,9 +33,8 @@ class Crf(nn.Module):
     bias [B, K, K]: optional, a post's own addition to the transitions. Everything is computed in float32,
     inside autocast too.
 
-    A word is a K x K matrix of scores from the label before it to its own, a hole the identity, and a post
-    their product. It is taken in pairs, so a post of W words takes log2 W steps of a few kernels each, on a
-    GPU too, whatever the batch; the first of them needs room for B W K^3 / 2 numbers.
+    log Z is taken word by word; on a GPU, which waits for each kernel, in pairs of words if labels are few.
+    Both give the same but for rounding.
     """
 
     def __init__(self, labels):
@@ -47,17 +48,49 @@ class Crf(nn.Module):
 
         0 for a post without words.
         """
+        between = self.transitions if bias is None else self.transitions + bias  # [K, K] or [B, K, K]
+        on_gpu, few = logits.device.type != "cpu", len(self.start) <= FEW
+        last = (self.by_pairs if on_gpu and few else self.by_words)(logits, mask, between, add)
+        return torch.where(mask.any(1), add(last + self.end, -1), 0)
+
+    def by_words(self, logits, mask, between, add):
+        """`add`'s scores [B, K] of all sequences by their last label, in W steps.
+
+        On a CPU a sum is a product of matrices, in float64: that costs least. Where transitions lie so far
+        apart that one of them would be 0 even there, and elsewhere, a step is of B K K numbers.
+        """
+        later, start, dtype = mask.cumsum(1) > 1, self.start, logits.dtype
+        top, low = between.detach().amax(), between.detach().amin()
+        product = add is torch.logsumexp and logits.device.type == "cpu" and top - low < FAR
+        if product:
+            start, logits, odds = start.double(), logits.double(), (between.double() - top).exp()
+        state = start.expand(len(logits), -1)
+        for own, is_later, is_word in zip(logits.unbind(1), later.T, mask.T, strict=True):
+            if product:
+                most = state.detach().amax(1, keepdim=True)
+                into = ((state - most).exp()[:, None] @ odds).squeeze(1).log() + most + top
+            else:
+                into = add(state[..., None] + between, 1)
+            into = torch.where(is_later[:, None], into, start)
+            state = torch.where(is_word[:, None], into + own, state)
+        return state.to(dtype)
+
+    def by_pairs(self, logits, mask, between, add):
+        """The same in log2 W steps of a few kernels each, whatever the batch.
+
+        A word is a K x K matrix of scores from the label before it to its own, a hole the identity, and a
+        post their product, taken in pairs. The first step needs room for B W K^3 / 2 numbers.
+        """
         first = mask & (mask.cumsum(1) == 1)
-        between = self.transitions if bias is None else (self.transitions + bias)[:, None]
         # The first word's rows are all its start.
-        into = torch.where(first[..., None, None], self.start, between)
+        into = torch.where(first[..., None, None], self.start, between.unsqueeze(-3))
         nothing = torch.full_like(self.transitions, NEVER).fill_diagonal_(0)
         product = torch.where(mask[..., None, None], into + logits[..., None, :], nothing)  # [B, W, K, K]
         while (length := product.shape[1]) > 1:
             left, right = product[:, : length - 1 : 2], product[:, 1::2]
             pairs = add(left[..., None] + right[..., None, :, :], -2)
             product = torch.cat([pairs, product[:, length - length % 2 :]], 1)  # and the odd one
-        return torch.where(mask.any(1), add(product[:, 0, 0] + self.end, -1), 0)
+        return product[:, 0, 0]
 
     def score(self, logits, mask, labels, bias=None):
         """The score [B] of label sequences [B, W], whatever they say where the mask is False."""
