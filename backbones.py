@@ -34,7 +34,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
 
 from commands import first_line
-from encoding import special_ends
+from encoding import special_ends, text_pieces
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
 
@@ -391,7 +391,7 @@ def load_caption(weights, img_size, seed):
         raise ValueError(f"--img-size {most}: {weights} takes captions of {longest} sub-tokens at most")
 
     def prepare(caption):
-        ids = torch.tensor(tokenizer(caption, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        ids = torch.tensor(text_pieces(tokenizer, caption), dtype=torch.long)
         return ids[:most], f"cut: {len(ids)} sub-tokens" if len(ids) > most else ""
 
     return worded_backbone(states, states.encoder, prepare, weights, {"img_size": most})
@@ -403,7 +403,7 @@ def load_phrases(weights, img_size, seed):
 
     def prepare(said):
         phrases = phrases_of(said)
-        ids = [tokenizer(phrase, add_special_tokens=False)["input_ids"] for phrase in phrases[:most]]
+        ids = [text_pieces(tokenizer, phrase) for phrase in phrases[:most]]
         kept = [torch.tensor(phrase[:longest]) for phrase in ids if phrase]
         long, bare = sum(len(phrase) > longest for phrase in ids), len(ids) - len(kept)
         cut = [f"cut: {len(phrases)} phrases"] * (len(phrases) > most)

@@ -23,7 +23,10 @@ PROBE = (
 def word_pieces(tokenizer, sentences):
     """[(ids, word of each id)] of word lists, each word tokenised as if it stood alone."""
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, truncation=False)
+        encoded = tokenizer(
+            sentences, is_split_into_words=True, add_special_tokens=False, truncation=False,
+            split_special_tokens=True,
+        )  # fmt: skip
         return [(encoded["input_ids"][i], encoded.word_ids(i)) for i in range(len(sentences))]
     rows = []
     for words in sentences:
@@ -32,37 +35,84 @@ def word_pieces(tokenizer, sentences):
     return rows
 
 
+def sentence_pieces(tokenizer, words, before=""):
+    """(ids, word of each id) of words joined by spaces, after `before`, each piece mapped by its place.
+
+    One that begins with the space belongs to the word after it.
+    """
+    text = before + " ".join(words)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(
+            text, add_special_tokens=False, truncation=False, return_offsets_mapping=True,
+            split_special_tokens=True,
+        )  # fmt: skip
+        # Each character's word, a space being of the word after it; one more, for a piece of no length.
+        owner = [w for w, word in enumerate(words) for _ in f" {word}"][1 - len(before) :] + [len(words) - 1]
+        return encoded["input_ids"], [owner[start] for start, _ in encoded["offset_mapping"]]
+    # No offsets: a word ends where the pieces of the sentence up to it do.
+    texts = (before + " ".join(words[:end]) for end in range(1, len(words) + 1))
+    ends = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, np.searchsorted(ends, np.arange(len(ids)), side="right").tolist()
+
+
 def takes_words(tokenizer):
     """Whether words one by one have the pieces of the sentence; others (ModernBERT's, Qwen's) lose spaces."""
     sentence = tokenizer(" ".join(PROBE), add_special_tokens=False)["input_ids"]
     return word_pieces(tokenizer, [PROBE])[0][0] == sentence
 
 
-def split_pieces(tokenizer, sentences):
+def control_ids(tokenizer):
+    """The ids that no text stands for, such as those of [SEP] and </s>."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def split_pieces(tokenizer, sentences, marks=None):
     """[(ids, word of each id)] of word lists, as in a sentence, without the tokenizer's special tokens.
 
-    The ids are those of the words joined by spaces. Where words one by one do not give them, pieces are
-    mapped to words by their place in the sentence; one that begins with the space belongs to the word after
-    it.
+    The ids are those of the words joined by spaces. `marks`: for each sentence {place: id} of its words that
+    are none but one id each. Any other word is text, one that spells "</s>" too: where the tokenizer knows no
+    better (SentencePiece's kind, slow ones) its characters are read one by one.
     """
+    marks = [{}] * len(sentences) if marks is None else marks
     if takes_words(tokenizer):
-        return word_pieces(tokenizer, sentences)
-    rows = []
-    for words in sentences:
-        if getattr(tokenizer, "is_fast", False):
-            encoded = tokenizer(
-                " ".join(words), add_special_tokens=False, truncation=False, return_offsets_mapping=True
-            )
-            # Each character's word, a space being of the word after it; one more, for a piece of no length.
-            owner = [w for w, word in enumerate(words) for _ in f" {word}"][1:] + [len(words) - 1]
-            word_of = [owner[start] for start, _ in encoded["offset_mapping"]]
-        else:  # no offsets: a word ends where the pieces of the sentence up to it do
-            texts = (" ".join(words[:end]) for end in range(1, len(words) + 1))
-            ends = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-            encoded = tokenizer(" ".join(words), add_special_tokens=False)
-            word_of = np.searchsorted(ends, np.arange(len(encoded["input_ids"])), side="right").tolist()
-        rows.append((encoded["input_ids"], word_of))
-    return rows
+        rows = word_pieces(tokenizer, sentences)
+    else:
+        rows = []
+        for words, mark in zip(sentences, marks, strict=True):
+            ids, word_of, start = [], [], 0
+            for end in (*sorted(mark), len(words)):
+                if start < end:
+                    piece_ids, owners = sentence_pieces(tokenizer, words[start:end], " " if start else "")
+                    ids, word_of = ids + piece_ids, word_of + [start + word for word in owners]
+                start = end + 1
+            rows.append((ids, word_of))
+    control = control_ids(tokenizer)
+    return [
+        row if not mark and control.isdisjoint(row[0]) else respell(tokenizer, words, *row, mark, control)
+        for words, row, mark in zip(sentences, rows, marks, strict=True)
+    ]
+
+
+def respell(tokenizer, words, ids, word_of, mark, control):
+    """A row of `split_pieces` with the ids of `mark`, and the characters of words that have `control` ids."""
+    pieces = [[] for _ in words]
+    for piece, word in zip(ids, word_of, strict=True):
+        pieces[word].append(piece)
+    for place, word in enumerate(words):
+        if place in mark:
+            pieces[place] = [mark[place]]
+        elif not control.isdisjoint(pieces[place]):
+            pieces[place] = word_pieces(tokenizer, [[*word]])[0][0]
+    return [i for own in pieces for i in own], [word for word, own in enumerate(pieces) for _ in own]
+
+
+def text_pieces(tokenizer, text):
+    """The ids of a running text, without special tokens, whatever it spells."""
+    more = {"split_special_tokens": True} if getattr(tokenizer, "is_fast", False) else {}
+    ids = tokenizer(text, add_special_tokens=False, **more)["input_ids"]
+    return ids if control_ids(tokenizer).isdisjoint(ids) else split_pieces(tokenizer, [text.split()])[0][0]
 
 
 def special_ends(tokenizer):
@@ -128,10 +178,11 @@ def encode(tokenizer, examples, labels, max_len):
     label_id = {label: i for i, label in enumerate(labels)}
     relations = hasattr(examples[0], "head")
     marked = [mark_entities(example) if relations else (list(example.words), {}) for example in examples]
+    marker_id = dict(zip(MARKERS, tokenizer.convert_tokens_to_ids(list(MARKERS)), strict=True))
+    marks = [{place: marker_id[name] for name, place in marker.items()} for _, marker in marked]
+    pieces = split_pieces(tokenizer, [words for words, _ in marked], marks)
     rows, counts = [], {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
-    for example, (words, marker), (ids, word_of) in zip(
-        examples, marked, split_pieces(tokenizer, [m[0] for m in marked]), strict=True
-    ):
+    for example, (words, marker), (ids, word_of) in zip(examples, marked, pieces, strict=True):
         first_piece = {}
         for piece, word in enumerate(word_of):
             first_piece.setdefault(word, piece)
@@ -143,8 +194,7 @@ def encode(tokenizer, examples, labels, max_len):
             kept = range(min(len(ids), room))
         place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
         starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
-        ours = MARKERS if relations else ()
-        cut = [word for word in first_piece if starts[word] < 0 and words[word] not in ours]
+        cut = [word for word in first_piece if starts[word] < 0 and word not in marker.values()]
         counts["cut_words"] += len(cut)
         counts["cut_posts"] += bool(cut)
         counts["words_without_piece"] += len(words) - len(first_piece)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data import read_lines
-from encoding import special_ends
+from encoding import special_ends, text_pieces
 from photos import by_name, read_captions
 
 
@@ -247,8 +247,7 @@ class Segments:
         if ids is None:
             if self.kept + len(text) > MOST_KEPT:
                 self.pieces, self.kept = {}, 0
-            ids = self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-            ids = self.pieces[text] = ids[: self.length + 1]
+            ids = self.pieces[text] = text_pieces(self.tokenizer, text)[: self.length + 1]
             self.kept += len(text)
         return ids
 

@@ -33,6 +33,8 @@ class Slow:
 
     def __init__(self, fast):
         self.fast, self.tokenize, self.convert_tokens_to_ids = fast, fast.tokenize, fast.convert_tokens_to_ids
+        self.all_special_ids, self.unk_token_id = fast.all_special_ids, fast.unk_token_id
+        self.added_tokens_decoder = fast.added_tokens_decoder
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}

@@ -11,13 +11,13 @@ from conftest import Slow
 from encoders import KINDS, build, build_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import evaluate
 import text_encoder
 import train
 from data import RELATIONS, RelationExample
-from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces
+from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces, text_pieces
 from model import SYSTEMS
 from runs import load_run
 from scores import mentions, read_predictions
@@ -256,11 +256,14 @@ def tokenizers():
     for scheme in ("always", "first", "never"):
         letters = sorted({letter for word in WORDS for letter in word})
         metaspace = Tokenizer(
-            models.Unigram([("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0)], 0)
-        )
+            models.Unigram([
+                ("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0), ("<s>", 0.0),
+                ("</s>", 0.0),
+            ], 0)
+        )  # fmt: skip
         metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         made[f"SentencePiece, {scheme}"] = PreTrainedTokenizerFast(
-            tokenizer_object=metaspace, unk_token="<unk>"
+            tokenizer_object=metaspace, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
         )
     return made
 
@@ -293,6 +296,29 @@ def test_words_have_the_pieces_of_their_sentence(name, slow):
         assert (
             len(ids) == len(word_of) and word_of == sorted(word_of) and set(word_of) <= set(range(len(words)))
         )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("slow", [False, True])
+def test_words_that_spell_control_tokens_are_words(name, slow):
+    fast = copy.deepcopy(TOKENIZERS[name])
+    fast.add_tokens([AddedToken(marker, lstrip=True, special=True) for marker in MARKERS])
+    tokenizer = Slow(fast) if slow else fast
+    spelled = [token for token in fast.all_special_tokens if token != fast.unk_token]
+    words = ["to", *spelled, *(f"t{token}o" for token in spelled), *MARKERS, "to"]
+    control = {*fast.convert_tokens_to_ids([*spelled, *MARKERS])}
+    ((ids, word_of),) = split_pieces(tokenizer, [words])
+    assert control.isdisjoint(ids) and word_of == sorted(word_of)
+    assert set(word_of) == set(range(len(words)))
+    assert control.isdisjoint(text_pieces(tokenizer, " ".join(words)))
+    # Of a relation the markers around head and tail are there, and no others.
+    example = RelationExample("", "", tuple(words), (1, 2), (2, len(words)), RELATIONS[0])
+    (row,), _ = encode(tokenizer, [example], RELATIONS, 500)
+    own = row["input_ids"][slice(*row["own"])]
+    markers = [fast.convert_ids_to_tokens(i) for i in own if i in control]
+    assert markers == ["[E1]", "[/E1]", "[E2]", "[/E2]"]
+    for key, marker in (("head_index", "[E1]"), ("tail_index", "[E2]")):
+        assert row["input_ids"][row[key]] == fast.convert_tokens_to_ids(marker)
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "qwen2"])
