@@ -1,17 +1,21 @@
 """Kinds of text encoders, built tiny here: what they save, what trains, how their tokenizers cut words."""
 
 import copy
+import io
 import json
 import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from conftest import Slow
-from encoders import KINDS, build, build_tokenizer
+from encoders import KINDS, SIZE, build, build_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AddedToken, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING, AddedToken, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast,
+)  # fmt: skip
 
 import evaluate
 import text_encoder
@@ -363,3 +367,42 @@ def test_a_tokenizer_that_takes_word_lists_once_it_is_asked_is_asked(tmp_path):
     tokenizer, published = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for words, (ids, _) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
         assert ids == published(" " + " ".join(words), add_special_tokens=False)["input_ids"]
+
+
+# As published: the file's name, what its special pieces are, and tokenizer_config.json.
+ENDS = {"bos_id": 1, "eos_id": 2}
+SENTENCEPIECE = {
+    "deberta-v2": ("spm.model", {
+        "pad_id": 0, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]",
+        "unk_piece": "[UNK]", **ENDS,
+    }, {"vocab_type": "spm", "do_lower_case": False}),
+    "xlm-roberta": ("sentencepiece.bpe.model", ENDS, {}),
+    "albert": ("spiece.model", {
+        "pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1, "control_symbols": "[CLS],[SEP],[MASK]",
+    }, {"do_lower_case": False, "keep_accents": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_an_encoder_that_is_published_with_a_sentencepiece_file_alone(tmp_path, kind):
+    (name, special, settings), model = SENTENCEPIECE[kind], io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(words) for words in SENTENCES), model_writer=model, vocab_size=200,
+        hard_vocab_limit=False, minloglevel=2, **special,
+    )  # fmt: skip
+    sizes = SIZE | KINDS[kind][1] | {"vocab_size": 200}
+    AutoModel.from_config(CONFIG_MAPPING[kind](**sizes)).save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    _, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.1)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for words, (ids, _) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
+        pieces = [reference.id_to_piece(i) for i in reference.encode(" ".join(words))]
+        assert tokenizer.convert_ids_to_tokens(ids) == pieces
+    spelled = tokenizer.all_special_tokens
+    ((ids, word_of),) = split_pieces(tokenizer, [spelled])
+    assert {*ids} & {*tokenizer.all_special_ids} <= {tokenizer.unk_token_id}
+    assert {*word_of} == {*range(len(spelled))}
+    tokenizer.save_pretrained(tmp_path / "run")
+    assert split_pieces(load_tokenizer(tmp_path / "run"), SENTENCES) == split_pieces(tokenizer, SENTENCES)
