@@ -5,19 +5,26 @@
 That takes config.json, encoder/ (the text encoder's configuration and tokenizer) and model.safetensors.
 """
 
+import itertools
 import json
 import os
+import re
+import stat
+import threading
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from transformers import AutoConfig, AutoModel
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoModel
 
 from commands import first_line, lock, out_of_memory, wait_for_all
 from files import check_output, is_temporary, replacing, write_json
+from fusion import FUSIONS
 from model import LEFT_OUT, SYSTEMS
 from text_encoder import drop_pooler, load_tokenizer
 
@@ -39,20 +46,222 @@ BROKEN = (KeyError, TypeError, AttributeError, EOFError, UnpicklingError)  # rai
 RUN_FORMAT = 2  # raised when training itself changes: runs of before and after are not of one system
 
 
+# ------------------------------------------------------------------------------------------------------- read
+
+# A run may be a stranger's: nothing of it is run, nothing outside of it is read, and all is looked at first.
+MOST_BYTES = 2**24  # of a configuration
+MOST_LAYERS = 10_000
+TEXT = (lambda value: isinstance(value, str), "text")
+FLAG = (lambda value: isinstance(value, bool), "true or false")
+SETTINGS = (lambda value: isinstance(value, dict), "an object")
+
+
+def number(kinds, low, high):
+    """A row of `KEYS`: a number of one of some types, from `low` to `high`; NaN is none."""
+    whole = "a whole number" if kinds == (int,) else "a number"
+    return lambda value: type(value) in kinds and low <= value <= high, f"{whole} from {low:g} to {high:g}"
+
+
+def one_of(*values):
+    return lambda value: value in values, f"one of {', '.join(map(str, values))}"
+
+
+def or_null(fits, wanted):
+    return lambda value: value is None or fits(value), f"{wanted}, or null"
+
+
+def named_weights(value):
+    return isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values())
+
+
+def told(*keys):
+    """A row of `KEYS`: an object with text under `keys`."""
+    return (
+        lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys),
+        f"an object with {', '.join(keys)}",
+    )
+
+
+COUNT, AMOUNT = number((int,), 1, 10**6), number((int, float), 0, 1e9)
+# Per key of config.json that anything reads again: whether a value is one, and what it has to be.
+KEYS = {
+    "dataset": TEXT, "data_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT, "model": one_of(*SYSTEMS),
+    "task": one_of("ner", "relation"),
+    "labels": (
+        lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
+        "a list of labels",
+    ),
+    # Not `one_of`: own ones may be added to the table later.
+    "fusion": (lambda value: value in (None, *FUSIONS, "prefix"), "prefix, null or a name in fusion.FUSIONS"),
+    "decoder": one_of("softmax", "crf", "visual-crf"),
+    "heads": or_null(*COUNT), "dropout": number((int, float), 0, 1), "region_dim": or_null(*COUNT),
+    "features": or_null(*TEXT), "features_made": or_null(*told("backbone", "weights", "sha256")),
+    "generated": or_null(*TEXT), "generated_made": or_null(*told("sha256")), "notes": or_null(*TEXT),
+    "notes_sha256": or_null(*TEXT), "extra": one_of("none", "post", "photo", "both"), "extra_len": COUNT,
+    "shuffle_notes": FLAG, "shuffle_photos": FLAG, "train_share": number((int, float), 0, 1),
+    "align": (named_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
+    "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
+    "max_len": COUNT, "eval_batch_size": COUNT, "seed": number((int,), 0, 2**32),
+    "precision": one_of("auto", "float32", "bfloat16"),
+}  # fmt: skip
+
+
+def read_bytes(path, most=1):
+    """The first `most` bytes of a regular file; what the system says of another names it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: no regular file; restore it")
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_object(path):
+    """The JSON object in a file of a run; ValueError if there is none."""
+    text = read_bytes(path, MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, so no configuration; restore it")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({first_line(error)}); restore it or train the run again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not the configuration of anything (no JSON object); restore it")
+    return value
+
+
 def read_config(run_dir):
-    """A run's config.json as a dict."""
+    """A run's config.json as a dict; ValueError if a value is of a wrong kind."""
     path = Path(run_dir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
         )
+    config = read_object(path)
+    if not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
+        raise ValueError(f"{path}: not the configuration of a run of train.py; name another folder")
+    config = LEFT_OUT | config
+    for key, (fits, wanted) in KEYS.items():
+        if key in config and not fits(config[key]):
+            raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
+    return config
+
+
+def encoder_settings(value, key=""):
+    """An encoder's configuration without what chooses kernels: those named there may come from a hub.
+
+    ValueError at more layers than there are, and at timm's kinds, which ask a hub of their own.
+    """
+    if isinstance(value, list):
+        return [encoder_settings(item, key) for item in value]
+    if isinstance(value, dict):
+        return {k: encoder_settings(v, k) for k, v in value.items() if "implementation" not in k}
+    if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+        raise ValueError(f"{key} is {value}")
+    if key == "model_type" and (value not in CONFIG_MAPPING or "timm" in value):
+        raise ValueError(f"model_type is {value!r:.60}")
+    return value
+
+
+def read_encoder(folder, checkpoint):
+    """(configuration of the text encoder, tokenizer) in a run's folder, of the kind `checkpoint` ("" = any)."""
+    settings = encoder_settings(read_object(folder / "config.json"))
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING or kind != {"blip": "blip_text_model"}.get(checkpoint, checkpoint or kind):
+        raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r:.60}")
+    if (folder / "tokenizer_config.json").exists():
+        for key, value in read_object(folder / "tokenizer_config.json").items():
+            if key.endswith("_file") and isinstance(value, str) and os.path.basename(value) != value:
+                raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} is outside of it")
+    return CONFIG_MAPPING[kind].from_dict(settings), load_tokenizer(folder, local_files_only=True)
+
+
+def build(encoder_config, config):
+    """The model of a run, as its configuration says."""
+    if encoder_config.model_type == "blip_text_model":  # the one that AutoModel does not know
+        encoder = transformers.BlipTextModel(encoder_config)
+    else:
+        encoder = AutoModel.from_config(encoder_config, dtype=torch.float32, trust_remote_code=False)
+    drop_pooler(encoder)
+    return SYSTEMS[config["model"]].model(encoder, config)
+
+
+def check_weights(path, encoder_config, config):
+    """ValueError unless a safetensors file holds the model of a run; nothing is allocated for that."""
+    with safe_open(path, "pt") as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    thread, count = threading.get_ident(), itertools.count()
+
+    def stop(*_):
+        if threading.get_ident() == thread and next(count) > 2 * len(held) + 100:
+            raise ValueError(f"its configuration has far more than the {len(held)} tensors of {path.name}")
+
+    hook = register_module_parameter_registration_hook(stop)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); train the run again") from None
-    if not isinstance(config, dict) or not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
-        raise ValueError(f"{path}: not the configuration of a run of train.py; train it again")
-    return LEFT_OUT | config
+        with torch.device("meta"), NoDraws():
+            model = build(encoder_config, config)
+    finally:
+        hook.remove()
+    wanted = model.state_dict(keep_vars=True)
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if size > 2 * path.stat().st_size + 2**28:
+        raise ValueError(f"its configuration takes {size:,} bytes, far more than {path.name}")
+    shared = {id(wanted[name]) for name in held.keys() & wanted.keys()}  # one of several names is saved
+    for name in sorted(held.keys() | wanted.keys()):
+        shape = tuple(wanted[name].shape) if name in wanted else None
+        if held.get(name) != shape and not (name not in held and id(wanted[name]) in shared):
+            sides = f"{held.get(name, 'missing')} in {path.name}, {shape or 'missing'} by its configuration"
+            raise ValueError(f"{name} is {sides}")
+
+
+class NoDraws(TorchFunctionMode):
+    """In this context nothing is drawn in place: weights that are loaded next need no start at random."""
+
+    names = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in self.names:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_run(run_dir, device="cpu"):
+    """(model in eval mode, tokenizer, config) of a run, from its folder alone.
+
+    ValueError or FileNotFoundError if it is broken. What the system says of a file is an OSError.
+    """
+    run_dir = Path(run_dir)
+    config, weights = read_config(run_dir), run_dir / "model.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{run_dir}: no model.safetensors, as its first epoch did not end; go on with --resume")
+    if not (run_dir / "encoder" / "config.json").exists():
+        raise FileNotFoundError(f"{run_dir}: no encoder/config.json, of the text encoder; restore it")
+    for path in (weights, *(run_dir / "encoder").iterdir()):
+        if not path.is_dir():
+            read_bytes(path)
+    try:
+        encoder_config, tokenizer = read_encoder(run_dir / "encoder", SYSTEMS[config["model"]].checkpoint)
+        check_weights(weights, encoder_config, config)
+        with NoDraws():
+            model = build(encoder_config, config)
+        load_model(model, str(weights))
+        for name, parameter in model.named_parameters():
+            if not parameter.sum().isfinite() and not parameter.isfinite().all():
+                raise ValueError(f"{name} has numbers that are not finite")
+    except Exception as error:  # any: tokenizers and transformers raise plain ones at broken files
+        system = re.search(r"os error (\d+)", str(error))
+        if system:  # as libraries in Rust say what the system said
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(run_dir)) from None
+        if out_of_memory(error) or getattr(error, "errno", None):
+            raise
+        reason = f"the run does not load ({first_line(error)}); restore its files or train it again"
+        raise ValueError(f"{run_dir}: {reason}") from None
+    return model.eval().to(device), tokenizer, config
+
+
+# ---------------------------------------------------------------------------------------- written, compared
 
 
 def own_files(run_dir):
@@ -222,27 +431,6 @@ def save_weights(model, run_dir):
             save_model(model, str(temporary))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({first_line(error)}); make room, then --resume") from None
-
-
-def load_run(run_dir, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a run, from its folder alone; ValueError if it is broken."""
-    run_dir = Path(run_dir)
-    config = read_config(run_dir)
-    if not (run_dir / "model.safetensors").exists():
-        raise FileNotFoundError(f"{run_dir}: no model.safetensors; the run did not finish, train it again")
-    try:
-        encoder_config = AutoConfig.from_pretrained(run_dir / "encoder")
-        if encoder_config.model_type == "blip_text_model":  # the one that AutoModel does not know
-            encoder = transformers.BlipTextModel(encoder_config)
-        else:
-            encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
-        drop_pooler(encoder)
-        tokenizer = load_tokenizer(run_dir / "encoder")
-        model = SYSTEMS[config["model"]].model(encoder, config)
-        load_model(model, str(run_dir / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{run_dir}: the run does not load ({first_line(error)}); train it again") from None
-    return model.eval().to(device), tokenizer, config
 
 
 def flat(config, prefix=""):

@@ -26,7 +26,9 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
     """
     try:
         # dtype: some are stored as float16
-        model, info = kind.from_pretrained(source, config=config, output_loading_info=True, dtype=dtype)
+        model, info = kind.from_pretrained(
+            source, config=config, output_loading_info=True, dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
@@ -41,12 +43,12 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
     return model.get_submodule(part)
 
 
-def load_tokenizer(source):
+def load_tokenizer(source, **more):
     """The tokenizer at `source`; RoBERTa's kind with a space before each word, as in a sentence."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
     if takes_words(tokenizer):
         return tokenizer
-    spaced = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
+    spaced = AutoTokenizer.from_pretrained(source, add_prefix_space=True, trust_remote_code=False, **more)
     # Some ignore it (ModernBERT's), or put spaces inside words too (Qwen's): `split_pieces` reads sentences.
     in_sentence = tokenizer(" " + " ".join(PROBE), add_special_tokens=False)["input_ids"]
     return spaced if word_pieces(spaced, [PROBE])[0][0] == in_sentence else tokenizer
@@ -81,7 +83,7 @@ def load_text_encoder(source, system, task, dropout):
     """
     option = "--text-encoder"
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"

@@ -1,18 +1,23 @@
 """The model against transformers' own classes, and the ways a text encoder can fail to load."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import PARTS
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification
 from transformers import BlipForImageTextRetrieval, RobertaConfig, RobertaModel, ViltForTokenClassification
 
+import runs
 from data import RELATIONS, load_dataset
 from encoding import MARKERS, collate, encode
 from features import FeatureCache
@@ -243,6 +248,168 @@ def test_weights_are_saved_whole(encoder_dir, data_dir, tmp_path):
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(encoder_dir, data_dir, tmp_path_factory):
+    """A run folder with the weights of no training."""
+    folder, dataset = tmp_path_factory.mktemp("finished"), load_dataset("demo", data_dir)
+    model, tokenizer = make(encoder_dir, dataset, "film")
+    config = {"dataset": "demo", "data_dir": str(data_dir), "model": "bert-resnet50", "fusion": "film",
+              "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.1, "max_len": 128,
+              "text_encoder": str(encoder_dir), "region_dim": 2048, "seed": 1, "data": {},
+              "features_made": {"backbone": "resnet50", "weights": "random-1", "sha256": "0"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model.encoder.config.save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    save_weights(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_run_opens_as_it_was_saved_and_draws_nothing(finished):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    model, _, _ = load_run(finished)
+    assert torch.equal(torch.get_rng_state(), state)
+    saved = load_file(finished / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+    # What is in no file, such as positions, is there too.
+    ids = model.encoder.embeddings.position_ids[0]
+    assert torch.equal(ids, torch.arange(len(ids))) and not model.training
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"model": []}, "model must be one of roberta-resnet50"), ({"max_len": "128"}, "max_len must be a whole"),
+    ({"max_len": True}, "max_len must be"), ({"labels": []}, "labels must be a list of labels"),
+    ({"dropout": float("nan")}, "dropout must be a number from 0 to 1"), ({"fusion": {}}, "fusion must be"),
+    ({"region_dim": 10**12}, "region_dim must be"), ({"align": {"local": "1"}}, "align must be"),
+    ({"features_made": {"backbone": 1}}, "features_made must be an object with backbone, weights"),
+])  # fmt: skip
+def test_a_run_whose_configuration_has_a_value_of_a_wrong_kind(copied, values, message):
+    change(copied / "config.json", **values)
+    with pytest.raises(ValueError, match=f"^{copied}/config.json: {message}") as error:
+        load_run(copied)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "encoder/config.json", "encoder/tokenizer_config.json", "encoder/tokenizer.json",
+    "model.safetensors",
+])  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"[" * 200_000, b"{", b"[1]", b"\xff\xfe\x00"])
+def test_a_run_with_a_broken_file_is_one_line(copied, name, content):
+    (copied / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{copied}.*(restore|train it again)") as error:
+        load_run(copied)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "encoder/tokenizer.json", "model.safetensors"])
+def test_a_run_with_a_pipe_in_place_of_a_file_does_not_wait_for_it(copied, name):
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    with pytest.raises(ValueError, match=f"^{copied / name}: no regular file"):
+        load_run(copied)
+
+
+@pytest.mark.parametrize("values", [
+    {"num_hidden_layers": 1_000_000}, {"num_hidden_layers": 9000}, {"hidden_size": 10**9},
+    {"vocab_size": 10**12}, {"max_position_embeddings": 10**10}, {"model_type": "timm_wrapper"},
+    {"model_type": "bert2"}, {"model_type": None}, {"vocab_size": "x"},
+])  # fmt: skip
+def test_an_encoder_that_is_not_the_weights_is_refused_before_it_is_made(copied, values, monkeypatch):
+    change(copied / "encoder" / "config.json", **values)
+    build = runs.build
+
+    def on_meta(*args):
+        assert torch.get_default_device().type == "meta"
+        return build(*args)
+
+    monkeypatch.setattr(runs, "build", on_meta)
+    with pytest.raises(ValueError, match=f"^{copied}: the run does not load .*restore") as error:
+        load_run(copied)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_named_by_an_encoders_configuration_are_not_asked_for(copied, key):
+    change(copied / "encoder" / "config.json", **{key: "somebody/kernels"})
+    model, _, _ = load_run(copied)
+    assert model.encoder.config._attn_implementation == "sdpa"
+
+
+def test_an_encoder_of_its_own_code_is_not_run(copied, monkeypatch):
+    """Nor is anybody asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (copied / "encoder" / "own.py").write_text("raise SystemExit('run')")
+    names = {name: "own.Own" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}
+    change(copied / "encoder" / "config.json", auto_map=names)
+    change(copied / "encoder" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    load_run(copied)
+    with pytest.raises(ValueError, match="--text-encoder .*cannot be loaded"):
+        change(copied / "encoder" / "config.json", model_type="own")
+        load_text_encoder(str(copied / "encoder"), BERT, "ner", 0.1)
+
+
+def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
+    shutil.rmtree(copied / "encoder")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(FileNotFoundError, match=f"^{copied}: no encoder/config.json"):
+        load_run(copied)
+
+
+def test_a_tokenizer_reads_nothing_outside_of_its_folder(copied):
+    change(copied / "encoder" / "tokenizer_config.json", vocab_file="/etc/hostname")
+    with pytest.raises(ValueError, match="vocab_file is outside of it"):
+        load_run(copied)
+
+
+def test_weights_that_are_no_numbers_are_refused(copied):
+    weights = load_file(copied / "model.safetensors")
+    weights["head.linear.weight"][1, 2] = float("nan")
+    save_file(weights, copied / "model.safetensors")
+    with pytest.raises(ValueError, match="head.linear.weight has numbers that are not finite"):
+        load_run(copied)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ENOMEM])
+@pytest.mark.parametrize("name", ["config.json", "encoder/tokenizer.json", "model.safetensors"])
+def test_what_the_system_says_of_a_runs_file_is_not_called_broken(copied, monkeypatch, code, name):
+    opened = Path.open
+
+    def refuse(path, *args):
+        if path == copied / name:
+            raise OSError(code, os.strerror(code))
+        return opened(path, *args)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)) as error:
+        load_run(copied)
+    assert error.value.errno == code and error.value.filename == str(copied / name)
+
+
+@pytest.mark.parametrize("raised", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    PermissionError(errno.EACCES, "Permission denied", "x"), SafetensorError("Permission denied (os error 13)"),
+])  # fmt: skip
+def test_no_memory_or_no_permission_while_a_run_is_loaded(copied, monkeypatch, raised):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(runs, "load_model", fail)
+    with pytest.raises((MemoryError, RuntimeError, PermissionError)) as error:
+        load_run(copied)
+    assert "train" not in str(error.value)
 
 
 def test_every_system_names_its_parts():
