@@ -21,6 +21,7 @@ import transformers
 from tqdm import tqdm
 
 from data import DATASETS
+from files import check_output
 
 try:
     import fcntl
@@ -220,6 +221,24 @@ def lock(path, flags=os.O_RDONLY):
         os.close(fd)
         raise ValueError(f"{path}: another process is writing it; wait for it or stop it") from None
     return fd
+
+
+@contextlib.contextmanager
+def open_output(path):
+    """The --output file at `path`, open for this process alone; a new one is gone at the end if it is empty.
+
+    ValueError for what is no regular file, a link too, or if another process has it.
+    """
+    path = Path(path)
+    check_output(path, "--output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b") as file:
+        try:
+            yield file
+        finally:
+            if new and not os.fstat(file.fileno()).st_size:
+                path.unlink()
 
 
 def hold(fd, path, how):

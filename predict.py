@@ -38,11 +38,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from commands import bounded, check_device, command_line, default_device, fit_threads, lock, precision_on
-from commands import progress_bar
+from commands import bounded, check_device, command_line, default_device, fit_threads, open_output
+from commands import precision_on, progress_bar
 from encoding import encode
 from evaluate import predict
-from files import bounded_lines, check_output
+from files import bounded_lines
 from inputs import Posts
 from model import WORDED
 from new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
@@ -240,15 +240,6 @@ def check_digits(run, line):
     return hashlib.sha256(run + (line or b"")).hexdigest()[:12]
 
 
-def open_output(path):
-    """The file of answers at `path`, made if it is not there, open for this process alone.
-
-    ValueError if it is no regular file, or another process has it.
-    """
-    check_output(path, "--output")
-    return os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b")
-
-
 def resume(out, path, lines, run):
     """How many of the numbered `lines` are answered in the open file `out`, whose torn last line is cut off.
 
@@ -285,7 +276,6 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     run += (folder or "").encode()  # other photos are other answers
     folder = os.path.dirname(path) if folder is None else folder
     counts, first, passed = Counter(), {}, 0
-    new = not os.path.lexists(output)
     with open(path, "rb") as source, open_output(output) as out:
         if os.path.samestat(os.fstat(source.fileno()), os.fstat(out.fileno())):
             raise ValueError(f"{output}: it is the --input; name another --output")
@@ -315,8 +305,6 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
             out.seek(0)
             if all("error" in json.loads(line) for line in out):
                 out.truncate(0)
-                if new or done:  # one that was there, empty, stays so
-                    os.unlink(output)
                 reason = f"none of its {total} posts can be answered (first: {first['error']})"
                 if "JSON" in reason:
                     reason += "; pandas writes posts with to_json(orient='records', lines=True)"

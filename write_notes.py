@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -47,9 +46,10 @@ from pathlib import Path
 
 from attention_maps import thumbnail
 from chat import Endpoint, Local, Refused, split_url
-from commands import bounded, command_line, dataset_name, default_device, first_line, lock, progress_bar
+from commands import bounded, command_line, dataset_name, default_device, first_line, open_output
+from commands import progress_bar
 from data import DATASETS, RelationExample, load_dataset, locate
-from files import bounded_lines, check_output
+from files import bounded_lines
 from notes import KEYS, OF_PHOTO
 from photos import find_photos, image_folders
 
@@ -226,23 +226,6 @@ def resume(out, path, posts):
     out.truncate(end)
     out.seek(end)
     return done
-
-
-@contextlib.contextmanager
-def open_output(path):
-    """The file at `path`, open for this process alone; a new one is taken away if nothing was written to it.
-
-    ValueError for what is no regular file, a link too.
-    """
-    check_output(path, "--output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b") as file:
-        try:
-            yield file
-        finally:
-            if new and not os.fstat(file.fileno()).st_size:
-                path.unlink()
 
 
 def parse_args(argv):

@@ -1,6 +1,5 @@
 """Promises of data.py: files by hand and what is read of them, batches against a second way to make them."""
 
-import argparse
 import hashlib
 import itertools
 import json
