@@ -424,6 +424,7 @@ BACKBONES = {  # name: (loader, default of --weights)
     "caption": (load_caption, "bert-base-uncased"),
     "phrases": (load_phrases, "bert-base-uncased"),
 }
+DEFAULT_WEIGHTS = {default for _, default in BACKBONES.values()}
 
 
 def load_backbone(name, weights=None, img_size=None, seed=1337):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from backbones import load_backbone
+from backbones import DEFAULT_WEIGHTS, load_backbone
 from data import NONE, NerExample, RelationExample
 from features import UNREADABLE, FeatureCache
 from loading import Captions, Photos
@@ -200,7 +200,13 @@ def run_backbone(made, weights=None):
             f"the run's features were made with a local {made['backbone']} ({made['weights']}); name it with"
             " --weights"
         )
-    weights = weights or ("random" if kind == "random" else named(made["weights"], made["weights"]))
+    published = "random" if kind == "random" else named(made["weights"], made["weights"])
+    if weights is None and published not in {None, "random", "imagenet", "imagenet-v2", *DEFAULT_WEIGHTS}:
+        raise ValueError(
+            f"the run's features were made with {published}, and a run's word loads nothing from a hub; name it"
+            " with --weights"
+        )
+    weights = weights or published
     backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
     here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
     del here["weights"]  # a name; what counts is the hash

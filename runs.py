@@ -82,6 +82,15 @@ def told(*keys):
     )
 
 
+def made_features(value):
+    """Whether a value says how the features of a photo are made."""
+    (fits, _), (size, _) = told("backbone", "weights", "sha256"), number((int,), 1, 4096)
+    if not fits(value) or value["backbone"] not in {system.backbone for system in SYSTEMS.values()}:
+        return False
+    return size(value.get("img_size", 1)) and SEED[0](value.get("seed", 0))
+
+
+SEED = number((int,), 0, 2**32)
 COUNT, AMOUNT = number((int,), 1, 10**6), number((int, float), 0, 1e9)
 # Per key of config.json that anything reads again: whether a value is one, and what it has to be.
 KEYS = {
@@ -95,13 +104,13 @@ KEYS = {
     "fusion": (lambda value: value in (None, *FUSIONS, "prefix"), "prefix, null or a name in fusion.FUSIONS"),
     "decoder": one_of("softmax", "crf", "visual-crf"),
     "heads": or_null(*COUNT), "dropout": number((int, float), 0, 1), "region_dim": or_null(*COUNT),
-    "features": or_null(*TEXT), "features_made": or_null(*told("backbone", "weights", "sha256")),
+    "features": or_null(*TEXT), "features_made": or_null(made_features, "what a feature file says of itself"),
     "generated": or_null(*TEXT), "generated_made": or_null(*told("sha256")), "notes": or_null(*TEXT),
     "notes_sha256": or_null(*TEXT), "extra": one_of("none", "post", "photo", "both"), "extra_len": COUNT,
     "shuffle_notes": FLAG, "shuffle_photos": FLAG, "train_share": number((int, float), 0, 1),
     "align": (named_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
     "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
-    "max_len": COUNT, "eval_batch_size": COUNT, "seed": number((int,), 0, 2**32),
+    "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
     "precision": one_of("auto", "float32", "bfloat16"),
 }  # fmt: skip
 

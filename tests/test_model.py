@@ -293,7 +293,10 @@ def test_a_run_opens_as_it_was_saved_and_draws_nothing(finished):
     ({"max_len": True}, "max_len must be"), ({"labels": []}, "labels must be a list of labels"),
     ({"dropout": float("nan")}, "dropout must be a number from 0 to 1"), ({"fusion": {}}, "fusion must be"),
     ({"region_dim": 10**12}, "region_dim must be"), ({"align": {"local": "1"}}, "align must be"),
-    ({"features_made": {"backbone": 1}}, "features_made must be an object with backbone, weights"),
+    ({"features_made": {"backbone": 1}}, "features_made must be what a feature file says of itself"),
+    ({"features_made": {"backbone": "clip", "weights": "none", "sha256": "0", "img_size": 10**9}},
+        "features_made must be"),
+    ({"features_made": {"backbone": "own", "weights": "none", "sha256": "0"}}, "features_made must be"),
 ])  # fmt: skip
 def test_a_run_whose_configuration_has_a_value_of_a_wrong_kind(copied, values, message):
     change(copied / "config.json", **values)
