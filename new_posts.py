@@ -203,8 +203,8 @@ def run_backbone(made, weights=None):
     published = "random" if kind == "random" else named(made["weights"], made["weights"])
     if weights is None and published not in {None, "random", "imagenet", "imagenet-v2", *DEFAULT_WEIGHTS}:
         raise ValueError(
-            f"the run's features were made with {published}, and a run's word loads nothing from a hub; name it"
-            " with --weights"
+            f"the run's features were made with {published}, and a run's word loads nothing from a hub; name"
+            " it with --weights"
         )
     weights = weights or published
     backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])

@@ -134,7 +134,8 @@ def read_object(path):
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({first_line(error)}); restore it or train the run again") from None
+        reason = f"not JSON ({first_line(error)})"
+        raise ValueError(f"{path}: {reason}; restore it or train the run again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not the configuration of anything (no JSON object); restore it")
     return value
@@ -174,7 +175,7 @@ def encoder_settings(value, key=""):
 
 
 def read_encoder(folder, checkpoint):
-    """(configuration of the text encoder, tokenizer) in a run's folder, of the kind `checkpoint` ("" = any)."""
+    """(configuration, tokenizer) of the text encoder in a run's folder; `checkpoint`: its `System`'s."""
     settings = encoder_settings(read_object(folder / "config.json"))
     kind = settings.get("model_type")
     if kind not in CONFIG_MAPPING or kind != {"blip": "blip_text_model"}.get(checkpoint, checkpoint or kind):
@@ -244,7 +245,7 @@ def load_run(run_dir, device="cpu"):
     run_dir = Path(run_dir)
     config, weights = read_config(run_dir), run_dir / "model.safetensors"
     if not weights.exists():
-        raise FileNotFoundError(f"{run_dir}: no model.safetensors, as its first epoch did not end; go on with --resume")
+        raise FileNotFoundError(f"{run_dir}: no model.safetensors: no epoch ended; go on with --resume")
     if not (run_dir / "encoder" / "config.json").exists():
         raise FileNotFoundError(f"{run_dir}: no encoder/config.json, of the text encoder; restore it")
     for path in (weights, *(run_dir / "encoder").iterdir()):
