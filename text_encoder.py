@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
@@ -85,8 +86,11 @@ def load_text_encoder(source, system, task, dropout):
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = load_tokenizer(source)
-    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
-        reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
+    except (OSError, ImportError, StrictDataclassError, *UNUSABLE) as error:
+        message = first_line(error)
+        if "tiktoken" in message:  # what transformers tries where it cannot read SentencePiece's files
+            message = "a SentencePiece file that cannot be read; pip install sentencepiece protobuf"
+        reason = f"cannot be loaded ({message}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
     of_text = hasattr(config, "hidden_size") and not hasattr(config, "patch_size")
     plain = of_text and not config.is_encoder_decoder

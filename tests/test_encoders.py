@@ -162,6 +162,14 @@ def test_what_cannot_be_used_is_one_line_before_anything_is_written(data_dir, tm
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_configuration_with_a_value_of_a_wrong_kind_is_one_line(encoder_dir, tmp_path):
+    config = json.loads((encoder_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": "x"}))
+    with pytest.raises(ValueError, match="^--text-encoder .*cannot be loaded .*'vocab_size'") as error:
+        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+    assert "\n" not in str(error.value)
+
+
 def test_states_that_know_no_other_word_are_refused(encoder_dir, tmp_path):
     """As those of kinds whose attention is a CUDA kernel are, without one (MRA)."""
     source = AutoModel.from_pretrained(encoder_dir)
