@@ -19,13 +19,13 @@ from pathlib import Path
 
 from attention_maps import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
 from commands import bounded, check_device, command_line, default_device
-from data import NONE
+from data import NONE, SPLITS, TEXT_PLACES, first_existing, locate
 from evaluate import predictions_file, verdict
 from files import check_output, write_text
 from inputs import dataset_now
 from notes import reads_relevance
 from photos import image_folders
-from runs import load_run, read_config
+from runs import load_run, read_bytes, read_config, read_image_check, read_log
 from scores import entity_spans, main_score, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -259,9 +259,8 @@ def facts_of(run, config, split, records, log, shown):
         name, digits = Path(config["generated"]).name, config["generated_made"]["sha256"][:16]
         facts["Generated pictures"] = f"{name} ({digits}): {given} of {count} {unit} with one; not shown here"
     check = run / f"image-check-{split}.json"
-    found = json.loads(check.read_text(encoding="utf-8")) if check.exists() else {}
-    if "bootstrap" in found:  # not in those of earlier versions
-        facts["Image check"] = image_check_line(config, found)
+    if check.exists():
+        facts["Image check"] = image_check_line(config, read_image_check(check))
     return facts
 
 
@@ -288,6 +287,20 @@ def write_page(page, output):
         raise OSError(f"{output}: {reason}") from None
 
 
+def photo_folders(config, split, args):
+    """The folders of a run's photos; FileNotFoundError if they are not there.
+
+    A run may be a stranger's: a folder that it names itself counts only if the posts there are those that it
+    was scored on.
+    """
+    name, data_dir = dataset_now(config, args.data_dir)
+    if not (args.data_dir or args.images):
+        path, scored = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS[split]), config["data"][split]
+        if path is None or hashlib.sha256(read_bytes(path, 2**31)).hexdigest() != scored["sha256"]:
+            raise FileNotFoundError(f"{name} has not the posts of this run; --data-dir or --images names them")
+    return image_folders(name, data_dir, args.images)
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
@@ -301,10 +314,10 @@ def main(argv=None):
     records = read_predictions(path, task=config["task"])
     metrics, made = score(records), config["features_made"] or {}
     warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = read_log(run)
 
     try:
-        folders = image_folders(*dataset_now(config, args.data_dir), args.images)
+        folders = photo_folders(config, split, args)
     except FileNotFoundError as error:
         if args.images:
             raise

@@ -7,6 +7,7 @@ That takes config.json, encoder/ (the text encoder's configuration and tokenizer
 
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -115,6 +116,9 @@ KEYS = {
 }  # fmt: skip
 
 
+OF_LOG = ("epoch", "loss", "valid_main_f1", "valid_accuracy", "best_epoch")
+
+
 def read_bytes(path, most=1):
     """The first `most` bytes of a regular file; what the system says of another names it."""
     if not stat.S_ISREG(path.stat().st_mode):
@@ -156,6 +160,43 @@ def read_config(run_dir):
         if key in config and not fits(config[key]):
             raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
     return config
+
+
+def read_log(run_dir):
+    """The lines of a run's log.jsonl, a dict each; ValueError names a line that is no line of a log."""
+    path, lines = Path(run_dir) / "log.jsonl", []
+    for number, text in enumerate(read_bytes(path, 16 * MOST_BYTES).splitlines(), 1):
+        try:
+            line = json.loads(text)
+            whole = all(type(value) in (int, float) and math.isfinite(value) for value in line.values())
+            whole = whole and {*OF_LOG} <= line.keys() and 1 <= line["best_epoch"] <= 10**6
+        except (ValueError, RecursionError, AttributeError):
+            whole = False
+        if not whole:
+            wanted = f"an object of numbers with {', '.join(OF_LOG)}"
+            raise ValueError(f"{path}:{number}: no line of a log, which is {wanted}; restore it")
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: no epoch in it; restore it")
+    return lines
+
+
+def read_image_check(path):
+    """What `evaluate.py --image-check` stored, a dict; ValueError if it is anything else."""
+    check = read_object(path)
+    try:
+        scores = [metrics[{"ner": "entity", "relation": "relation"}[metrics["task"]]]["f1"]
+                  for metrics in (check["true"], check["none"], *check["shuffled"])]  # fmt: skip
+        found = check["bootstrap"] or {}
+        scores += [found.get(key, 0) for key in ("difference", "low", "high")]
+        whole = len(check["shuffled"]) > 0 and type(check["photos"]) is int
+        whole = whole and all(type(value) in (int, float) and -1 <= value <= 1 for value in scores)
+        whole = whole and (bool(found) or check["photos"] < 2)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not what evaluate.py --image-check writes; run that again")
+    return check
 
 
 def encoder_settings(value, key=""):

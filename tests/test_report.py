@@ -540,8 +540,9 @@ def test_scores_that_are_there_are_shown(runs, tmp_path):
     assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
     shuffled = [metrics | {"entity": {"f1": f1}} for f1 in (0.25, 0.75)]
     check = {"photos": 8, "true": metrics, "shuffled": shuffled, "none": metrics | {"entity": {"f1": 0.125}}}
-    write_json(folder / "image-check-test.json", check)  # as earlier versions wrote it
-    assert "Image check" not in page_of(folder, tmp_path / "page.html")["facts"]
+    write_json(folder / "image-check-test.json", check)
+    with pytest.raises(ValueError, match="image-check-test.json: not what evaluate.py --image-check writes"):
+        page_of(folder, tmp_path / "page.html")
     check["bootstrap"] = {"difference": 0.25, "low": 0.125, "high": 0.375}
     write_json(folder / "image-check-test.json", check)
     said = page_of(folder, tmp_path / "page.html")["facts"]["Image check"]
@@ -632,3 +633,36 @@ def test_a_part_of_the_posts_is_those_with_most_errors(runs, tmp_path, name):
     assert page_of(runs[name], tmp_path / "page.html") == whole  # 1,000 by default
     with pytest.raises(SystemExit):
         page_of(runs[name], tmp_path / "page.html", "--posts", 0)
+
+
+LINE = '{"epoch": 1, "loss": 0.5, "valid_main_f1": 0, "valid_accuracy": 0.5, "best_epoch": 1}\n'
+
+
+@pytest.mark.parametrize("name, content", [
+    ("log.jsonl", ""), ("log.jsonl", "{"), ("log.jsonl", "[]\n"), ("log.jsonl", "[" * 200_000),
+    ("log.jsonl", '{"epoch": 1}\n'), ("log.jsonl", LINE.replace("0.5", "NaN")),
+    ("log.jsonl", LINE.replace("0.5", '"0.5"')), ("log.jsonl", LINE.replace(": 1}", ": 0}")),
+    ("image-check-test.json", "{"), ("image-check-test.json", "[]"), ("image-check-test.json", "[" * 200_000),
+    ("image-check-test.json", '{"true": {"task": "ner", "entity": {"f1": 1e400}}}'),
+])  # fmt: skip
+def test_a_strangers_log_and_check_are_looked_at(runs, tmp_path, name, content):
+    folder = copy_run(runs["film"], tmp_path / "run", predictions(runs["film"])[1])
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.*(restore it|run that again)"):
+        page_of(folder, tmp_path / "page.html")
+
+
+def test_a_run_shows_no_pictures_of_a_folder_that_it_merely_names(runs, tmp_path, data_dir):
+    """A stranger's configuration may name any folder here; a page with its pictures might be sent back."""
+    _, records = predictions(runs["film"])
+    folder = copy_run(runs["film"], tmp_path / "run", records)
+    private = tmp_path / "private"
+    shutil.copytree(data_dir / "demo", private)
+    (private / "test.txt").write_text("IMGID:test_0000\nmine\tO\n\n")
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"dataset": str(private)})
+    page = page_of(folder, tmp_path / "page.html")
+    assert not any(isinstance(photo, list) for photo in page["photos"].values())
+    assert any("has not the posts of this run" in line for line in page["warnings"])
+    shown = page_of(folder, tmp_path / "page.html", "--images", str(private / "images"))["photos"]
+    assert any(isinstance(photo, list) for photo in shown.values())
