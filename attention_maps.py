@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from backbones import phrases_of
 from commands import autocast, precision_on, progress_bar
 from data import NerExample, RelationExample, load_dataset
 from encoding import encode, length_batches, to_device
 from inputs import Posts, dataset_now, run_cache, run_notes
-from loading import upright
+from loading import decode, upright
 from notes import EXTRAS, note_text, said_of_photos
-from photos import find_photos
+from photos import find_photos, open_picture
 
 SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
 PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
@@ -27,12 +26,14 @@ NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
 
 
 def thumbnail(path, side=SIDE):
-    """RGB photo of at most `side` pixels, turned upright, from a file of any kind that Pillow reads."""
-    with Image.open(path) as file:
+    """RGB photo of at most `side` pixels, upright, of a file as extraction reads it: its pixels alone."""
+    with open_picture(path) as file:
         # A JPEG is decoded at a fraction of its size: several times as fast.
         file.draft("RGB", (2 * side, 2 * side))
+        decode(file)
         photo = upright(file)
     photo.thumbnail((side, side))
+    photo.info = {}  # comments, places and profiles, which saving would pass on
     return photo
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from data import NONE
 from notes import EXTRAS, note_text
-from photos import find_photos
+from photos import find_photos, open_picture
 from scores import entity_spans, gold_fingerprint, mentions
 
 # --------------------------------------------------------------------------------------------- comparing runs
@@ -149,7 +149,7 @@ def metadata(examples, paths, counts):
         path = paths.get(example.image_id)  # None: the post names no photo
         if path is not None and path not in sizes:
             try:
-                with Image.open(path) as photo:
+                with open_picture(path) as photo:
                     sizes[path] = (*photo.size, path.stat().st_size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not a picture: no size
                 sizes[path] = (-1,) * 3

@@ -6,55 +6,92 @@
 
 import hashlib
 import os
+import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from features import MISSING, OK, UNREADABLE
 from notes import said_of_photos
-from photos import by_name, find_photos, image_folders, read_captions
+from photos import by_name, find_photos, image_folders, open_picture, read_captions
 
 
-def check_picture(file):
-    """The open picture; ValueError if it is an EPS or has too many pixels.
+def decode(file):
+    """Decode an open picture; what is to be said of it: that a JPEG is cut off, and how far; else nothing.
 
-    Pillow would hand an EPS to Ghostscript to run, and thinks more pixels unsafe: over 1 GB to decode, turn.
+    A JPEG may lack a tenth of its rows, which come out grey, and a progressive one the finest detail. OSError
+    if more is missing.
     """
-    if file.format == "EPS":
-        raise ValueError("an EPS, which another program would have to run; save it as PNG")
-    if file.width * file.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{file.width} x {file.height} pixels are too many")
-    return file
+    read, ended = getattr(file, "load_read", None), []
+    if isinstance(file, JpegImagePlugin.JpegImageFile):
+        file.load_read = lambda size: read(size) or ended.append(size) or b"\xff\xd9"  # its end, made up
+    file.load()
+    if not ended:
+        return ""
+    width, height = file.size
+    rows = height // 10 + 1
+    end = np.asarray(file.crop((0, height - rows, width, height))).reshape(rows, width, -1)
+    grey = ((end >= 127) & (end <= 129)).all(-1)  # what libjpeg puts where nothing is
+    lost = np.logical_and.accumulate(grey[::-1]).sum() / (width * height)
+    if lost > 0.1 or (file.info.get("progressive") and lacks_detail(file)):
+        raise OSError("image file is truncated: over a tenth of it is missing")
+    return f"cut off: lacks {lost:.0%} of its rows" if lost >= 0.005 else "cut off: lacks next to nothing"
+
+
+def lacks_detail(file):
+    """Whether a progressive JPEG that is cut off lacks more than part of its last scan, of one bit a number.
+
+    Each scan sends some bits of some of the 64 numbers of a component's blocks; all but the last are whole.
+    """
+    raw = Path(file.filename).read_bytes()
+    raw = raw[raw.rfind(b"\xff\xc2\0") :]  # behind a thumbnail's
+    bits = np.full((256, 64), 8)  # [component, number]: that are still missing
+    scans = list(re.finditer(rb"\xff\xda\0[\x08\x0a\x0c\x0e]([\1-\4])", raw))
+    for scan in scans[:-1]:
+        components, rest = raw[scan.end() :][: 2 * scan[1][0] : 2], raw[scan.end() + 2 * scan[1][0] :]
+        bits[list(components), rest[0] : rest[1] + 1] = rest[2] & 15
+    return bits[[layer[0] for layer in file.layer]].max() > 1
 
 
 def upright(file):
-    """An open picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first.
+    """A decoded picture of any kind -> RGB photo, turned as its EXIF data say; of an animation the first.
 
-    ValueError as `check_picture` says.
+    What is transparent is seen on white.
     """
-    check_picture(file)
     # In place, and converted only if need be: each copy may be 270 MB.
     ImageOps.exif_transpose(file, in_place=True)
     if file.mode.startswith("I"):  # 16 bits a pixel: convert would clip all but the darkest to white
         file = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8))
+    if file.has_transparency_data:
+        file = file if file.mode in ("RGBA", "LA") else file.convert("RGBA")
+        photo = Image.new("RGB", file.size, "white")
+        photo.paste(file, mask=file)
+        return photo
     return file if file.mode == "RGB" else file.convert("RGB")
+
+
+def view_sha256(views):
+    """SHA-256 of the plain view of a photo, uint8 [V, 3, H, W]: that of a picture which looks the same."""
+    return hashlib.sha256(views[0].numpy().tobytes()).hexdigest()
 
 
 class Photos:
     """Decodes photos: item (list of rows) -> list of (views [V, 3, H, W] uint8 or None, status, reason).
 
     `paths`: {image id: path, or an opened PIL image, or None}; `reasons`: {image id: what `find_photos` says
-    of a photo that is missing, or has another name}.
+    of a photo that is missing, or has another name}. A photo whose plain view has the `view_sha256`
+    `placeholder` counts as missing.
     """
 
-    def __init__(self, image_ids, paths, backbone, views, seed, reasons=None):
+    def __init__(self, image_ids, paths, backbone, views, seed, reasons=None, placeholder=None):
         self.image_ids, self.paths, self.reasons = image_ids, paths, reasons or {}
-        self.views, self.seed = views, seed
+        self.views, self.seed, self.placeholder = views, seed, placeholder
         # Not the backbone's model: workers get a copy of this.
         self.prepare, self.resample = backbone.prepare, backbone.resample
 
@@ -80,22 +117,22 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        if isinstance(path, Image.Image):  # open already, and not ours to change
-            return self.decode(lambda: check_picture(path).copy(), image_id)
-        if path is None or not os.path.lexists(path):
+        opened = isinstance(path, Image.Image)
+        if not opened and (path is None or not os.path.lexists(path)):
             return None, MISSING, self.reasons.get(image_id, "no such file")
-        if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+        if not opened and not os.path.isfile(path):  # to open a pipe would be to wait for ever
             return None, UNREADABLE, "not a file"
-        views, status, reason = self.decode(lambda: Image.open(path), image_id)
-        return views, status, reason.replace(f"{path.parent}{os.sep}", "")  # the same on every machine
-
-    def decode(self, open_file, image_id):
-        """What `read` gives, of the picture that `open_file()` opens."""
         try:
-            with open_file() as file:
-                return self.all_views(upright(file), image_id), OK, self.reasons.get(image_id, "")
+            with open_picture(path) as file:  # `decode` says it
+                remarks = [self.reasons.get(image_id), decode(file)]
+                views = self.all_views(upright(file), image_id)
         except Exception as error:  # decoders meet and raise anything; the reason is recorded
-            return None, UNREADABLE, f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
+            # The same on every machine.
+            return None, UNREADABLE, reason if opened else reason.replace(f"{path.parent}{os.sep}", "")
+        if self.placeholder and view_sha256(views) == self.placeholder:
+            return None, MISSING, "placeholder picture"
+        return views, OK, "; ".join(filter(None, remarks))
 
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]

@@ -244,7 +244,7 @@ class NewPhotos(FeatureCache):
                     place = photo if root is None else inside(photo, root)
                     paths[name] = None if place is None else Path(place)
                     reasons |= {name: OUTSIDE} if place is None else {}
-            read = Photos(names, paths, backbone, 1, made["seed"], reasons).read
+            read = Photos(names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
         for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]

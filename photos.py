@@ -1,8 +1,15 @@
-"""Where the photos of a data set lie, and what a file of captions says of them, by the ids of posts."""
+"""Where the photos of a data set lie, how one is opened, and what a file of captions says of them, by id."""
 
+import contextlib
+import io
 import os
 import re
+import struct
+import threading
+import zlib
 from pathlib import Path
+
+from PIL import Image, PngImagePlugin
 
 from data import SPLITS, fold, locate, read_lines
 
@@ -15,6 +22,11 @@ IMAGE_PLACES = (
 ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .heif".split()
 # Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg,
 # x.jpg.1
+# What Pillow may take a file for; HEIF once pillow-heif is registered.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF")
+LARGE = 2**24  # pixels; of larger pictures threads hold one at a time, a few hundred MB
+TURN = threading.Semaphore()
+os.register_at_fork(after_in_child=TURN.__init__)  # the thread that held it is not in the child
 SIZES = r"[_:](thumb|small|medium|large|orig|\d+x\d+)"
 ADDED = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})+({SIZES}|[?@].*|\.\d+)?$|\?.*$")
 
@@ -67,6 +79,56 @@ def find_photos(image_ids, folders, reasons=None):
             elif path is not None and stem != folded and not fold(path.name).startswith(folded):
                 reasons[image_id] = f"taken from {path.name!r}"
     return found
+
+
+@contextlib.contextmanager
+def open_picture(source):
+    """The open picture of a file, or a copy of a PIL image, for as long as it is decoded and used.
+
+    ValueError or OSError if it is of none of `FORMATS`, or has more pixels than Pillow thinks safe: over 1 GB
+    to decode. Large ones wait until no other thread has one.
+    """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    opened = isinstance(source, Image.Image)
+    if opened and source.format not in (None, "MPO", *formats):
+        raise ValueError(f"a {source.format}, not one of {', '.join(formats)}")
+    file = source if opened else Image.open(without_long_texts(source), formats=formats)
+    if file.width * file.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} pixels are too many")
+    with TURN if file.width * file.height > LARGE else contextlib.nullcontext():
+        with file.copy() if opened else file as picture:
+            yield picture
+
+
+def without_long_texts(path):
+    """The path of a picture; of a PNG that holds more text or profile than Pillow takes, a file without it.
+
+    Pillow refuses a chunk that unpacks to over 1 MB. Shorter ones stay: they may say how a photo is turned.
+    """
+    long, most, start = [], PngImagePlugin.MAX_TEXT_CHUNK, 8
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return path
+        while len(header := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", header)
+            end = start + 12 + size
+            if kind in (b"iCCP", b"zTXt", b"iTXt", b"tEXt"):
+                text = file.read(min(size, os.fstat(file.fileno()).st_size))
+                packed = re.search(rb"\0(\x78[\x01\x5e\x9c\xda].*)", text, re.DOTALL)
+                unpacker = zlib.decompressobj()
+                with contextlib.suppress(zlib.error):
+                    unpacker.decompress(packed[1] if packed else b"", most)
+                if len(text) > most or unpacker.unconsumed_tail:
+                    long.append((start, end))
+            start = file.seek(end)
+        if not long:
+            return path
+        file.seek(0)
+        raw = file.read()
+    for start, end in reversed(long):
+        raw = raw[:start] + raw[end:]
+    return io.BytesIO(raw)
 
 
 def name_stem(name):

@@ -311,7 +311,10 @@ def write_odd_files(folder, large=True):
 
     def add(name, picture, kind="PNG", plain=None, **how):
         picture.save(odd / name, kind, **how)
-        (plain or picture).convert("RGB").save(clean / f"{Path(name).stem}.png", compress_level=1)
+        plain = (plain or picture).convert("RGB")
+        if picture.mode in ("RGBA", "LA"):
+            plain = Image.composite(plain, Image.new("RGB", plain.size, "white"), picture.getchannel("A"))
+        plain.save(clean / f"{Path(name).stem}.png", compress_level=1)
 
     for kind in ("PNG", "BMP", "TIFF"):
         add(f"{kind}.jpg", photo, kind)
@@ -634,7 +637,7 @@ points at, is compared afterwards, bytes and kind: nothing was touched."""
 FILES = """## Files tried
 
 What `extract_features.py` made of photo files of every odd kind, each named for what it is. The clean copy of
-a picture is an RGB PNG of its pixels (upright, without transparency, the first of an animation); its features
+a picture is an RGB PNG of its pixels (upright, on white where transparent, the first of an animation); its features
 must be the same, bit for bit. The command took {:.0f} MB at most, random ResNet50 included."""
 TEXTS = """## Texts tried
 

@@ -3,6 +3,7 @@
 import base64
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -438,8 +439,10 @@ def test_thumbnails(tmp_path):
     turned.paste("blue", (0, 0, 300, 300))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned right: the left half is the upper one
-    turned.save(tmp_path / "a.jpg", exif=exif)
+    turned.save(tmp_path / "a.jpg", exif=exif, comment=b"my street", icc_profile=b"my monitor")
     photo = thumbnail(tmp_path / "a.jpg")
+    photo.save(buffer := io.BytesIO(), "JPEG")
+    assert b"my " not in buffer.getvalue() and not photo.getexif()
     assert (
         photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200 and photo.getpixel((60, 200))[0] > 200
     )
