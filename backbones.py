@@ -32,8 +32,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
+from transformers import AutoConfig
 
-from commands import first_line
+from commands import first_line, out_of_memory
 from encoding import special_ends, text_pieces
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
@@ -118,7 +119,7 @@ class Compiled(nn.Module):
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"the forward pass cannot be compiled here ({first_line(error)[:150]}); it takes a C++"
-                " compiler: --no-compile --overwrite does without"
+                " compiler: --no-compile does without"
             ) from None
 
     def forward(self, photos):
@@ -175,10 +176,12 @@ def read_state_dict(path):
             f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path"
         ) from None
     except Exception as error:  # a broken file raises whatever the reader stumbles over
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)[:150]}"
         raise ValueError(f"--weights {path}: not a state dict that loads as data alone ({reason})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
 def load_resnet50(weights, img_size, seed):
@@ -209,11 +212,14 @@ def load_resnet50(weights, img_size, seed):
     unlike = f"--weights {weights}: not ResNet50's"
     try:
         body = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        missing, _ = model.load_state_dict(body, strict=False)
+        missing, more = model.load_state_dict(body, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{unlike} ({str(error).splitlines()[-1].strip()})") from None
-    if missing := [key for key in missing if not key.startswith("fc.")]:
-        raise ValueError(f"{unlike}, {len(missing)} tensors missing (first: {missing[0]})")
+    missing = [key for key in missing if not key.startswith("fc.")]
+    if missing or more:  # a deeper ResNet has all of ResNet50's; a key or a prefix before them is the first
+        counts = [f"{len(keys)} tensors {what} (first: {keys[0]})"
+                  for what, keys in (("missing", missing), ("more", more)) if keys]  # fmt: skip
+        raise ValueError(f"{unlike}: {', '.join(counts)}; give the state dict of torchvision's resnet50")
     settings = {"img_size": size, "resizing": f"bilinear to {size} x {size}"}
     settings |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     backbone = frozen_backbone(
@@ -244,7 +250,7 @@ class ProcessorResize:
 def load_processor(source, img_size):
     """A model's own image processor as a `Backbone`'s (prepare, resample, settings less weights)."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(
             f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local"
@@ -275,8 +281,20 @@ def vision_transformer(model, states, class_token, source, img_size):
     return frozen_backbone(model, states, weights, resize, resample, patch, shape, settings)
 
 
+def check_kind(source, kinds):
+    """ValueError unless the model at `source` is of one of the `kinds`, as transformers calls them."""
+    try:
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
+        reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
+        raise ValueError(f"--weights {source}: {reason}") from None
+    if kind not in kinds:
+        raise ValueError(f"--weights {source}: it is a {kind}, not a {kinds[0]}; name one that is")
+
+
 def load_clip(weights, img_size, seed):
     """CLIP's vision tower (Radford et al. 2021): the last states of its patches."""
+    check_kind(weights, ("clip", "clip_vision_model"))
     model = load_pretrained(transformers.CLIPVisionModel, weights, "--weights")
 
     def states(model, pixels):
@@ -287,6 +305,7 @@ def load_clip(weights, img_size, seed):
 
 def load_blip(weights, img_size, seed):
     """BLIP's vision model (Li et al. 2022): all states its text encoder reads, the class token's first."""
+    check_kind(weights, ("blip",))
     # BlipVisionModel.from_pretrained would find none of its weights under their names in this checkpoint.
     model = load_pretrained(transformers.BlipForImageTextRetrieval, weights, "--weights", part="vision_model")
     return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state, 1, weights, img_size)

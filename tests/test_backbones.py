@@ -170,6 +170,15 @@ def test_what_is_no_such_model_is_one_clear_line(data_dir, name, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["clip", "blip"])
+def test_a_model_of_another_kind_is_said_to_be_one(data_dir, tmp_path, name):
+    shutil.copytree(data_dir / "demo" / name, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "siglip"}))
+    with pytest.raises(ValueError, match=f"--weights .*other: it is a siglip, not a {name}; name"):
+        load_backbone(name, str(tmp_path / "other"))
+
+
 def test_a_processor_that_does_not_fit_its_model_is_refused(data_dir, tmp_path):
     shutil.copytree(data_dir / "demo" / "blip", tmp_path / "blip")
     path = tmp_path / "blip" / "preprocessor_config.json"
