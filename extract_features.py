@@ -36,8 +36,10 @@ from commands import alone_in, bounded, command_line, dataset_name, default_devi
 from commands import progress_bar, wait_for_all
 from data import DATASETS, load_dataset
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
-from features import refuse_other_photos, refuse_other_settings, require_room, unfinished
-from loading import Captions, Photos, find_inputs, load_ahead
+from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
+from features import require_room, unfinished
+from files import check_output
+from loading import Captions, Photos, find_inputs, load_ahead, view_sha256
 from model import WORDED
 
 
@@ -57,8 +59,8 @@ def parse_args(argv):
         " local folder (default: the published base)")
     add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which"
         " phrases cuts at function words (backbones.py); or for phrases a notes file with phrases (notes.py)")
-    add("--placeholder",
-        help="a caption that describes a placeholder picture: photos with it count as missing")
+    add("--placeholder", help="a file of a picture that stands for lost photos (of captions, its caption):"
+        " photos that look the same count as missing")
     add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption,"
         " sub-tokens (default: 64); of phrases, most of a photo (default: 32); the others know their own")
     add("--views", type=bounded(int, 1, 1000),
@@ -72,7 +74,8 @@ def parse_args(argv):
     add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
     add("--device", default=default_device())
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
-    add("--overwrite", action="store_true", help="make the file anew if there is one")
+    add("--overwrite", action="store_true",
+        help="make the file anew if there is one, which stays until the new one is whole")
     add("--verify", action="store_true", help="compare a finished file with its checksums; the same command"
         " without it then repairs what is damaged")
     # fmt: on
@@ -85,7 +88,7 @@ def parse_args(argv):
     if args.compile and args.backbone in ("pixels", *WORDED):
         parser.error(f"--compile: --backbone {args.backbone} has no forward pass of one shape; leave it out")
     if args.verify and args.overwrite:
-        parser.error("--verify and --overwrite: one looks at the file, the other deletes it; leave one out")
+        parser.error("--verify and --overwrite: one looks at the file, the other replaces it; leave one out")
     fitting = 64 if args.device.startswith("cuda") else 8  # 8 stays in a CPU's caches
     args.batch_size, args.views = args.batch_size or fitting, args.views or (1 if captions else 4)
     if captions and args.views > 1:
@@ -93,21 +96,58 @@ def parse_args(argv):
     return args
 
 
-def begin(args, path, inputs, shape, kind, attrs):
-    """Make the unfinished file of `path` if there is none; ValueError if the disk has no room for it."""
+def is_ours(path):
+    """Whether a file is a feature file, of any version, whole or broken: not another program's."""
+    try:
+        read_layout(path)
+    except ValueError as error:
+        with open(path, "rb") as file:
+            return file.read(8) == b"\x89HDF\r\n\x1a\n" and "format none" not in str(error)
+    return True
+
+
+def drop_begun(args, partial, settings, image_ids, sizes):
+    """Delete an unfinished file that holds no row or, with --overwrite, is of other settings or photos.
+
+    ValueError while another process is filling it.
+    """
+    fd = lock(partial, os.O_RDWR)
+    try:
+        attrs, columns = read_layout(partial)
+        done = read_columns(partial, columns)["status"].any()
+        if done and args.overwrite:
+            refuse_other_settings(partial, settings)
+            if attrs.get("photos_sha256") != photos_sha256(image_ids, sizes):
+                raise ValueError(f"{partial}: made of other photos than those here")
+    except ValueError as error:
+        if not args.overwrite:
+            raise
+        done = False
+        print(f"begun anew, not gone on with: {error}")
+    finally:
+        os.close(fd)
+    if not done:
+        partial.unlink()
+
+
+def begin(args, path, inputs, shape, kind, settings, recorded):
+    """Make the unfinished file of `path`, unless there is one to go on with.
+
+    ValueError if the disk has no room for it, or if what lies there is none of ours.
+    """
     partial, size = unfinished(path), int(np.prod(shape)) * np.dtype(kind).itemsize
     found = sum(value is not None for value in inputs.values())
     what = {"caption": "captions", "phrases": "with phrases"}.get(args.backbone, "found")
     counts = f"{shape[0]} photos, {found} {what}, x {shape[1]} views"
-    print(f"{attrs['dataset']}: {counts}; {path} takes {size:,} bytes")
+    print(f"{settings['dataset']}: {counts}; {path} takes {size:,} bytes")
+    for place in (path, partial):
+        check_output(place, "--cache-dir", is_ours)
     require_room(partial, size)
-    if args.overwrite:
-        if partial.exists():
-            os.close(lock(partial, os.O_RDWR))  # refused while another process is filling it
-            partial.unlink()
-        path.unlink(missing_ok=True)
+    sizes = [0] * len(inputs) if args.captions else photo_bytes(inputs)
+    if partial.exists():
+        drop_begun(args, partial, settings, list(inputs), sizes)
     if not partial.exists():
-        sizes = [0] * len(inputs) if args.captions else photo_bytes(inputs)
+        attrs = {key: value for key, value in (settings | recorded).items() if value is not None}
         create_file(partial, list(inputs), sizes, shape, kind, attrs)
 
 
@@ -151,6 +191,14 @@ def verify(cache):
     )
 
 
+def read_placeholder(path, backbone):
+    """The `view_sha256` of the picture that stands for lost photos; ValueError if it cannot be read."""
+    views, _, reason = Photos([""], {"": path}, backbone, 1, 0).read(0)
+    if views is None:
+        raise ValueError(f"--placeholder {path}: {reason}")
+    return view_sha256(views)
+
+
 def report(cache):
     """Say what became of the photos; the file holds the full list (`status`, `reason`)."""
     named = (("ok", OK), ("missing", MISSING), ("unreadable", UNREADABLE))
@@ -163,6 +211,10 @@ def report(cache):
             print(f"  {name}: {cache.ids[row]} ({cache.reasons[row]})")
         if len(rows) > 20:
             print(f"  {name}: and {len(rows) - 20} more")
+    if cache.attrs["backbone"] not in WORDED:
+        cache.point_out_alike()
+        if "placeholder" in cache.attrs and "placeholder picture" not in cache.reasons:
+            print("WARNING: no photo looks like the --placeholder")
 
 
 def main(argv=None):
@@ -183,6 +235,9 @@ def main(argv=None):
     if args.captions:
         settings |= {"captions_sha256": hashlib.sha256(Path(args.captions).read_bytes()).hexdigest()}
         settings |= {"placeholder": args.placeholder or "none"}
+    else:
+        picture = args.placeholder and Path(args.placeholder)
+        settings |= {"placeholder": read_placeholder(picture, backbone) if picture else None}
     engine = pick_engine(args.compile, args.backbone, device, len(image_ids) * args.views)
     recorded = {  # said in the file, not compared with what is asked
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
@@ -203,19 +258,21 @@ def main(argv=None):
         refuse_other_settings(path, settings)
         if args.verify:
             return verify(FeatureCache(path))
-        print(f"{path} is finished; left alone (--overwrite makes it anew)")
+        print(f"{path} is finished; left alone")
+        if partial.exists():
+            print(f"  {partial} is there too: with --overwrite, the command that began it goes on with it")
         report(cache := FeatureCache(path))
-        absent = [image_ids[row] for row in np.flatnonzero(cache.status == MISSING)]
-        if back := [i for i in absent if inputs[i] not in (None, args.placeholder)]:
+        absent = [row for row in np.flatnonzero(cache.status == MISSING) if inputs[image_ids[row]]]
+        if back := [image_ids[row] for row in absent if "placeholder" not in cache.reasons[row]]:
             said = f"{len(back)} photos recorded as missing are there now (first: {back[0]})"
-            print(f"  {said}; --overwrite reads them")
+            print(f"  {said}; extract into another --cache-dir to read them")
         if not args.captions and (gone := cache.compare_photos(inputs)):
             print(f"  {gone} of the photos it was made of are not here, so they are not compared")
         return path
 
     if rank == 0:
         with alone_in(path.parent):
-            begin(args, path, inputs, shape, backbone.dtype, settings | recorded)
+            begin(args, path, inputs, shape, backbone.dtype, settings, recorded)
             writer = FeatureWriter(partial, lock(partial, os.O_RDWR), settings, image_ids)
     wait_for_all(processes)
     if rank:  # the first process has the lock
@@ -237,7 +294,8 @@ def main(argv=None):
         if args.captions:
             args.workers, reader = 0, Captions(image_ids, inputs, backbone, args.placeholder, args.backbone)
         else:
-            reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons)
+            alike = settings["placeholder"]
+            reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons, alike)
         # A photo that keeps its shape is at most 5 : 3 here.
         loader = load_ahead(reader, todo, args.workers, per_batch * args.views * 5 * side**2, processes)
         backbone.regions.to(device, memory_format=torch.channels_last)

@@ -14,7 +14,10 @@ Needs torch, numpy and h5py only, and nothing else of this project: copy the fil
 import errno
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +30,18 @@ import torch
 FORMAT = 4  # version of the feature file's layout
 OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
-COLUMNS = ("regions", "num_regions", "grid", "image_id", "status", "reason", "crc32")
+LARGEST = 2**16  # bytes of an attribute, at most
+
+
+def columns_of(shape, kind, width):
+    """{column: (shape, dtype)} of a file of regions [N, V, R, D] of dtype `kind` and ids of `width` bytes."""
+    rows, views = shape[:2]
+    return {
+        "regions": (shape, kind), "num_regions": ((rows,), "<u2"), "grid": ((rows, 2), "<u2"),
+        "image_id": ((rows,), f"S{width}"), "status": ((rows,), "|u1"),
+        "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "<u4"),
+        "photo_bytes": ((rows,), "<i8"),
+    }  # fmt: skip
 
 
 def unfinished(path):
@@ -35,21 +49,121 @@ def unfinished(path):
     return path.with_name(path.name + ".partial")
 
 
+def is_type(stored, dtype):
+    """Whether a type of HDF5 is exactly that of a numpy dtype: class, size, order of bytes."""
+    return stored.equal(h5py.h5t.py_create(np.dtype(dtype)))
+
+
 def read_attrs(file):
-    """How an open feature file was made: {name: str, int or list}. Text is stored as fixed-length bytes."""
-    values = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in file.attrs.items()}
-    return {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
+    """How an open feature file was made: {name: str, int, float or list}; text has a fixed length there.
+
+    ValueError if it is of another format, or an attribute of another type.
+    """
+    attrs = {}
+    for number in range(h5py.h5a.get_num_attrs(file)):
+        attr = h5py.h5a.open(file, index=number)
+        stored, size = attr.get_type(), math.prod(attr.shape)
+        dtypes = [kind for kind in ("<i8", "<f8", f"S{stored.get_size()}") if is_type(stored, kind)]
+        value = None
+        if dtypes and 0 < size * stored.get_size() == attr.get_storage_size() <= LARGEST:
+            array = np.empty(attr.shape, dtypes[0])
+            attr.read(array)
+            value = array.tolist()
+        attrs[attr.name.decode()] = value.decode() if isinstance(value, bytes) else value
+    if (version := attrs.get("format")) != FORMAT:
+        raise ValueError(
+            f"format {version or 'none'}, expected {FORMAT}; name a file that this version of"
+            " extract_features.py made"
+        )
+    for name, value in attrs.items():
+        if value is None:
+            raise ValueError(f"its attribute {name!r} is no number or text; make it anew")
+    return attrs
 
 
-def read_photo_bytes(file):
-    """[N] bytes of each photo of an open feature file; 0 = unknown, as in files of earlier versions."""
-    return file["photo_bytes"][:] if "photo_bytes" in file else np.zeros(len(file["status"]), np.int64)
+def find_column(file, name):
+    """(data set of HDF5, shape, byte offset) of a column: one plain block of bytes of the open feature file.
+
+    ValueError otherwise, before anything is read of it and before any other file is opened.
+    """
+    if not file.links.exists(name):
+        raise ValueError(f"no column {name.decode()}; make it anew")
+    if file.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"column {name.decode()}: a link; make it anew")
+    column = h5py.h5d.open(file, name)
+    layout = column.get_create_plist()
+    plain = layout.get_layout() == h5py.h5d.CONTIGUOUS and not layout.get_nfilters()
+    if not plain or layout.get_external_count() or column.get_offset() is None:
+        raise ValueError(f"column {name.decode()}: not one block of this file; make it anew")
+    return column, column.shape, column.get_offset()
 
 
-def row_crc32(regions, image_id, num_regions, grid, status, reason):
-    """[V] checksums of a row of a feature file, one a view: of its regions [V, R, D], all other columns."""
+def read_layout(path):
+    """(attributes, {column: (byte offset, shape, dtype)}) of the feature file at `path`, a Path.
+
+    Each column is one block inside the file, of exactly the shape and type that `create_file` lays out, so
+    that nothing a file says of itself has numpy read what is no number, another file, or more than is there.
+    Raises FileNotFoundError, PermissionError and their like as they are, ValueError for bytes that are no
+    feature file.
+    """
+    if path.exists() and not path.is_file():  # to open a pipe would be to wait for ever
+        raise ValueError(f"{path}: not a readable HDF5 file (not a file); name another")
+    try:
+        with open(path, "rb") as raw, h5py.File(path, "r", locking=False) as file:  # locks: the caller's
+            length, attrs, columns = os.fstat(raw.fileno()).st_size, read_attrs(file.id), {}
+            regions, shape, _ = find_column(file.id, b"regions")
+            kind = "<f2" if is_type(regions.get_type(), "<f2") else "|u1"
+            if len(shape) != 4 or not all(shape):
+                raise ValueError(f"column regions: of shape {shape}; make it anew")
+            width = find_column(file.id, b"image_id")[0].get_type().get_size()
+            for name, (size, dtype) in columns_of(shape, kind, width).items():
+                if name == "photo_bytes" and not file.id.links.exists(b"photo_bytes"):  # an earlier version's
+                    continue
+                column, found, offset = find_column(file.id, name.encode())
+                if found != size or not is_type(column.get_type(), dtype):
+                    raise ValueError(f"column {name}: not {dtype} of shape {size}; make it anew")
+                if offset + math.prod(size) * np.dtype(dtype).itemsize > length:
+                    raise ValueError(f"shorter than its {size} {name} need; it was cut off, make it anew")
+                columns[name] = offset, size, np.dtype(dtype)
+    except (OSError, RuntimeError, LookupError, TypeError, OverflowError, UnicodeDecodeError) as error:
+        code = re.search(r"errno = (\d+)", str(error))
+        if isinstance(error, OSError) and (error.filename or code):  # the system's word, not the file's fault
+            code = error.errno if error.filename else int(code[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return attrs, columns
+
+
+def read_columns(path, columns):
+    """{column: array} of all columns but the regions, as `read_layout` found them."""
+    arrays = {}
+    with open(path, "rb") as file:
+        for name, (offset, shape, dtype) in columns.items():
+            if name != "regions":
+                arrays[name] = np.empty(shape, dtype)
+                file.seek(offset)
+                if file.readinto(arrays[name]) < arrays[name].nbytes:
+                    raise ValueError(f"{path}: cut off while it was read; make it anew")
+    return {"photo_bytes": np.zeros(len(arrays["status"]), np.int64)} | arrays  # 0: unknown
+
+
+def finite(regions):
+    """Whether no number of regions, float16 or uint8, is infinite or NaN; many times as fast as numpy's."""
+    return regions.dtype == np.uint8 or (regions.view(np.uint16) & 0x7FFF).max() < 0x7C00
+
+
+def about_crc32(image_id, num_regions, grid, status, reason):
+    """Checksum of all columns of a row but its regions."""
     about = json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason])
-    start = zlib.crc32(about.encode())
+    return zlib.crc32(about.encode())
+
+
+def row_crc32(regions, *about):
+    """[V] checksums of a row of a feature file, one a view: of its regions [V, R, D], all other columns."""
+    start = about_crc32(*about)
     return [zlib.crc32(np.ascontiguousarray(view).view(np.uint8), start) for view in regions]
 
 
@@ -81,9 +195,8 @@ def refuse_other_photos(path, attrs, image_ids, sizes, paths):
     if other:
         raise ValueError(
             f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]};"
-            f" it was made from {attrs.get('made_from', 'an unknown folder')}); make it anew with"
-            " extract_features.py --overwrite, or name the right one with --features or --cache-dir, the"
-            " right photos with --images"
+            f" it was made from {attrs.get('made_from', 'an unknown folder')}); name the right photos with"
+            " --images, the right file with --features, or extract these into another --cache-dir"
         )
 
 
@@ -95,9 +208,9 @@ def require_room(path, size):
         raise ValueError(f"{path.parent}: {needed:,} bytes needed, {free:,} free; make room or lower --views")
 
 
-def reserve(path, size):
-    """Take `size` bytes on disk for a file at `path`, made if need be; OSError if there is not so much."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def reserve(path, size, flags=0):
+    """Take `size` bytes on disk for a file, opened with `flags`; OSError if there is not so much."""
+    fd = os.open(path, os.O_RDWR | flags, 0o644)
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(fd, 0, size)
@@ -122,20 +235,14 @@ def create_file(path, image_ids, sizes, shape, kind, attrs):
     cannot be opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a
     disk that is too small for it is noticed now and not after hours.
     """
-    rows, views = shape[:2]
     names = np.array([image_id.encode() for image_id in image_ids])
-    columns = {
-        "regions": (shape, kind), "num_regions": ((rows,), "uint16"), "grid": ((rows, 2), "uint16"),
-        "image_id": ((rows,), names.dtype), "status": ((rows,), "uint8"),
-        "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "uint32"),
-        "photo_bytes": ((rows,), "int64"),
-    }  # fmt: skip
     known = {"image_id": names, "photo_bytes": sizes}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        reserve(temporary, int(np.prod(shape)) * np.dtype(kind).itemsize)  # HDF5 says it less clearly
+        new = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a link of this name would lead elsewhere
+        reserve(temporary, math.prod(shape) * np.dtype(kind).itemsize, new)  # HDF5 says it less clearly
         with h5py.File(temporary, "w") as file:
-            for name, (size, dtype) in columns.items():
+            for name, (size, dtype) in columns_of(shape, kind, names.dtype.itemsize).items():
                 layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
                 layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the data a fixed offset in the file
                 layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -164,13 +271,10 @@ class FeatureWriter:
     def __init__(self, path, fd, settings, image_ids):
         self.path, self.fd, self.image_ids = path, fd, image_ids
         try:
-            self.attrs = refuse_other_settings(path, settings)
-            with h5py.File(path, "r", locking=False) as file:  # a lock would be the caller's
-                self.status = file["status"][:]
-                self.photo_bytes = read_photo_bytes(file)
-                columns = file.items()
-                self.columns = {name: (c.id.get_offset(), c.dtype, c.shape) for name, c in columns}
-        except ValueError:
+            self.attrs, self.columns = refuse_other_settings(path, settings)
+            columns = read_columns(path, self.columns)
+            self.status, self.photo_bytes = columns["status"], columns["photo_bytes"]
+        except (OSError, ValueError):
             self.close()
             raise
 
@@ -178,8 +282,8 @@ class FeatureWriter:
         os.close(self.fd)
 
     def put(self, name, row, value):
-        offset, dtype, shape = self.columns[name]
-        row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=int))
+        offset, shape, dtype = self.columns[name]
+        row_bytes = dtype.itemsize * math.prod(shape[1:])
         raw, at = np.asarray(value, dtype).tobytes(), offset + row * row_bytes
         assert len(raw) == row_bytes, (name, len(raw), row_bytes)
         while raw:  # a write may be cut short, by a full disk for one; the next then raises
@@ -192,7 +296,7 @@ class FeatureWriter:
 
     def write(self, row, regions, grid, status, reason):
         """One photo: regions [V, n, D] or None, their (rows, columns), the rest, its status last of all."""
-        _, kind, (_, views, most, dim) = self.columns["regions"]
+        _, (_, views, most, dim), kind = self.columns["regions"]
         regions = np.zeros((views, 0, dim), kind) if regions is None else regions
         count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
         stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
@@ -213,23 +317,21 @@ class FeatureWriter:
 
 
 def refuse_other_settings(path, settings):
-    """ValueError that names every setting in which the file at `path` differs from those asked for."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            made = read_attrs(file)
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file ({error}); --overwrite makes it anew") from None
+    """`read_layout`; ValueError that names every setting in which the file differs from those asked for.
+
+    A setting of None: the file has none of that name.
+    """
+    attrs, columns = read_layout(path)
     differing = [
-        f"{key} (file: {made.get(key, 'none')}, asked: {value})"
+        f"{key} (file: {attrs.get(key, 'none')}, asked: {value})"
         for key, value in settings.items()
-        if made.get(key) != value
+        if attrs.get(key) != value
     ]
     if differing:
         raise ValueError(
-            f"{path}: made with other settings: {'; '.join(differing)}; --overwrite makes it anew, another"
-            " --cache-dir keeps both"
+            f"{path}: made with other settings: {'; '.join(differing)}; another --cache-dir keeps both"
         )
-    return made
+    return attrs, columns
 
 
 class FeatureCache:
@@ -256,45 +358,29 @@ class FeatureCache:
                 f"no feature file {path}{hint}; make it with extract_features.py, name another with"
                 " --features, or train without photos: --fusion none"
             )
-        try:
-            with h5py.File(self.path, "r", locking=False) as file:  # network drives may know no locks
-                self.attrs = read_attrs(file)
-                columns = [file.get(name) for name in COLUMNS]
-                found = self.attrs.get("format", "none")
-                if found != FORMAT or not all(isinstance(column, h5py.Dataset) for column in columns):
-                    raise ValueError(
-                        f"{path}: format {found}, expected {FORMAT}; make it anew with extract_features.py"
-                    )
-                self.status, self.num_regions = file["status"][:], file["num_regions"][:]
-                self.grid, self.crc32 = file["grid"][:].astype(np.int64), file["crc32"][:]
-                ids = [name.decode() for name in file["image_id"][:]]
-                self.photo_bytes = read_photo_bytes(file)
-                photos = photos_sha256(ids, self.photo_bytes)
-                told = "photo_bytes" not in file or photos == self.attrs.get("photos_sha256")
-                self.reasons = [reason.decode() for reason in file["reason"][:]]
-                regions = file["regions"]
-                self.shape, offset, dtype = regions.shape, regions.id.get_offset(), regions.dtype
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: not a readable HDF5 file ({reason}); make it anew") from None
+        self.attrs, columns = read_layout(self.path)
+        arrays = read_columns(self.path, columns)
+        self.status, self.num_regions = arrays["status"], arrays["num_regions"]
+        self.grid, self.crc32 = arrays["grid"].astype(np.int64), arrays["crc32"]
+        self.photo_bytes = arrays["photo_bytes"]
         if (self.status == 0).any():
             raise ValueError(
                 f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py"
                 " --overwrite"
             )
-        # Mapping past the end of a file is a bus error at first touch, no exception: compare lengths first.
-        if offset is None:
-            raise ValueError(
-                f"{path}: its regions are not one contiguous block; make it anew with extract_features.py"
-            )
-        if self.path.stat().st_size < offset + int(np.prod(self.shape)) * dtype.itemsize:
-            needs = f"its {self.shape} regions need"
-            raise ValueError(f"{path}: shorter than {needs}; it was cut off, make it anew")
-        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not told:
+        try:
+            ids = [name.decode() for name in arrays["image_id"].tolist()]
+            self.reasons = [reason.decode() for reason in arrays["reason"].tolist()]
+            photos = photos_sha256(ids, self.photo_bytes)
+            known = "photo_bytes" not in columns or photos == self.attrs.get("photos_sha256")
+        except UnicodeDecodeError:
+            known = False
+        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not known:
             raise ValueError(
                 f"{path}: what it says of itself is damaged; make it anew with extract_features.py"
                 " --overwrite"
             )
+        offset, self.shape, dtype = columns["regions"]
         self.ids = ids
         self.rows = {image_id: row for row, image_id in enumerate(ids)}
         self.checked = np.zeros(self.shape[:2], bool)
@@ -321,23 +407,47 @@ class FeatureCache:
         return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
 
     def whole(self, row, views=slice(None)):
-        """Whether the bytes of a row are those that were written."""
-        about = self.ids[row], self.num_regions[row], self.grid[row], self.status[row], self.reasons[row]
-        return row_crc32(self.regions[row, views], *about) == self.crc32[row, views].tolist()
+        """Whether a row is as it was written, of finite numbers, with no more places than regions."""
+        regions, count = self.regions[row, views], self.num_regions[row]
+        about = self.ids[row], count, self.grid[row], self.status[row], self.reasons[row]
+        fits = self.status[row] != OK or self.grid[row].prod() <= count <= self.shape[2]
+        same = row_crc32(regions, *about) == self.crc32[row, views].tolist()
+        return bool(same and fits and finite(regions))
 
-    def damaged(self, photo, view):
-        """The error for bytes that are not those that were written."""
+    def damaged(self, row, view):
+        """The error for a row that is not `whole`."""
+        what = "damaged" if finite(self.regions[row]) else "not finite, so damaged"
         return ValueError(
-            f"{self.path}: the features of photo {photo} are damaged ({view}); extract_features.py"
+            f"{self.path}: the features of photo {self.ids[row]} are {what} ({view}); extract_features.py"
             " --verify finds all such rows, and the same command without it then repairs them"
         )
+
+    def point_out_alike(self):
+        """Say it if the photos of many rows are one picture, such as a server sends in place of a lost one.
+
+        Their regions are the same, which the checksums tell alone: CRC-32 is linear, so what a row's other
+        columns add to its regions' depends on their checksum and the regions' length, and is taken out.
+        """
+        zeros, rows = bytes(self.regions[0, 0].nbytes), np.flatnonzero(self.status == OK)
+        moved = np.array([zlib.crc32(zeros, 1 << bit) for bit in range(32)], np.uint32) ^ zlib.crc32(zeros)
+        columns = (self.ids, self.num_regions, self.grid, self.status, self.reasons)
+        about = np.array([about_crc32(*(column[row] for column in columns)) for row in rows], np.uint32)
+        bits = (about[:, None] >> np.arange(32, dtype=np.uint32)) & 1  # [rows, 32]
+        bare = self.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * moved, 1)
+        _, first, counts = np.unique(bare, return_index=True, return_counts=True)
+        if len(rows) and counts.max() > 2 and counts.max() >= len(rows) / 100:
+            print(
+                f"WARNING: {counts.max()} of {len(rows)} photos are one picture (first:"
+                f" {self.ids[rows[first[counts.argmax()]]]}); if it stands for a photo that is lost,"
+                " extract_features.py --placeholder FILE counts them as missing"
+            )
 
     def keep_on(self, device):
         """Copy all regions to a device, every row checked; `read` then takes them there, where they stay."""
         with ThreadPoolExecutor() as pool:
             whole = np.array(list(pool.map(self.whole, range(len(self.ids)))))
         if not whole.all():
-            raise self.damaged(self.ids[np.flatnonzero(~whole)[0]], "some view")
+            raise self.damaged(np.flatnonzero(~whole)[0], "some view")
         self.checked[:] = True
         kind = torch.from_numpy(self.regions[:0].copy()).dtype
         self.resident = torch.empty(self.shape, dtype=kind, device=device)
@@ -377,7 +487,7 @@ class FeatureCache:
         # Of missing photos too: their status may be damaged.
         for i in () if checked.all() else np.flatnonzero(shown & ~checked):
             if not self.whole(rows[i], slice(views[i], views[i] + 1)):
-                raise self.damaged(photos[i], f"view {views[i]}")
+                raise self.damaged(rows[i], f"view {views[i]}")
             self.checked[rows[i], views[i]] = True
         real = shown & (self.status[rows] == OK)
         mask = np.arange(self.shape[2]) < np.where(real, self.num_regions[rows], 0)[:, None]

@@ -209,6 +209,7 @@ def open_features(args, dataset):
         if absent := cache.compare_photos(paths):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing"
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
+        cache.point_out_alike()
     if made["parameters"]:
         of = f"{backbone} (weights {made['weights']})"
         print(f"frozen     {made['parameters']:,} parameters of {of}, in that file")

@@ -1,7 +1,10 @@
 """The feature file: what is read is what was written; what is damaged, cut or another's is refused."""
 
+import errno
 import multiprocessing
+import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -66,13 +69,13 @@ def test_collate_with_photos(made, views):
     path, stored, ids = made
     # Rows 1 and 2 say that there was no photo but hold regions, which must not come through.
     with h5py.File(path, "r+") as file:
-        file["status"][1], file["status"][2], file["num_regions"][3] = (
-            features.MISSING, features.UNREADABLE, 3
+        file["status"][1], file["status"][2], file["num_regions"][3], file["grid"][3] = (
+            features.MISSING, features.UNREADABLE, 3, (1, 3)
         )
-        for row, count, status in (
-            (1, 4, features.MISSING), (2, 4, features.UNREADABLE), (3, 3, features.OK)
+        for row, count, grid, status in (
+            (1, 4, (2, 2), features.MISSING), (2, 4, (2, 2), features.UNREADABLE), (3, 3, (1, 3), features.OK)
         ):
-            file["crc32"][row] = features.row_crc32(stored[row], ids[row], count, [2, 2], status, "")
+            file["crc32"][row] = features.row_crc32(stored[row], ids[row], count, grid, status, "")
     cache, chosen = FeatureCache(path), [4, 1, None, 2, 3, 0]
     assert [bool(cache.has_photo(image_id)) for image_id in ids[:5]] == [True, False, False, True, True]
     rows = [{"input_ids": [2], "own": (0, 1), "word_starts": [-1], "labels": [0]}] * 6
@@ -123,6 +126,163 @@ def test_cache_errors(made, damage, error, reason):
     with pytest.raises(error, match=reason) as caught:
         FeatureCache(made[0])
     assert str(made[0]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+IDS = ("a", "b", "c")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small whole feature file, to be made anew by hand where it is crafted."""
+    path, settings = tmp_path / "small.h5", {"format": features.FORMAT, "backbone": "clip", "mean": [0.5]}
+    features.create_file(path, list(IDS), [7] * 3, (3, 2, 3, 8), "float16", settings)
+    writer = features.FeatureWriter(path, os.open(path, os.O_RDWR), settings, IDS)
+    for row, value in enumerate((1, 2, 1)):
+        writer.write(row, np.full((2, 3, 8), value, "float16"), (1, 3), features.OK, "")
+    writer.close()
+    return path
+
+
+def lay(name, shape, stored, compact=False, external=None):
+    """Put a column of HDF5's type `stored` in the place of one."""
+
+    def change(file):
+        layout, _ = h5py.h5p.create(h5py.h5p.DATASET_CREATE), file.pop(name)
+        if compact:
+            layout.set_layout(h5py.h5d.COMPACT)
+        elif external:
+            layout.set_external(external, 0, h5py.h5f.UNLIMITED)
+        else:
+            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        kind = h5py.h5t.py_create(np.dtype(stored)) if isinstance(stored, str) else stored
+        h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), layout)
+
+    return edit(change)
+
+
+POINTERS = h5py.h5t.create(h5py.h5t.OPAQUE, 8)
+POINTERS.set_tag(b"NUMPY:|O")  # which h5py takes for objects: their bytes would be addresses
+
+
+def put_link(link):
+    def change(file):
+        file.move("regions", "other")
+        file["regions"] = link
+
+    return edit(change)
+
+
+def put_virtual(file):
+    layout = h5py.VirtualLayout((3, 2, 3, 8), "<f2")
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "regions", (3, 2, 3, 8))
+    del file["regions"]
+    file.create_virtual_dataset("regions", layout)
+
+
+def put_filter(file):
+    file.create_dataset("crc32", data=file.pop("crc32")[:], compression="gzip")
+
+
+def put_group(file):
+    del file["regions"]
+    file.create_group("regions")
+
+
+def lengthen(path):
+    """Have the header of the regions say that each has 2**33 numbers: 300 GB of a file of 3 kB."""
+    shape = np.array([3, 2, 3, 8], "<u8").tobytes()
+    raw = path.read_bytes()
+    assert shape in raw
+    path.write_bytes(raw.replace(shape, np.array([3, 2, 3, 2**33], "<u8").tobytes()))
+
+
+@pytest.mark.parametrize("craft, reason", [
+    (lay("regions", (3, 2, 3, 2), POINTERS), "column regions: not "),
+    (lay("status", (3,), POINTERS), "column status: not .u1 of "),
+    (lay("image_id", (3,), h5py.h5t.py_create(h5py.string_dtype(), logical=True)), "column image_id: not "),
+    (lay("regions", (3, 2, 3, 8), ">f2"), "column regions: not "),
+    (lay("regions", (3, 2, 3, 8), "<i2"), "column regions: not "),
+    (lay("regions", (3, 2, 3, 8), "<f8"), "column regions: not "),
+    (lay("regions", (3, 2, 24), "<f2"), "column regions: of shape .3, 2, 24."),
+    (lay("regions", (3, 2, 0, 8), "<f2"), "column regions: "),
+    (lay("crc32", (4, 2), "<u4"), "column crc32: not <u4 of shape .3, 2."),
+    (lay("reason", (3,), "S9000000"), "column reason: not S200 "),
+    (lay("reason", (3,), "S200", external=b"/etc/passwd"), "column reason: not one block of this file"),
+    (lay("status", (3,), "|u1", compact=True), "column status: not one block"),
+    (put_link(h5py.SoftLink("/other")), "column regions: a link"),
+    (put_link(h5py.ExternalLink("/etc/elsewhere.h5", "/regions")), "column regions: a link"),
+    (edit(put_virtual), "column regions: not one block"), (edit(put_filter), "column crc32: not one block"),
+    (edit(put_group), "not a readable HDF5 file .*not a dataset"), (lengthen, "make it anew"),
+    (edit(lambda file: file.attrs.update(more="text")), "attribute 'more' is no number or text"),
+    (edit(lambda file: h5py.h5a.create(file.id, b"more", POINTERS, h5py.h5s.create(h5py.h5s.SCALAR))),
+     "'more' is no"),
+    (edit(lambda file: file.attrs.update(more=np.zeros(2000, "<u4"))), "'more' is no"),
+    (edit(lambda file: file.attrs.update(more=h5py.Empty("<f8"))), "small.h5: "),
+    (lambda path: (path.unlink(), os.mkfifo(path)), "not a readable HDF5 file .not a file.; name another"),
+])  # fmt: skip
+def test_a_crafted_file_is_one_line_before_a_column_is_read(small, monkeypatch, craft, reason):
+    craft(small)
+    monkeypatch.setattr(features, "read_columns", None)  # nothing comes so far
+    monkeypatch.setattr(np, "memmap", None)
+    for open_file in (FeatureCache, lambda path: features.refuse_other_settings(path, {})):
+        with pytest.raises(ValueError, match=reason) as error:
+            open_file(small)
+        assert str(error.value).startswith(f"{small}: ") and "\n" not in str(error.value)
+
+
+def test_a_row_whose_numbers_cannot_be_is_named(small):
+    assert FeatureCache(small).whole(0)
+    with h5py.File(small, "r+") as file:  # each with the checksum it should have
+        for row, (value, count, grid) in enumerate(
+            ((np.nan, 3, (1, 3)), (0, 3, (60000, 60000)), (0, 4, (1, 3)))
+        ):
+            file["regions"][row], file["num_regions"][row], file["grid"][row] = value, count, grid
+            about = IDS[row], count, grid, features.OK, ""
+            file["crc32"][row] = features.row_crc32(file["regions"][row], *about)
+    cache = FeatureCache(small)
+    for photo, what in zip(IDS, ("not finite, so damaged", "damaged", "damaged"), strict=True):
+        with pytest.raises(ValueError, match=f"small.h5: the features of photo {photo} are {what} .view 0."):
+            cache.read([photo])
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_what_the_system_says_is_no_damage(small, monkeypatch, code):
+    """Whether Python meets it or HDF5, and no memory is no memory."""
+    def refuse(*args, **kwargs):
+        raise error
+
+    for error in (OSError(code, os.strerror(code), str(small)), MemoryError(),
+                  OSError(f"Unable to open file (file read failed: errno = {code}, ...)")):  # fmt: skip
+        monkeypatch.setattr(h5py, "File", refuse)
+        with pytest.raises(type(error)) as caught:
+            FeatureCache(small)
+        assert "anew" not in str(caught.value)
+        if not isinstance(error, MemoryError):
+            assert (caught.value.errno, caught.value.filename) == (code, str(small))
+
+
+def test_equal_photos_are_counted_by_their_checksums_alone(small, tmp_path, monkeypatch, capsys):
+    FeatureCache(small).point_out_alike()
+    assert not capsys.readouterr().out  # two are too few
+    path, settings, rng = tmp_path / "many.h5", {"format": features.FORMAT}, np.random.default_rng(0)
+    ids = [f"photo {i}" for i in range(300)]
+    features.create_file(path, ids, [7] * 300, (300, 2, 2, 8), "float16", settings)
+    writer = features.FeatureWriter(path, os.open(path, os.O_RDWR), settings, ids)
+    for row in range(300):
+        regions = rng.standard_normal((2, 2, 8)).astype("float16")
+        regions[0] = 7 if row % 100 == 5 else regions[0]  # in view 0 alone, and not in the other columns
+        writer.write(row, regions, (1, 2), features.OK, "x" * (row // 100))
+    writer.close()
+    FeatureCache(path).point_out_alike()
+    assert "WARNING: 3 of 300 photos are one picture (first: photo 5); " in capsys.readouterr().out
+
+
+def test_an_empty_file_is_not_made_through_a_link(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0")
+    (tmp_path / "x.h5.0.tmp").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        features.create_file(tmp_path / "x.h5", ["a"], [7], (1, 1, 1, 1), "uint8", {"format": 4})
+    assert not (tmp_path / "mine").exists()
 
 
 def test_require(made):
