@@ -32,9 +32,9 @@ def thumbnail(path, side=SIDE):
         file.draft("RGB", (2 * side, 2 * side))
         decode(file)
         photo = upright(file)
-    photo.thumbnail((side, side))
-    photo.info = {}  # comments, places and profiles, which saving would pass on
-    return photo
+        photo.thumbnail((side, side))
+        photo.info = {}  # comments, places and profiles, which saving would pass on
+        return photo.copy()
 
 
 def seen_part(width, height, resizing):

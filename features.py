@@ -119,8 +119,8 @@ def read_layout(path):
             for name, (size, dtype) in columns_of(shape, kind, width).items():
                 if name == "photo_bytes" and not file.id.links.exists(b"photo_bytes"):  # an earlier version's
                     continue
-                column, found, offset = find_column(file.id, name.encode())
-                if found != size or not is_type(column.get_type(), dtype):
+                column, lengths, offset = find_column(file.id, name.encode())
+                if lengths != size or not is_type(column.get_type(), dtype):
                     raise ValueError(f"column {name}: not {dtype} of shape {size}; make it anew")
                 if offset + math.prod(size) * np.dtype(dtype).itemsize > length:
                     raise ValueError(f"shorter than its {size} {name} need; it was cut off, make it anew")
@@ -429,11 +429,11 @@ class FeatureCache:
         columns add to its regions' depends on their checksum and the regions' length, and is taken out.
         """
         zeros, rows = bytes(self.regions[0, 0].nbytes), np.flatnonzero(self.status == OK)
-        moved = np.array([zlib.crc32(zeros, 1 << bit) for bit in range(32)], np.uint32) ^ zlib.crc32(zeros)
+        shifts = np.array([zlib.crc32(zeros, 1 << bit) for bit in range(32)], np.uint32) ^ zlib.crc32(zeros)
         columns = (self.ids, self.num_regions, self.grid, self.status, self.reasons)
         about = np.array([about_crc32(*(column[row] for column in columns)) for row in rows], np.uint32)
         bits = (about[:, None] >> np.arange(32, dtype=np.uint32)) & 1  # [rows, 32]
-        bare = self.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * moved, 1)
+        bare = self.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * shifts, 1)
         _, first, counts = np.unique(bare, return_index=True, return_counts=True)
         if len(rows) and counts.max() > 2 and counts.max() >= len(rows) / 100:
             print(

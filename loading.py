@@ -28,11 +28,11 @@ def decode(file):
     A JPEG may lack a tenth of its rows, which come out grey, and a progressive one the finest detail. OSError
     if more is missing.
     """
-    read, ended = getattr(file, "load_read", None), []
+    read, ends = getattr(file, "load_read", None), []
     if isinstance(file, JpegImagePlugin.JpegImageFile):
-        file.load_read = lambda size: read(size) or ended.append(size) or b"\xff\xd9"  # its end, made up
+        file.load_read = lambda size: read(size) or ends.append(size) or b"\xff\xd9"  # its end, made up
     file.load()
-    if not ended:
+    if not ends:
         return ""
     width, height = file.size
     rows = height // 10 + 1
@@ -117,10 +117,10 @@ class Photos:
 
     def read(self, row):
         image_id, path = self.image_ids[row], self.paths[self.image_ids[row]]
-        opened = isinstance(path, Image.Image)
-        if not opened and (path is None or not os.path.lexists(path)):
+        is_image = isinstance(path, Image.Image)
+        if not is_image and (path is None or not os.path.lexists(path)):
             return None, MISSING, self.reasons.get(image_id, "no such file")
-        if not opened and not os.path.isfile(path):  # to open a pipe would be to wait for ever
+        if not is_image and not os.path.isfile(path):  # to open a pipe would be to wait for ever
             return None, UNREADABLE, "not a file"
         try:
             with open_picture(path) as file:  # `decode` says it
@@ -129,7 +129,7 @@ class Photos:
         except Exception as error:  # decoders meet and raise anything; the reason is recorded
             reason = f"{type(error).__name__}: {error}"
             # The same on every machine.
-            return None, UNREADABLE, reason if opened else reason.replace(f"{path.parent}{os.sep}", "")
+            return None, UNREADABLE, reason if is_image else reason.replace(f"{path.parent}{os.sep}", "")
         if self.placeholder and view_sha256(views) == self.placeholder:
             return None, MISSING, "placeholder picture"
         return views, OK, "; ".join(filter(None, remarks))

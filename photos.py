@@ -1,6 +1,7 @@
 """Where the photos of a data set lie, how one is opened, and what a file of captions says of them, by id."""
 
 import contextlib
+import ctypes
 import io
 import os
 import re
@@ -83,22 +84,29 @@ def find_photos(image_ids, folders, reasons=None):
 
 @contextlib.contextmanager
 def open_picture(source):
-    """The open picture of a file, or a copy of a PIL image, for as long as it is decoded and used.
+    """The open picture of a file, or a copy of a PIL image, and its pixels for as long as the block lasts.
 
     ValueError or OSError if it is of none of `FORMATS`, or has more pixels than Pillow thinks safe: over 1 GB
     to decode. Large ones wait until no other thread has one.
     """
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
-    opened = isinstance(source, Image.Image)
-    if opened and source.format not in (None, "MPO", *formats):
+    is_image = isinstance(source, Image.Image)
+    if is_image and source.format not in (None, "MPO", *formats):
         raise ValueError(f"a {source.format}, not one of {', '.join(formats)}")
-    file = source if opened else Image.open(without_long_texts(source), formats=formats)
+    file = source if is_image else Image.open(without_long_texts(source), formats=formats)
     if file.width * file.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{file.width} x {file.height} pixels are too many")
-    with TURN if file.width * file.height > LARGE else contextlib.nullcontext():
-        with file.copy() if opened else file as picture:
+    large = file.width * file.height > LARGE
+    with TURN if large else contextlib.nullcontext():
+        picture = file.copy() if is_image else file
+        try:
             yield picture
+        finally:
+            picture.close()
+            if large:  # glibc would keep its memory, once for each thread
+                with contextlib.suppress(OSError, AttributeError):
+                    ctypes.CDLL(None).malloc_trim(0)
 
 
 def without_long_texts(path):
@@ -115,10 +123,10 @@ def without_long_texts(path):
             end = start + 12 + size
             if kind in (b"iCCP", b"zTXt", b"iTXt", b"tEXt"):
                 text = file.read(min(size, os.fstat(file.fileno()).st_size))
-                packed = re.search(rb"\0(\x78[\x01\x5e\x9c\xda].*)", text, re.DOTALL)
+                stream = re.search(rb"\0(\x78[\x01\x5e\x9c\xda].*)", text, re.DOTALL)
                 unpacker = zlib.decompressobj()
                 with contextlib.suppress(zlib.error):
-                    unpacker.decompress(packed[1] if packed else b"", most)
+                    unpacker.decompress(stream[1] if stream else b"", most)
                 if len(text) > most or unpacker.unconsumed_tail:
                     long.append((start, end))
             start = file.seek(end)
