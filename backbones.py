@@ -18,13 +18,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 import torchvision
 import transformers
 from PIL import Image
@@ -39,7 +37,6 @@ from encoding import special_ends, text_pieces
 from model import SYSTEMS
 from text_encoder import load_pretrained, load_text_encoder, longest_input
 
-COMPILE_FROM = 8000  # images: up to 20 ms an image are gained, against 4 to 40 s of compiling
 EXACT = threading.Lock()  # of a setting that is the whole process's
 
 
@@ -101,43 +98,6 @@ class Frozen(nn.Module):
     def forward(self, photos):
         pixels = photos.float().div_(255).sub_(self.mean).div_(self.std)
         return self.states(self.model, pixels.contiguous(memory_format=torch.channels_last)).half()
-
-
-class Compiled(nn.Module):
-    """What `regions` of a backbone does, compiled by torch's inductor for batches of one shape, (B, 3, H, W).
-
-    Smaller batches are filled up: another shape would be compiled anew, for longer than it saves. The weights
-    are frozen into the code. ValueError where torch cannot compile.
-    """
-
-    def __init__(self, regions, shape, device):
-        super().__init__()
-        self.regions, self.size = torch.compile(regions, dynamic=False, options={"freezing": True}), shape[0]
-        try:
-            with torch.inference_mode():
-                self.regions(torch.zeros(shape, dtype=torch.uint8, device=device))  # compiles
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"the forward pass cannot be compiled here ({first_line(error)[:150]}); it takes a C++"
-                " compiler: --no-compile does without"
-            ) from None
-
-    def forward(self, photos):
-        filled = F.pad(photos, (0, 0, 0, 0, 0, 0, 0, self.size - len(photos)))
-        return self.regions(filled)[: len(photos)]
-
-
-def pick_engine(asked, name, device, images):
-    """What runs the forward pass of a backbone: inductor, as `Compiled`, or eager.
-
-    `asked`: whether to compile, None where it pays: for ResNet50 on a CPU from `COMPILE_FROM` images on.
-    """
-    compiling = asked
-    if asked is None and name == "resnet50" and device == "cpu" and images >= COMPILE_FROM:
-        compiling = shutil.which(os.environ.get("CXX", "g++")) is not None
-        if not compiling:
-            print("no C++ compiler here: the forward pass is not compiled")
-    return "inductor" if compiling else "eager"
 
 
 def fold_batch_norms(module):

@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -31,7 +30,7 @@ import torch
 import torchvision
 import transformers
 
-from backbones import BACKBONES, Compiled, load_backbone, pick_engine
+from backbones import BACKBONES, load_backbone
 from commands import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
 from commands import progress_bar, wait_for_all
 from data import DATASETS, load_dataset
@@ -69,8 +68,6 @@ def parse_args(argv):
         help="of the augmented views and of random weights")
     add("--batch-size", type=bounded(int, 1),
         help="images per forward pass, views counted (default: 8, 64 on cuda)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="the forward pass with torch's inductor (default: if it pays)")
     add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
     add("--device", default=default_device())
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
@@ -85,8 +82,6 @@ def parse_args(argv):
         parser.error("--backbone caption or phrases and --captions FILE go together")
     if captions and args.images:
         parser.error(f"--images: --backbone {args.backbone} reads --captions, no photo; leave it out")
-    if args.compile and args.backbone in ("pixels", *WORDED):
-        parser.error(f"--compile: --backbone {args.backbone} has no forward pass of one shape; leave it out")
     if args.verify and args.overwrite:
         parser.error("--verify and --overwrite: one looks at the file, the other replaces it; leave one out")
     fitting = 64 if args.device.startswith("cuda") else 8  # 8 stays in a CPU's caches
@@ -238,12 +233,11 @@ def main(argv=None):
     else:
         picture = args.placeholder and Path(args.placeholder)
         settings |= {"placeholder": read_placeholder(picture, backbone) if picture else None}
-    engine = pick_engine(args.compile, args.backbone, device, len(image_ids) * args.views)
     recorded = {  # said in the file, not compared with what is asked
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters,
         "batch_size": args.batch_size,
-        "engine": engine,
+        "engine": "eager",  # earlier versions also compiled it
         **{f"version_{library.__name__}": str(library.__version__)
            for library in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip
@@ -280,10 +274,9 @@ def main(argv=None):
     with contextlib.closing(writer):
         if not args.captions:
             refuse_other_photos(partial, writer.attrs, image_ids, writer.photo_bytes, inputs)
-        for key, what in (("batch_size", "batch size"), ("engine", "engine")):  # others change the last bits
-            if writer.attrs[key] != recorded[key]:
-                print(f"resuming with the {what} the file was begun with, {writer.attrs[key]}")
-        batch_size, engine = writer.attrs["batch_size"], writer.attrs["engine"]
+        batch_size = writer.attrs["batch_size"]
+        if batch_size != args.batch_size:  # another changes the last bits
+            print(f"resuming with the batch size the file was begun with, {batch_size}")
         per_batch = max(1, batch_size // args.views) if backbone.same_size else 1
         rows = list(range(len(image_ids)))
         batches = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
@@ -299,9 +292,6 @@ def main(argv=None):
         # A photo that keeps its shape is at most 5 : 3 here.
         loader = load_ahead(reader, todo, args.workers, per_batch * args.views * 5 * side**2, processes)
         backbone.regions.to(device, memory_format=torch.channels_last)
-        if engine == "inductor":
-            batch_shape = (per_batch * args.views, 3, side, side)
-            backbone = replace(backbone, regions=Compiled(backbone.regions, batch_shape, device))
         started = time.perf_counter()
         with progress_bar(sum(map(len, todo)), "photo", disable=rank > 0) as progress:
             extract(backbone, writer, loader, todo, device, progress)
@@ -312,7 +302,7 @@ def main(argv=None):
     wait_for_all(processes)
     seconds = time.perf_counter() - started
     rate = f"{worked * args.views / seconds:.1f} images/s, views counted"
-    print(f"{worked} photos in {seconds:.1f} s on {processes} x {device}, {engine}: {rate}")
+    print(f"{worked} photos in {seconds:.1f} s on {processes} x {device}: {rate}")
     report(FeatureCache(path))
     return path
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -41,7 +40,7 @@ sys.path.insert(0, str(PROJECT))
 import demo  # noqa: E402
 import inputs  # noqa: E402
 from arguments import PRESETS  # noqa: E402
-from backbones import Compiled, load_backbone  # noqa: E402
+from backbones import load_backbone  # noqa: E402
 from commands import autocast, check_device, command_line, default_device  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
@@ -358,11 +357,6 @@ def extraction(args, place):
     prepare = T.Compose([T.Resize((224, 224)), T.ToTensor(), normalize])
     backbone, per_batch = load_backbone("resnet50", "random"), 8 if args.device == "cpu" else 64
     backbone.regions.to(args.device, memory_format=torch.channels_last)
-    engines, compiling = {"eager": backbone}, time.perf_counter()
-    if args.device == "cpu":
-        compiled = Compiled(backbone.regions, (per_batch, 3, 224, 224), args.device)
-        engines["inductor"] = replace(backbone, regions=compiled)
-    compiling = time.perf_counter() - compiling
 
     def naive(turn):
         with h5py.File(place / "naive.h5", "w") as file, torch.no_grad():
@@ -371,7 +365,7 @@ def extraction(args, place):
                 pixels = prepare(Image.open(path).convert("RGB"))[None].to(args.device)
                 file["regions"][number] = body(pixels).flatten(2).transpose(1, 2)[0].half().cpu().numpy()
 
-    def whole(backbone, views):
+    def whole(views):
         """As many images whatever the views, so that the workers' start weighs the same."""
         ids = [str(i) for i in range(len(paths) * 4 // views)]
         chosen = {image_id: paths[i % len(paths)] for i, image_id in enumerate(ids)}
@@ -395,33 +389,21 @@ def extraction(args, place):
     pixels = [torch.cat([reader.read(i)[0] for i in range(start, min(start + per_batch, len(ids)))])
               for start in range(0, len(ids), per_batch)]  # fmt: skip
 
-    def forward(backbone):
-        def work(turn):
-            with torch.inference_mode():
-                for photos in pixels * 4:
-                    backbone.regions(photos.to(args.device)).cpu()
+    def forward(turn):
+        with torch.inference_mode():
+            for photos in pixels * 4:
+                backbone.regions(photos.to(args.device)).cpu()
 
-        return work
-
-    cases = {"naive": naive}
-    for name, engine in engines.items():
-        cases |= {f"{name} forward": forward(engine)}
-        cases |= {f"{name}, {views}": whole(engine, views) for views in (1, 4)}
+    cases = {"naive": naive, "forward": forward, "1": whole(1), "4": whole(4)}
     taken, images = in_turn(cases, 3, args.device), 4 * len(paths)
     naive_rate = len(paths) / statistics.median(taken["naive"])
-    for name in engines:
-        for views in (1, 4):
-            seconds = taken[f"{name}, {views}"]
-            rate = images / statistics.median(seconds)
-            yield row(f"extraction / its forward pass alone, {name}, {views} view{'s' * (views > 1)}",
-                      ratio(taken[f"{name} forward"], seconds), ">= 0.88",
-                      f"{rate:.1f} images/s, {images} of them, {workers} workers")  # fmt: skip
-    for name, target in (("eager", 1.6), ("inductor", 2.1)):
-        if name in engines:
-            before = f", compiled in {compiling:.0f} s before" * (name == "inductor")
-            as_many = [4 * seconds for seconds in taken["naive"]]
-            yield row(f"extraction, {name} / naive loop", ratio(as_many, taken[f"{name}, 1"]),
-                      f">= {target}", f"naive {naive_rate:.1f} photos/s, 1 view{before}")  # fmt: skip
+    for views, name in (("1", "1 view"), ("4", "4 views")):
+        rate = images / statistics.median(taken[views])
+        yield row(f"extraction / its forward pass alone, {name}", ratio(taken["forward"], taken[views]), ">= 0.88",
+                  f"{rate:.1f} images/s, {images} of them, {workers} workers")  # fmt: skip
+    as_many = [4 * seconds for seconds in taken["naive"]]
+    yield row("extraction / naive loop", ratio(as_many, taken["1"]), ">= 1.6",
+              f"naive {naive_rate:.1f} photos/s, 1 view")  # fmt: skip
 
 
 def memory(args, place):
@@ -604,16 +586,13 @@ def scores(args, place):
     flags = ["--dataset", "demo", "--img-size", "64", "--text-encoder", "data/demo/encoder", "--epochs", "3",
              "--lr", "1e-3", "--fusion-lr", "1e-3"]  # fmt: skip
     run(place, sys.executable, PROJECT / "demo.py")
-    for name in ("eager", "inductor"):
-        how = ["--compile" if name == "inductor" else "--no-compile", "--cache-dir", name]
-        how += ["--dataset", "demo", "--weights", "random", "--img-size", "64"]
-        run(place, sys.executable, PROJECT / "extract_features.py", *how)
+    how = ["--dataset", "demo", "--weights", "random", "--img-size", "64"]
+    run(place, sys.executable, PROJECT / "extract_features.py", *how)
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ways = {
-        "as it is": ([sys.executable], ["--cache-dir", "eager"]),
-        "features from the compiled forward pass": ([sys.executable], ["--cache-dir", "inductor"]),
-        "two processes (torchrun)": (two, ["--cache-dir", "eager"]),
-        "bfloat16": ([sys.executable], ["--cache-dir", "eager", "--precision", "bfloat16"]),
+        "as it is": ([sys.executable], []),
+        "two processes (torchrun)": (two, []),
+        "bfloat16": ([sys.executable], ["--precision", "bfloat16"]),
     }
     for number, (way, (launch, more)) in enumerate(ways.items()):
         reached = []

@@ -21,7 +21,6 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 from torchvision import transforms
 
-import backbones
 import extract_features
 import loading
 import photos
@@ -92,44 +91,6 @@ def test_folded_batch_norms_are_those_of_training(run, data_dir, tmp_path):
     for image_id, row in cache.rows.items():
         expected = plain_features(data_dir / "demo" / "images" / f"{image_id}.jpg", 64, model)
         close(cache.regions[row, 0], expected)
-
-
-def test_compiled_features_are_those_of_the_plain_forward_pass(run, tmp_path, monkeypatch, capsys):
-    """Skipped nowhere: where there is no compiler, that must be one clear line."""
-    path = run()
-    expected, eager = FeatureCache(path).regions[:].copy(), path.read_bytes()
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        with pytest.raises(ValueError, match="cannot be compiled here .*--no-compile --overwrite"):
-            run("--compile", "--overwrite")
-        return
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FeatureWriter, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        run("--compile", "--overwrite")
-    capsys.readouterr()
-    cache = FeatureCache(run())  # 10 photos of 2 views, in batches of 8 views: the last is filled up
-    assert "resuming with the engine the file was begun with, inductor" in capsys.readouterr().out
-    assert cache.attrs["engine"] == "inductor"
-    close(cache.regions, expected)
-    assert run("--overwrite", "--no-compile").read_bytes() == eager
-
-
-def test_what_is_compiled_by_itself(run, monkeypatch):
-    """From so many images on, with ResNet50 on CPU, where there is a compiler."""
-    engines = []
-
-    def create_file(path, image_ids, sizes, shape, kind, attrs):
-        engines.append(attrs["engine"])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(extract_features, "create_file", create_file)
-    for many, compiler, more in (
-        (20, "g++", []), (21, "g++", []), (20, None, []), (20, "g++", ["--no-compile"])
-    ):
-        monkeypatch.setattr(backbones, "COMPILE_FROM", many)
-        monkeypatch.setattr(shutil, "which", lambda name, compiler=compiler: compiler)
-        with pytest.raises(KeyboardInterrupt):
-            run(*more)
-    assert engines == ["inductor", "eager", "eager", "eager"]
 
 
 def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):

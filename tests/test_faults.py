@@ -28,8 +28,9 @@ def test_pages(tmp_path, monkeypatch):
         faults.main(["--posts", "8", "3", "3", "--no-long", "--output", str(tmp_path / "page"), *more])
         return (tmp_path / "page").read_text(encoding="utf-8")
 
-    pages = [write("--kills", "1", "--fuzz", "0"), write("--kills", "0", "--no-files", "--fuzz", "60")]
-    assert [page.count("\n## ") for page in pages] == [3, 1]  # parts left out are left out of the page
+    parts = ["--kills", "0", "--no-files", "--no-outputs", "--fuzz", "60"]
+    pages = [write("--kills", "1", "--fuzz", "0"), write(*parts)]
+    assert [page.count("\n## ") for page in pages] == [4, 1]  # parts left out are left out of the page
     lines = [
         line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")
     ]

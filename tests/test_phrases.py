@@ -206,8 +206,7 @@ def test_files_that_cannot_be_used(data_dir, notes, tmp_path, capsys):
         extract(data_dir, tmp_path, notes, "--placeholder", "sun")
     with pytest.raises(ValueError, match="expected '<photo> :<caption>'"):  # a caption is no list of phrases
         extract(data_dir, tmp_path, notes, "--backbone", "caption")
-    for more in (["--backbone", "phrases"], ["--backbone", "phrases", "--captions", "x", "--images", "y"],
-                 ["--backbone", "phrases", "--captions", "x", "--compile"]):  # fmt: skip
+    for more in (["--backbone", "phrases"], ["--backbone", "phrases", "--captions", "x", "--images", "y"]):
         with pytest.raises(SystemExit):
             extract_features.main(more)
         assert "phrases" in capsys.readouterr().err
