@@ -21,13 +21,13 @@ IMAGE_PLACES = (
 )  # fmt: skip
 # Of photos, the first preferred; what a file really is, its content tells.
 ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .heif".split()
-# Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg,
-# x.jpg.1
 # What Pillow may take a file for; HEIF once pillow-heif is registered.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF")
 LARGE = 2**24  # pixels; of larger pictures threads hold one at a time, a few hundred MB
 TURN = threading.Semaphore()
 os.register_at_fork(after_in_child=TURN.__init__)  # the thread that held it is not in the child
+# Endings and what downloads add to them: x.jpg.jpg, x.jpg_large, x.jpg:large, x.jpg?name=large, x?format=jpg,
+# x.jpg.1
 SIZES = r"[_:](thumb|small|medium|large|orig|\d+x\d+)"
 ADDED = re.compile(rf"({'|'.join(map(re.escape, ENDINGS))})+({SIZES}|[?@].*|\.\d+)?$|\?.*$")
 
