@@ -35,7 +35,7 @@ from transformers import AutoConfig
 from commands import first_line, out_of_memory
 from encoding import special_ends, text_pieces
 from model import SYSTEMS
-from text_encoder import load_pretrained, load_text_encoder, longest_input
+from text_encoder import as_data, load_pretrained, load_text_encoder, longest_input
 
 EXACT = threading.Lock()  # of a setting that is the whole process's
 
@@ -210,7 +210,7 @@ class ProcessorResize:
 def load_processor(source, img_size):
     """A model's own image processor as a `Backbone`'s (prepare, resample, settings less weights)."""
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, **as_data(source))
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(
             f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local"
@@ -244,7 +244,7 @@ def vision_transformer(model, states, class_token, source, img_size):
 def check_kind(source, kinds):
     """ValueError unless the model at `source` is of one of the `kinds`, as transformers calls them."""
     try:
-        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        kind = AutoConfig.from_pretrained(source, **as_data(source)).model_type
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"--weights {source}: {reason}") from None

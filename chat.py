@@ -32,7 +32,7 @@ import transformers
 from tqdm import tqdm
 
 from commands import check_device, first_line
-from text_encoder import load_pretrained
+from text_encoder import as_data, load_pretrained
 
 PROBE = "Answer with {}."
 TIMEOUT = 600  # seconds that an endpoint may take for an answer, or ask to wait
@@ -67,10 +67,10 @@ class Local:
         check_device(device)
         self.instead = ""  # as of an `Endpoint`
         try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(source, **as_data(source))
             self.sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
             kind = transformers.AutoProcessor if self.sees else transformers.AutoTokenizer
-            self.reader = kind.from_pretrained(source, trust_remote_code=False)
+            self.reader = kind.from_pretrained(source, **as_data(source))
         except (OSError, ValueError, ImportError, KeyError) as error:
             said = f"cannot be loaded ({first_line(error)}); name a chat model of the hub or a local folder"
             raise ValueError(f"--model {source}: {said}") from None

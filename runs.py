@@ -95,14 +95,13 @@ SEED = number((int,), 0, 2**32)
 COUNT, AMOUNT = number((int,), 1, 10**6), number((int, float), 0, 1e9)
 # Per key of config.json that anything reads again: whether a value is one, and what it has to be.
 KEYS = {
-    "dataset": TEXT, "data_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT, "model": one_of(*SYSTEMS),
+    "dataset": TEXT, "data_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT, "model": TEXT,
     "task": one_of("ner", "relation"),
     "labels": (
         lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
         "a list of labels",
     ),
-    # Not `one_of`: own ones may be added to the table later.
-    "fusion": (lambda value: value in (None, *FUSIONS, "prefix"), "prefix, null or a name in fusion.FUSIONS"),
+    "fusion": or_null(*TEXT),
     "decoder": one_of("softmax", "crf", "visual-crf"),
     "heads": or_null(*COUNT), "dropout": number((int, float), 0, 1), "region_dim": or_null(*COUNT),
     "features": or_null(*TEXT), "features_made": or_null(made_features, "what a feature file says of itself"),
@@ -292,6 +291,12 @@ def load_run(run_dir, device="cpu"):
     for path in (weights, *(run_dir / "encoder").iterdir()):
         if not path.is_dir():
             read_bytes(path)
+    for key, known in (("model", SYSTEMS), ("fusion", (None, "prefix", *FUSIONS))):
+        if config[key] not in known:
+            raise ValueError(
+                f"{run_dir}: its {key}, {config[key]!r:.60}, is not known here; call the script that registers"
+                " it (examples/own.py does so)"
+            )
     try:
         encoder_config, tokenizer = read_encoder(run_dir / "encoder", SYSTEMS[config["model"]].checkpoint)
         check_weights(weights, encoder_config, config)

@@ -16,8 +16,20 @@ DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embd_pdrop",
     "attn_pdrop", "resid_pdrop",
 )  # fmt: skip
+# The commits of the hub's models that are defaults: what is downloaded is what it was when it was looked at.
+REVISIONS = {
+    "roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+    "bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "66285546d2b821cf421d4f5eb2576359d3770cd3",
+}
 # What is raised at encoders of kinds that cannot be used.
 UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def as_data(source):
+    """How `from_pretrained` is to read a hub's model or a folder: no code of it is run, a default is pinned."""
+    return {"trust_remote_code": False, "revision": REVISIONS.get(str(source), "main")}
 
 
 def load_pretrained(kind, source, option, config=None, part="", dtype=torch.float32):
@@ -28,7 +40,7 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
     try:
         # dtype: some are stored as float16
         model, info = kind.from_pretrained(
-            source, config=config, output_loading_info=True, dtype=dtype, trust_remote_code=False
+            source, config=config, output_loading_info=True, dtype=dtype, **as_data(source)
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
@@ -46,10 +58,10 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
 
 def load_tokenizer(source, **more):
     """The tokenizer at `source`; RoBERTa's kind with a space before each word, as in a sentence."""
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
+    tokenizer = AutoTokenizer.from_pretrained(source, **as_data(source), **more)
     if takes_words(tokenizer):
         return tokenizer
-    spaced = AutoTokenizer.from_pretrained(source, add_prefix_space=True, trust_remote_code=False, **more)
+    spaced = AutoTokenizer.from_pretrained(source, add_prefix_space=True, **as_data(source), **more)
     # Some ignore it (ModernBERT's), or put spaces inside words too (Qwen's): `split_pieces` reads sentences.
     in_sentence = tokenizer(" " + " ".join(PROBE), add_special_tokens=False)["input_ids"]
     return spaced if word_pieces(spaced, [PROBE])[0][0] == in_sentence else tokenizer
@@ -84,7 +96,7 @@ def load_text_encoder(source, system, task, dropout):
     """
     option = "--text-encoder"
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, **as_data(source))
         tokenizer = load_tokenizer(source)
     except (OSError, ImportError, StrictDataclassError, *UNUSABLE) as error:
         message = first_line(error)

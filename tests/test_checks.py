@@ -174,8 +174,8 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     made = {"x-s1": (1, runs[0]), "x-s2": (2, runs[1]), "y-s1": (1, runs[2]), "x-shuffled-s1": (1, runs[2])}
     for name, (seed, records) in made.items():
         (tmp_path / name).mkdir()
-        config = {"dataset": "d", "model": "clip-bert", "fusion": name[0], "labels": ["O"], "data": {}, "seed": seed,
-                  "text_encoder": "e"}  # fmt: skip
+        config = {"dataset": "d", "model": "clip-bert", "fusion": name[0], "labels": ["O"], "data": {},
+                  "seed": seed, "text_encoder": "e"}  # fmt: skip
         write_json(tmp_path / name / "config.json", config | {"shuffle_photos": "shuffled" in name})
         write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
     evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])

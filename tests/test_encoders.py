@@ -414,3 +414,25 @@ def test_an_encoder_that_is_published_with_a_sentencepiece_file_alone(tmp_path, 
     assert {*word_of} == {*range(len(spelled))}
     tokenizer.save_pretrained(tmp_path / "run")
     assert split_pieces(load_tokenizer(tmp_path / "run"), SENTENCES) == split_pieces(tokenizer, SENTENCES)
+
+
+@pytest.mark.parametrize("source, revision", [
+    ("roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"), ("somebody/model", "main"),
+])  # fmt: skip
+def test_a_hubs_model_is_read_as_data_and_a_default_is_pinned(monkeypatch, source, revision):
+    seen = []
+
+    def read(kind):
+        def from_pretrained(source, **options):
+            seen.append((kind, options["revision"], options["trust_remote_code"]))
+            raise OSError("no hub here")
+
+        return from_pretrained
+
+    for kind in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(text_encoder, kind), "from_pretrained", read(kind))
+    for load in (lambda: text_encoder.load_text_encoder(source, SYSTEMS["bert-resnet50"], "ner", 0.1),
+                 lambda: text_encoder.load_tokenizer(source)):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match="no hub here"):
+            load()
+    assert seen == [("AutoConfig", revision, False), ("AutoTokenizer", revision, False)]

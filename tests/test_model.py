@@ -23,7 +23,7 @@ from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
 from model import LEFT_OUT, SYSTEMS, Vilt
-from runs import load_run, save_weights
+from runs import load_run, read_config, save_weights
 from text_encoder import load_text_encoder, longest_input
 
 BERT = SYSTEMS["bert-resnet50"]
@@ -289,7 +289,7 @@ def test_a_run_opens_as_it_was_saved_and_draws_nothing(finished):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"model": []}, "model must be one of roberta-resnet50"), ({"max_len": "128"}, "max_len must be a whole"),
+    ({"model": []}, "model must be text"), ({"max_len": "128"}, "max_len must be a whole"),
     ({"max_len": True}, "max_len must be"), ({"labels": []}, "labels must be a list of labels"),
     ({"dropout": float("nan")}, "dropout must be a number from 0 to 1"), ({"fusion": {}}, "fusion must be"),
     ({"region_dim": 10**12}, "region_dim must be"), ({"align": {"local": "1"}}, "align must be"),
@@ -611,3 +611,13 @@ def test_dropout_reaches_every_kind_of_encoder(data_dir):
         encoder, _ = load_text_encoder(str(data_dir / "demo" / system), SYSTEMS[system], "ner", 0.25)
         rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
         assert rates == {0.25}
+
+
+@pytest.mark.parametrize("key, value", [("fusion", "add"), ("model", "mine")])
+def test_a_run_of_a_layer_that_is_not_registered_says_so(copied, key, value):
+    """Its scores can be read all the same."""
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert read_config(copied)[key] == value
+    with pytest.raises(ValueError, match=f"{key}, '{value}', is not known here; call the script that"):
+        load_run(copied)
