@@ -29,8 +29,8 @@ from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetr
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessor, logging
 
-from commands import command_line
-from files import write_text
+from parts.console import command_line
+from parts.files import write_text
 
 logging.disable_progress_bar()
 

@@ -9,7 +9,7 @@
 """
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
 import contextlib
@@ -20,18 +20,18 @@ from pathlib import Path
 
 import torch
 
-from checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from commands import autocast, bounded, check_device, command_line, dataset_name, default_device, fit_threads
-from commands import precision_on
-from commands import progress_bar
 from data import load_dataset, read_ner
 from encoding import length_batches, to_device
-from files import check_output, write_json
-from inputs import open_run, shuffled_photos
-from notes import Notes
-from photos import find_photos, image_folders
-from runs import differing, read_config, system_settings
-from scores import format_scores, mentions, read_predictions, score, seen_spans
+from parts.checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
+from parts.console import autocast, bounded, check_device, command_line, dataset_name, default_device, fit_threads
+from parts.console import precision_on
+from parts.console import progress_bar
+from parts.files import check_output, write_json
+from parts.notes import Notes
+from parts.opening import open_run, shuffled_photos
+from parts.photos import find_photos, image_folders
+from parts.runs import differing, read_config, system_settings
+from parts.scores import format_scores, mentions, read_predictions, score, seen_spans
 
 # ------------------------------------------------------------------------------------------------ predictions
 

@@ -14,7 +14,7 @@ do several processes of as many threads that share the batches.
 """
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
 import contextlib
@@ -30,16 +30,16 @@ import torch
 import torchvision
 import transformers
 
-from backbones import BACKBONES, load_backbone
-from commands import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
-from commands import progress_bar, wait_for_all
 from data import DATASETS, load_dataset
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
 from features import require_room, unfinished
-from files import check_output
-from loading import Captions, Photos, find_inputs, load_ahead, view_sha256
-from model import WORDED
+from parts.backbones import BACKBONES, load_backbone
+from parts.console import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
+from parts.console import progress_bar, wait_for_all
+from parts.files import check_output
+from parts.loading import Captions, Photos, find_inputs, load_ahead, view_sha256
+from parts.model import WORDED
 
 
 def parse_args(argv):

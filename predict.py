@@ -20,7 +20,7 @@ run and post.
 """
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
 import errno
@@ -38,17 +38,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from commands import bounded, check_device, command_line, default_device, fit_threads, open_output
-from commands import precision_on, progress_bar
 from encoding import encode
 from evaluate import predict
-from files import bounded_lines
-from inputs import Posts
-from model import WORDED
-from new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
-from notes import EXTRAS, Segments, check_note, note_text
-from runs import load_run
-from scores import entity_spans
+from parts.console import bounded, check_device, command_line, default_device, fit_threads, open_output
+from parts.console import precision_on, progress_bar
+from parts.files import bounded_lines
+from parts.model import WORDED
+from parts.new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
+from parts.notes import EXTRAS, Segments, check_note, note_text
+from parts.opening import Posts
+from parts.runs import load_run
+from parts.scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")

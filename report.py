@@ -2,12 +2,12 @@
 
     python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
 
-The page works offline, from the file alone; its template is report.html. What came from posts is data in it:
+The page works offline, from the file alone; its template is parts/report.html. What came from posts is data in it:
 JSON that no markup can end, shown as text.
 """
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
 import base64
@@ -17,16 +17,16 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from attention_maps import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
-from commands import bounded, check_device, command_line, default_device
 from data import NONE, SPLITS, TEXT_PLACES, first_existing, locate
 from evaluate import predictions_file, verdict
-from files import check_output, write_text
-from inputs import dataset_now
-from notes import reads_relevance
-from photos import image_folders
-from runs import load_run, read_bytes, read_config, read_image_check, read_log
-from scores import entity_spans, main_score, read_predictions, score
+from parts.console import bounded, check_device, command_line, default_device
+from parts.files import check_output, write_text
+from parts.notes import reads_relevance
+from parts.opening import dataset_now
+from parts.photos import image_folders
+from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
+from parts.runs import load_run, read_bytes, read_config, read_image_check, read_log
+from parts.scores import entity_spans, main_score, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
 NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
@@ -277,7 +277,7 @@ def write_page(page, output):
     """Put a page's data into the template; its script is the only one the browser is allowed to run."""
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "parts" / "report.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     try:

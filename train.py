@@ -11,7 +11,7 @@ digit on CPU.
 """
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import contextlib
 import math
@@ -26,16 +26,16 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from arguments import parse_args
-from commands import autocast, command_line, fit_threads, gather, join_processes, keep_heap, pick_precision
-from commands import progress_bar, wait_for_all
 from encoding import IGNORE, length_batches, to_device
 from evaluate import predict
-from files import write_json, write_json_lines
-from inputs import open_inputs
-from model import SYSTEMS
-from runs import begin, check_folder, load_state, save_state, save_weights, settle
-from scores import format_scores, main_score, mentions, score
+from parts.console import autocast, command_line, fit_threads, gather, join_processes, keep_heap, pick_precision
+from parts.console import progress_bar, wait_for_all
+from parts.files import write_json, write_json_lines
+from parts.model import SYSTEMS
+from parts.opening import open_inputs
+from parts.runs import begin, check_folder, load_state, save_state, save_weights, settle
+from parts.scores import format_scores, main_score, mentions, score
+from parts.systems import parse_args
 
 def parameter_groups(model, args):
     """AdamW groups: pretrained or from scratch x decayed or not (biases and norms are not decayed)."""

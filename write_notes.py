@@ -32,7 +32,7 @@ ENTITIES = """It names "{head}" and "{tail}"; begin with these two.
 AGAIN = "Answer with the JSON object alone."
 
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import argparse
 import contextlib
@@ -44,14 +44,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from attention_maps import thumbnail
-from chat import Endpoint, Local, Refused, split_url
-from commands import bounded, command_line, dataset_name, default_device, first_line, open_output
-from commands import progress_bar
 from data import DATASETS, RelationExample, load_dataset, locate
-from files import bounded_lines
-from notes import KEYS, OF_PHOTO
-from photos import find_photos, image_folders
+from parts.chat import Endpoint, Local, Refused, split_url
+from parts.console import bounded, command_line, dataset_name, default_device, first_line, open_output
+from parts.console import progress_bar
+from parts.files import bounded_lines
+from parts.notes import KEYS, OF_PHOTO
+from parts.photos import find_photos, image_folders
+from parts.report_data import thumbnail
 
 DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
 SIDE = 1024  # pixels of a photo's longer side, at most

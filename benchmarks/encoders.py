@@ -26,11 +26,11 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedTokenizerFast
 
 import demo
 import train
-from commands import command_line
 from data import RELATIONS, load_dataset
 from evaluate import predict
-from inputs import open_run
-from scores import mentions, read_predictions
+from parts.console import command_line
+from parts.opening import open_run
+from parts.scores import mentions, read_predictions
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LLAMA = {"num_key_value_heads": 2, "head_dim": 8}

@@ -45,11 +45,11 @@ import predict  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
 import write_notes  # noqa: E402
-from commands import command_line  # noqa: E402
 from data import DATASETS, load_dataset, read_mnre, read_ner  # noqa: E402
 from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
-from files import write_text  # noqa: E402
-from scores import read_predictions  # noqa: E402
+from parts.console import command_line  # noqa: E402
+from parts.files import write_text  # noqa: E402
+from parts.scores import read_predictions  # noqa: E402
 
 FEATURES, RUN = "made/demo-resnet50-64.h5", "runs/run"
 TRAIN = ["--dataset", "demo", "--img-size", "96", "--text-encoder", "data/demo/encoder", "--lr", "1e-3",

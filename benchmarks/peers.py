@@ -41,19 +41,19 @@ from transformers import TrainingArguments, get_linear_schedule_with_warmup, pip
 
 import demo
 import extract_features
-import inputs
 import train
-from arguments import parse_args
-from checks import paired_bootstrap
-from commands import autocast, bounded, check_device, command_line, default_device, pick_precision
 from data import load_dataset
 from encoding import IGNORE, collate, encode, length_batches, to_device
 from evaluate import predict
-from model import SYSTEMS, TextRegions
-from photos import find_photos, image_folders
+from parts import opening
+from parts.checks import paired_bootstrap
+from parts.console import autocast, bounded, check_device, command_line, default_device, pick_precision
+from parts.model import SYSTEMS, TextRegions
+from parts.photos import find_photos, image_folders
+from parts.scores import main_score, mentions, read_predictions, score
+from parts.systems import parse_args
+from parts.text_encoder import load_text_encoder
 from predict import Predictor
-from scores import main_score, mentions, read_predictions, score
-from text_encoder import load_text_encoder
 
 STRATEGIES = {"random": "Trainer", "group_by_length": "Trainer, by length"}  # what it calls orders of posts
 
@@ -277,7 +277,7 @@ def whole_runs(args, place):
     records, taken = {name: {split: [] for split in splits} for name in ("ours", *STRATEGIES.values())}, {}
 
     def answers(split):
-        shown = inputs.Posts(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
+        shown = opening.Posts(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
         size = posts.settings.eval_batch_size
         return predict(scored, shown, posts.labels, size, device, "float32", known)
 
@@ -331,7 +331,7 @@ def label_words(predictor, examples, precision):
     """(rows, records) of a run's answers to examples, in a precision."""
     labels = predictor.config["labels"]
     rows, _ = encode(predictor.tokenizer, examples, labels, predictor.config["max_len"])
-    posts = inputs.Posts(examples, rows, predictor.tokenizer.pad_token_id)
+    posts = opening.Posts(examples, rows, predictor.tokenizer.pad_token_id)
     return rows, predict(predictor.model, posts, labels, 12, predictor.device, precision)
 
 

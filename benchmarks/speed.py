@@ -38,22 +38,22 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
-import inputs  # noqa: E402
-from arguments import PRESETS  # noqa: E402
-from backbones import load_backbone  # noqa: E402
-from commands import autocast, check_device, command_line, default_device  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from evaluate import predict  # noqa: E402
 from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
-from files import write_json  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
-from loading import Photos, batch_loader  # noqa: E402
-from model import LEFT_OUT, TextRegions  # noqa: E402
-from notes import Notes  # noqa: E402
-from scores import main_score  # noqa: E402
-from text_encoder import drop_pooler, load_tokenizer  # noqa: E402
+from parts import opening  # noqa: E402
+from parts.backbones import load_backbone  # noqa: E402
+from parts.console import autocast, check_device, command_line, default_device  # noqa: E402
+from parts.files import write_json  # noqa: E402
+from parts.loading import Photos, batch_loader  # noqa: E402
+from parts.model import LEFT_OUT, TextRegions  # noqa: E402
+from parts.notes import Notes  # noqa: E402
+from parts.scores import main_score  # noqa: E402
+from parts.systems import PRESETS  # noqa: E402
+from parts.text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
 BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
 
@@ -562,7 +562,7 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        posts = inputs.Posts(train, rows, tokenizer.pad_token_id, cache)
+        posts = opening.Posts(train, rows, tokenizer.pad_token_id, cache)
         predict(training.model, posts, dataset.labels, 12, "cpu", "float32")
         grown[size] = {
             "extraction, bookkeeping": written, "start-up, data": start,

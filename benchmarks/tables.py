@@ -27,14 +27,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import train  # noqa: E402
-from checks import paired_bootstrap  # noqa: E402
-from commands import command_line  # noqa: E402
 from data import DATASETS, load_dataset  # noqa: E402
 from evaluate import predictions_file  # noqa: E402
 from features import FeatureCache  # noqa: E402
-from files import write_text  # noqa: E402
-from runs import RUN_FORMAT, differing, read_config, system_settings  # noqa: E402
-from scores import main_score, read_predictions  # noqa: E402
+from parts.checks import paired_bootstrap  # noqa: E402
+from parts.console import command_line  # noqa: E402
+from parts.files import write_text  # noqa: E402
+from parts.runs import RUN_FORMAT, differing, read_config, system_settings  # noqa: E402
+from parts.scores import main_score, read_predictions  # noqa: E402
 
 PLACES = {"--data-dir": "data", "--cache-dir": "features"}  # the defaults of train.py too
 DRAWN = ("demo", "demo-notes")  # tables of tiny models of their own: --text-encoder and --lr are not for them

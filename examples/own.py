@@ -3,7 +3,7 @@
     python examples/own.py train --system mine --dataset demo
     python examples/own.py evaluate --image-check --run RUN
 
-A copy elsewhere wants the project's folder in PYTHONPATH; a model.py beside it is not taken for the
+A copy elsewhere wants the project's folder in PYTHONPATH; a data.py beside it is not taken for the
 project's. A run that needs it is read by scripts called through it.
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path += [sys.path.pop(0), str(Path(__file__).resolve().parents[1])]  # what lies beside this comes last
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import torch  # noqa: E402
 
 from align import ALIGNMENTS, Alignment, masked_mean  # noqa: E402
-from arguments import PRESETS  # noqa: E402
-from commands import command_line  # noqa: E402
 from fusion import FUSIONS, Fusion, RegionStates, where_photo  # noqa: E402
+from parts.console import command_line  # noqa: E402
+from parts.systems import PRESETS  # noqa: E402
 
 
 class Add(Fusion):

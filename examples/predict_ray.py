@@ -16,13 +16,13 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import ray  # noqa: E402
 import ray.data  # noqa: E402
 import torch  # noqa: E402
 
-from commands import bounded, command_line, open_output  # noqa: E402
+from parts.console import bounded, command_line, open_output  # noqa: E402
 from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows  # noqa: E402
 
 WHOLE = (1, 1)  # the only shard

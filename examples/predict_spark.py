@@ -17,11 +17,11 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 if __name__ == "__main__":
-    import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
+    from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import pandas as pd  # noqa: E402
 
-from commands import bounded, command_line  # noqa: E402
+from parts.console import bounded, command_line  # noqa: E402
 from predict import WINDOW, Predictor  # noqa: E402
 
 

@@ -13,7 +13,7 @@ from test_report import HOSTILE, embedded, predictions, train_run
 
 import report
 from data import RELATIONS
-from files import write_json_lines
+from parts.files import write_json_lines
 
 COPIES = 9  # of the 8 posts: more than are drawn at once
 # What is predicted of the first four words, B-PER I-PER O B-LOC in gold: all right, then each kind of error.

@@ -11,11 +11,11 @@ import random
 import pytest
 from PIL import Image
 
-import commands
 import demo
 import extract_features
+from parts import console
 
-commands.quiet_libraries()
+console.quiet_libraries()
 # Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
 PARTS = {
     "bert-caption": ("caption", 64, "encoder", "encoder"),

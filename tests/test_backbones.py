@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForImageTextRetrieval
 from transformers import CLIPVisionModel
 
-from backbones import BACKBONES, exact_convolutions, load_backbone
 from features import MISSING, OK, UNREADABLE, FeatureCache
-from loading import Captions, Photos
-from photos import read_captions
+from parts.backbones import BACKBONES, exact_convolutions, load_backbone
+from parts.loading import Captions, Photos
+from parts.photos import read_captions
 
 
 def reference_states(name, folder, photo):

@@ -11,9 +11,9 @@ from data import load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
-from model import LEFT_OUT, SYSTEMS
+from parts.model import LEFT_OUT, SYSTEMS
+from parts.text_encoder import load_text_encoder
 from stages import Bottleneck, Code
-from text_encoder import load_text_encoder
 
 D, DV, HEADS = 24, 20, 4
 

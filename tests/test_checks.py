@@ -9,12 +9,12 @@ from PIL import Image
 
 import evaluate
 import train
-from checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap, stands_in
 from data import Dataset, NerExample, RelationExample, load_dataset
-from files import write_json, write_json_lines
-from notes import Notes
-from runs import system_settings
-from scores import entity_scores, label_scores, relation_scores
+from parts.checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap, stands_in
+from parts.files import write_json, write_json_lines
+from parts.notes import Notes
+from parts.runs import system_settings
+from parts.scores import entity_scores, label_scores, relation_scores
 
 LABELS = ["O", "O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 RELATIONS = ["None", "None", "/a", "/b"]

@@ -20,14 +20,14 @@ import torch
 from forked import PROJECT, SERVER
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import commands
 import train
-from commands import alone_in, bounded, command_line, dataset_name, fit_threads, join_processes, lock
-from commands import out_of_memory, pick_precision, progress_bar
 from crf import Crf
 from encoding import to_device
 from features import FeatureCache
-from runs import read_config
+from parts import console
+from parts.console import alone_in, bounded, command_line, dataset_name, fit_threads, join_processes, lock
+from parts.console import out_of_memory, pick_precision, progress_bar
+from parts.runs import read_config
 
 COMMANDS = ["train.py", "evaluate.py", "extract_features.py", "predict.py", "report.py", "write_notes.py",
             "examples/own.py", "examples/predict_ray.py", "examples/predict_spark.py"]  # fmt: skip
@@ -51,7 +51,7 @@ def test_dataset_name(tmp_path):
 ])  # fmt: skip
 def test_threads_spin_shortly_where_nobody_says_otherwise(monkeypatch, given, spin):
     monkeypatch.setattr(os, "environ", dict(given))
-    runpy.run_path(str(PROJECT / "threads.py"))
+    runpy.run_path(str(PROJECT / "parts" / "threads.py"))
     assert os.environ == spin
 
 
@@ -68,7 +68,7 @@ def test_a_small_model_takes_one_thread_and_a_large_one_all(monkeypatch):
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(commands, "all_threads", lambda: 4)
+    monkeypatch.setattr(console, "all_threads", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     small, large = torch.nn.Linear(9, 9), torch.nn.Linear(3000, 2000, device="meta")
     assert [fit_threads(small), fit_threads(large), fit_threads(large), fit_threads(small)] == [1, 4, 4, 1]
@@ -131,7 +131,7 @@ def test_a_process_touches_no_gpu_but_its_own(monkeypatch, together, asked, touc
     looked, current = [], []
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value) if together else monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(commands, "check_device", looked.append)
+    monkeypatch.setattr(console, "check_device", looked.append)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
@@ -268,7 +268,7 @@ def test_control_characters_are_shown_and_not_obeyed(monkeypatch, capsys):
     turns = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
     expected = {c for c in every if unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in turns}
     expected = expected - {"\t", "\n"} | {"\u200e", "\u200f", "\u061c"}  # marks of a direction
-    assert set(commands.CONTROLS.findall(every)) == expected
+    assert set(console.CONTROLS.findall(every)) == expected
 
     def main():
         for stream in (sys.stdout, sys.stderr):
@@ -382,9 +382,9 @@ def test_a_bar_is_for_what_takes_long(monkeypatch, capsys, terminal, every):
 def test_the_heap_is_kept():
     """A large tensor made and freed again and again costs its pages once (with glibc)."""
     code = f"""
-import sys; sys.path.insert(0, {str(PROJECT)!r})
 import resource, torch
-from commands import keep_heap
+import sys; sys.path.insert(0, {str(PROJECT)!r})
+from parts.console import keep_heap
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

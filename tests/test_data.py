@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import encoding
-import photos
 from data import RELATIONS, NerExample, RelationExample, read_mnre
 from encoding import IGNORE, MARKERS, encode
-from photos import find_photos
-from text_encoder import load_tokenizer
+from parts import photos
+from parts.photos import find_photos
+from parts.text_encoder import load_tokenizer
 
 LABELS = data.bio_labels(("LOC", "MISC", "PER"))
 POST = "IMGID:1\na\tO\nb\tB-PER\n\n"

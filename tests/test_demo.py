@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 import demo
 from data import load_dataset
 from encoding import encode
-from notes import Notes
-from photos import find_photos, image_folders
-from scores import entity_spans
+from parts.notes import Notes
+from parts.photos import find_photos, image_folders
+from parts.scores import entity_spans
 
 SCRIPT = Path(__file__).parents[1] / "demo.py"
 COUNTS = {"train": 480, "valid": 160, "test": 320}

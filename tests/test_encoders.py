@@ -18,14 +18,14 @@ from transformers import (
 )  # fmt: skip
 
 import evaluate
-import text_encoder
 import train
 from data import RELATIONS, RelationExample
 from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces, text_pieces
-from model import SYSTEMS
-from runs import load_run
-from scores import mentions, read_predictions
-from text_encoder import load_text_encoder, load_tokenizer
+from parts import text_encoder
+from parts.model import SYSTEMS
+from parts.runs import load_run
+from parts.scores import mentions, read_predictions
+from parts.text_encoder import load_text_encoder, load_tokenizer
 
 TWEETS = (
     "so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 ,"

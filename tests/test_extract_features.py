@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import extract_features
-import loading
-import photos
-from backbones import load_backbone, state_hash
 from data import load_dataset
 from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
-from loading import Photos
+from parts import loading
+from parts import photos
+from parts.backbones import load_backbone, state_hash
+from parts.loading import Photos
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from files import bounded_lines, check_output, replacing, write_json, write_text
+from parts.files import bounded_lines, check_output, replacing, write_json, write_text
 
 
 def others(folder, *names):

@@ -17,14 +17,14 @@ from tokenizers import pre_tokenizers
 from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification
 from transformers import BlipForImageTextRetrieval, RobertaConfig, RobertaModel, ViltForTokenClassification
 
-import runs
 from data import RELATIONS, load_dataset
 from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
-from model import LEFT_OUT, SYSTEMS, Vilt
-from runs import load_run, read_config, save_weights
-from text_encoder import load_text_encoder, longest_input
+from parts import runs
+from parts.model import LEFT_OUT, SYSTEMS, Vilt
+from parts.runs import load_run, read_config, save_weights
+from parts.text_encoder import load_text_encoder, longest_input
 
 BERT = SYSTEMS["bert-resnet50"]
 

@@ -10,17 +10,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
 import evaluate
-import notes as notes_module
 import predict
 import train
 from data import load_dataset
 from encoding import collate, encode
 from evaluate import image_check
-from inputs import Posts, open_run, run_notes, shuffled_photos
-from model import LEFT_OUT, SYSTEMS
-from notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
-from scores import read_predictions
-from text_encoder import load_text_encoder
+from parts import notes as notes_module
+from parts.model import LEFT_OUT, SYSTEMS
+from parts.notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
+from parts.opening import Posts, open_run, run_notes, shuffled_photos
+from parts.scores import read_predictions
+from parts.text_encoder import load_text_encoder
 
 FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5,
         "phrases": ["a hoop"], "with_photo": False}  # fmt: skip

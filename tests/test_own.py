@@ -9,8 +9,8 @@ from importlib.machinery import PathFinder
 from forked import PROJECT, run_script
 
 from align import ALIGNMENTS
-from arguments import PRESETS
 from fusion import FUSIONS
+from parts.systems import PRESETS
 
 
 def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path):
@@ -40,13 +40,13 @@ def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path)
     assert "8 of 8 posts, 0 with attention" in mine("report", "--run", folder)
 
 
-def test_a_model_of_ones_own_beside_it_is_not_taken_for_ours(tmp_path, monkeypatch):
+def test_a_data_py_of_ones_own_beside_it_is_not_taken_for_ours(tmp_path, monkeypatch):
     shutil.copy(PROJECT / "examples" / "own.py", tmp_path)
-    for name in ("model.py", "mine.py"):
+    for name in ("data.py", "mine.py"):
         (tmp_path / name).touch()
     for table, name in ((ALIGNMENTS, "near"), (FUSIONS, "add"), (PRESETS, "mine")):
         monkeypatch.setitem(table, name, None)  # taken out again
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(PROJECT)])  # as PYTHONPATH makes it
     runpy.run_path(str(tmp_path / "own.py"))
-    places = [PathFinder.find_spec(name).origin for name in ("model", "mine")]
-    assert places == [str(PROJECT / "model.py"), str(tmp_path / "mine.py")]
+    places = [PathFinder.find_spec(name).origin for name in ("data", "mine")]
+    assert places == [str(PROJECT / "data.py"), str(tmp_path / "mine.py")]

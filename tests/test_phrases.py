@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-import attention_maps
 import evaluate
 import extract_features
 import predict
 import report
 import train
-from backbones import load_backbone, phrases_of
 from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
-from files import write_json_lines
-from loading import Captions
-from notes import said_of_photos
-from photos import read_captions
+from parts import report_data
+from parts.backbones import load_backbone, phrases_of
+from parts.files import write_json_lines
+from parts.loading import Captions
+from parts.notes import said_of_photos
+from parts.photos import read_captions
+from parts.runs import load_run
+from parts.scores import entity_spans, read_predictions
 from predict import Predictor
-from runs import load_run
-from scores import entity_spans, read_predictions
 
 
 def words_of(caption):
@@ -292,7 +292,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
 def test_phrases_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
     captions = read_captions(data_dir / "demo" / "captions.txt")
     odd = captions["test_0000.jpg"]
-    monkeypatch.setattr(attention_maps, "phrases_of", lambda said: phrases_of(said)[said == odd :])
+    monkeypatch.setattr(report_data, "phrases_of", lambda said: phrases_of(said)[said == odd :])
     page = embedded(report.main(["--run", str(run), "--output", str(tmp_path / "page.html")]))
     lacking = 0
     for post in page["posts"]:

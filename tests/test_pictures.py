@@ -15,9 +15,9 @@ import predict
 import report
 import train
 from features import FeatureCache
-from inputs import open_run
-from runs import load_run, system_settings
-from scores import main_score, read_predictions
+from parts.opening import open_run
+from parts.runs import load_run, system_settings
+from parts.scores import main_score, read_predictions
 
 ABSENT = ("train_0003", "test_0002")  # have no second picture
 

@@ -25,16 +25,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-import new_posts
 import predict
-import text_encoder
 import train
 from data import NONE, NerExample, RelationExample, load_dataset
 from encoding import MARKERS, encode
 from features import FeatureCache
+from parts import new_posts
+from parts import text_encoder
+from parts.scores import entity_spans, read_predictions
+from parts.text_encoder import load_tokenizer
 from predict import Predictor
-from scores import entity_spans, read_predictions
-from text_encoder import load_tokenizer
 
 # Text as typed, its words as Twitter-2015/2017 has them, and as MNRE has them.
 TYPED = [

@@ -14,23 +14,23 @@ from encoders import build
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, RobertaTokenizerFast
 
-import arguments
 import evaluate
-import inputs
 import predict
 import report
 import train
 from align import ALIGNMENTS
 from data import load_dataset
 from encoding import PROBE, collate, encode
-from files import write_json_lines
 from fusion import FUSIONS, clean, unit_length
-from model import SYSTEMS, TextRegions
-from notes import Notes, Segments
-from runs import load_run, read_config, system_settings
-from scores import read_predictions
+from parts import systems
+from parts import opening
+from parts.files import write_json_lines
+from parts.model import SYSTEMS, TextRegions
+from parts.notes import Notes, Segments
+from parts.runs import load_run, read_config, system_settings
+from parts.scores import read_predictions
+from parts.text_encoder import check_soft_tokens, load_text_encoder, load_tokenizer
 from stages import Prefix, Relevance
-from text_encoder import check_soft_tokens, load_text_encoder, load_tokenizer
 
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
@@ -371,7 +371,7 @@ def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, dat
     def logits(model, *relevance):
         more = {"relevance": torch.tensor(relevance[0]).expand(5)} if relevance else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            return real(model(inputs | more), inputs)
+            return real(model(inputs | more), opening)
 
     text, whole = logits(none), logits(bare)
     assert not torch.allclose(text, whole, atol=1e-2)
@@ -388,7 +388,7 @@ def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, dat
         for i, expected in ((0, wanted[0]), (1, wanted[1]), (2, wanted[1]), (4, wanted[0])):
             assert torch.equal(made[i], expected[i])
     logit = given.relevance(
-        given.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"]
+        given.read(opening, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"]
     )[3]
     between = torch.lerp(wanted[1][3], wanted[0][3], logit.sigmoid())
     torch.testing.assert_close(made[3], between, rtol=1e-4, atol=1e-4)
@@ -444,7 +444,7 @@ def test_relevance_learns_from_what_is_given_or_as_a_gate(folders, data_dir, whi
         )
         if more:
             logits = model.relevance(
-                model.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], mask
+                model.read(opening, False)[0], inputs["own_mask"], inputs["regions"], mask
             )
             wanted = (
                 F.binary_cross_entropy(logits.sigmoid(), relevance.clamp(min=0), reduction="none") * known
@@ -463,13 +463,13 @@ def test_supervised_alignment_is_of_posts_with_a_relevance_by_trains_median(fold
     kept = torch.tensor([0, 2, 4])
     regions = unit_length(clean(inputs["regions"], inputs["region_mask"]))[kept]
     text, (own, seen, photos) = (
-        model.read(inputs, False)[0][kept],
+        model.read(opening, False)[0][kept],
         (inputs[key][kept] for key in ("own_mask", "region_mask", "photo_row")),
     )
     alone = model.align["supervised"](text, own, regions, seen, photos, torch.tensor([1, 0, 1]))
     torch.testing.assert_close(losses["supervised"][kept], alone)
     assert not losses["supervised"][[1, 3]].any() and alone[[0, 2]].all() and not alone[1]
-    _, none = model(inputs, losses=True)
+    _, none = model(opening, losses=True)
     assert not none["supervised"].any()
     none["supervised"].sum().backward()
     assert all(p.grad is not None for p in model.align.parameters())
@@ -491,7 +491,7 @@ def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folde
         "region_mask": torch.zeros_like(inputs["region_mask"]),
         "regions": torch.full_like(inputs["regions"], garbage),
     }
-    torch.testing.assert_close(real(model(blind), inputs), real(wanted, inputs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(real(model(blind), opening), real(wanted, opening), rtol=1e-5, atol=1e-5)
     photo, words = inputs["region_mask"].any(1), inputs["word_starts"] >= 0
     torch.testing.assert_close(
         shown[~photo][words[~photo]], wanted[~photo][words[~photo]], rtol=1e-5, atol=1e-5
@@ -506,7 +506,7 @@ def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folde
 def test_with_a_prefix_batched_is_single_at_any_padding(folders, data_dir, kind):
     model, tokenizer = load(folders, kind, fusion="prefix")
     inputs, rows = posts(tokenizer, data_dir)
-    wanted, weights = model(inputs, return_weights=True)
+    wanted, weights = model(opening, return_weights=True)
     for i, row in enumerate(rows):
         count = max(1, int(inputs["region_mask"][i].sum()))
         photo = {key: inputs[key][i : i + 1] for key in ("regions", "region_mask", "photo_row")}
@@ -760,14 +760,14 @@ def median_of(dataset, notes_file, tokenizer, absent, *more):
     notes = Notes(notes_file, tokenizer, args.extra, 128, relevance=True)
     for split, examples in dataset.examples.items():
         notes.attach(rows[split], examples, split)
-    return inputs.median_relevance(args, dataset, rows, notes, Photos(absent))
+    return opening.median_relevance(args, dataset, rows, notes, Photos(absent))
 
 
 def test_the_median_is_of_posts_with_a_photo(
     demo_notes, encoder_dir, tmp_path, capsys, monkeypatch, data_dir
 ):
     (dataset, path), tokenizer = demo_notes, load_tokenizer(encoder_dir)
-    monkeypatch.setattr(arguments, "data_task", lambda *_: "ner")
+    monkeypatch.setattr(systems, "data_task", lambda *_: "ner")
     absent = [example.image_id for example in dataset.examples["train"][12:]]
     supervised = ("--align", "supervised=1")
     made = median_of(dataset, path, tokenizer, absent, *supervised)
@@ -817,7 +817,7 @@ def test_new_losses_are_logged_with_their_weights(runs):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     folder, _ = runs[name]
-    model, config, dataset, shown = inputs.open_run(folder, "test", "cpu")
+    model, config, dataset, shown = opening.open_run(folder, "test", "cpu")
     recorded = read_predictions(folder / "predictions-test.jsonl")
     ids = [example.image_id for example in shown.examples]
 
@@ -832,7 +832,7 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     own = [note.get("relevance") for note in rated(dataset)[-8:]]
     assert [r.get("relevance") for r in recorded] == (own if reads else [None] * 8)
     assert ["extra" in r for r in recorded] == [name in ("given", "prefix")] * 8
-    swap = inputs.shuffled_photos(ids, shown.cache, 1, shown.notes)
+    swap = opening.shuffled_photos(ids, shown.cache, 1, shown.notes)
     moved = [r.get("relevance") for r in answers(swap)]
     assert (
         moved == ([own[ids.index(swap[i])] for i in ids] if reads else [None] * 8)
@@ -851,9 +851,9 @@ def test_notes_are_wanted_and_refused_as_with_a_second_segment(runs, demo_notes,
     other = tmp_path / "other.jsonl"
     other.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
-        inputs.open_run(runs["taught"][0], "test", "cpu", notes=other)
+        opening.open_run(runs["taught"][0], "test", "cpu", notes=other)
     for script in (
-        inputs.open_run,
+        opening.open_run,
         lambda folder, *_, notes: report.main(["--run", str(folder), "--notes", str(notes)]),
     ):
         with pytest.raises(ValueError, match="the run read none; leave it out"):
@@ -868,8 +868,8 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
         example.image_id: note.get("relevance")
         for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)
     }
-    shown = inputs.open_run(folder, "test", "cpu")[-1]
-    swap = inputs.shuffled_photos(list(own), shown.cache, 1337, shown.notes)
+    shown = opening.open_run(folder, "test", "cpu")[-1]
+    swap = opening.shuffled_photos(list(own), shown.cache, 1337, shown.notes)
     records = read_predictions(folder / "predictions-test.jsonl")
     assert [record["relevance"] for record in records] == [
         own[swap[record["image_id"]]] for record in records

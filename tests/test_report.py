@@ -20,20 +20,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from seqeval.metrics.sequence_labeling import get_entities
 
-import inputs
 import report
 import train
-from attention_maps import place_maps, seen_part, thumbnail
-from backbones import load_processor
 from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
-from files import write_json, write_json_lines
-from notes import EXTRAS, Segments, read_notes
+from parts import opening
+from parts.backbones import load_processor
+from parts.files import write_json, write_json_lines
+from parts.notes import EXTRAS, Segments, read_notes
+from parts.report_data import place_maps, seen_part, thumbnail
+from parts.runs import load_run
+from parts.scores import entity_spans, score
+from parts.text_encoder import load_tokenizer
 from report import compare_spans, relation_kind, score_tables
-from runs import load_run
-from scores import entity_spans, score
-from text_encoder import load_tokenizer
 
 RUNS = {  # name: (data set, what to add to a quick run's arguments)
     "film": ("demo", ["--fusion", "film"]),
@@ -286,10 +286,10 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
 def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path, name, monkeypatch):
     """With second segments: those change the tiny models' attention too little for `test_maps` to see."""
     looked_at = []
-    monkeypatch.setattr(inputs, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
+    monkeypatch.setattr(opening, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
     page_of(runs[name], tmp_path / "page.html")
     split, records = predictions(runs[name])
-    posts = inputs.open_run(runs[name], split, "cpu")[-1]
+    posts = opening.open_run(runs[name], split, "cpu")[-1]
     answered = [posts.notes.shown(row, e.image_id) for row, e in zip(posts.rows, posts.examples, strict=True)]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_train import json_lines, run
 
-import runs
 import train
-from runs import load_run
+from parts import runs
+from parts.runs import load_run
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from seqeval.scheme import IOB2
 
 from data import NerExample, RelationExample
 from evaluate import check_row, main, type_changes, verdict
-from files import write_json_lines
-from inputs import shuffled_photos
-from scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
-from scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
+from parts.files import write_json_lines
+from parts.opening import shuffled_photos
+from parts.scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
+from parts.scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
 
 # B-I: a type like a label.
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]

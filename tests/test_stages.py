@@ -8,7 +8,7 @@ from test_crf import enumerated, log_sum
 from test_fusion import batch, close, same, spoil, unit
 
 from crf import Crf
-from model import Head
+from parts.model import Head
 from stages import PhotoBias
 
 DV, K = 20, 3

@@ -13,8 +13,8 @@ from forked import run_script
 
 import extract_features
 import train
-from checks import paired_bootstrap
-from scores import main_score, read_predictions
+from parts.checks import paired_bootstrap
+from parts.scores import main_score, read_predictions
 
 DEMO = "epochs15-lr0.001-fusion-lr0.001-img96"  # what tables.py sets for the demo, in a run's name
 

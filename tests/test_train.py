@@ -20,21 +20,21 @@ from safetensors.torch import load_file
 import demo
 import evaluate
 import extract_features
-import inputs
-import model
 import predict as predictor
 import report
 import train
-from commands import lock
 from data import load_dataset
 from encoding import collate, encode
 from evaluate import predict
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
-from inputs import Posts, open_run, shuffled_photos
-from runs import load_run
-from scores import entity_spans, main_score, read_predictions, score
-from text_encoder import load_text_encoder
+from parts import opening
+from parts import model
+from parts.console import lock
+from parts.opening import Posts, open_run, shuffled_photos
+from parts.runs import load_run
+from parts.scores import entity_spans, main_score, read_predictions, score
+from parts.text_encoder import load_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +213,14 @@ def test_alignments_that_cannot_be_are_refused(more, said, capsys):
 
 def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
     posts, trained = load_dataset("demo", data_dir).examples["train"], []
-    monkeypatched = inputs.encode
+    monkeypatched = opening.encode
 
     def watched(tokenizer, examples, *args):
         trained.append([example.id for example in examples])
         return monkeypatched(tokenizer, examples, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "encode", watched)
+        patch.setattr(opening, "encode", watched)
         for seed in (1, 1, 2):
             run(
                 flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed,
@@ -524,14 +524,14 @@ def test_a_parameter_that_cannot_learn_is_named():
 
 
 def test_an_encoder_with_an_unused_part_stops_at_the_first_step(flags, tmp_path, monkeypatch):
-    load = inputs.load_text_encoder
+    load = opening.load_text_encoder
 
     def with_idle_part(*args):
         encoder, tokenizer = load(*args)
         encoder.idle = torch.nn.Linear(2, 2)
         return encoder, tokenizer
 
-    monkeypatch.setattr(inputs, "load_text_encoder", with_idle_part)
+    monkeypatch.setattr(opening, "load_text_encoder", with_idle_part)
     with pytest.raises(ValueError, match="parameter encoder.idle.weight got no gradient in the first step"):
         run(flags, tmp_path / "run")
 

@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers import Qwen2_5_VLProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2VLImageProcessor
 from transformers import Qwen2VLVideoProcessor
 
-import chat
 import write_notes
-from chat import Endpoint, Local
 from data import DATASETS, load_dataset
+from parts import chat
+from parts.chat import Endpoint, Local
 from write_notes import AGAIN, ASKED, DIGITS, fill_prompt, read_answer
 
 GOOD = {"about_post": "Jordan (person)", "about_photo": "a face", "relevance": 0.5, "phrases": ["man", "hat"]}

@@ -31,8 +31,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from commands import check_device, first_line
-from text_encoder import as_data, load_pretrained
+from parts.console import check_device, first_line
+from parts.text_encoder import as_data, load_pretrained
 
 PROBE = "Answer with {}."
 TIMEOUT = 600  # seconds that an endpoint may take for an answer, or ask to wait

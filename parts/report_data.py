@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from backbones import phrases_of
-from commands import autocast, precision_on, progress_bar
 from data import NerExample, RelationExample, load_dataset
 from encoding import encode, length_batches, to_device
-from inputs import Posts, dataset_now, run_cache, run_notes
-from loading import decode, upright
-from notes import EXTRAS, note_text, said_of_photos
-from photos import find_photos, open_picture
+from parts.backbones import phrases_of
+from parts.console import autocast, precision_on, progress_bar
+from parts.loading import decode, upright
+from parts.notes import EXTRAS, note_text, said_of_photos
+from parts.opening import Posts, dataset_now, run_cache, run_notes
+from parts.photos import find_photos, open_picture
 
 SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
 PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page

@@ -11,9 +11,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from data import NONE
-from notes import EXTRAS, note_text
-from photos import find_photos, open_picture
-from scores import entity_spans, gold_fingerprint, mentions
+from parts.notes import EXTRAS, note_text
+from parts.photos import find_photos, open_picture
+from parts.scores import entity_spans, gold_fingerprint, mentions
 
 # --------------------------------------------------------------------------------------------- comparing runs
 

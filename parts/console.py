@@ -21,14 +21,14 @@ import transformers
 from tqdm import tqdm
 
 from data import DATASETS
-from files import check_output
+from parts.files import check_output
 
 try:
     import fcntl
 except ImportError:
     sys.exit("these scripts run on Linux and macOS; on Windows use them under WSL")
 
-PROJECT = Path(__file__).resolve().parent
+PROJECT = Path(__file__).resolve().parents[1]
 SMALL = 5_000_000  # parameters; below that a second thread gains nothing
 # What moves a terminal's cursor, types for its user or turns words around: control characters but tab and
 # newline, and those of bidirectional text.

@@ -25,7 +25,7 @@ import numpy as np
 
 from data import read_lines
 from encoding import special_ends, text_pieces
-from photos import by_name, read_captions
+from parts.photos import by_name, read_captions
 
 
 def is_text(value):

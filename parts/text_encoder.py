@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
-from commands import first_line, out_of_memory
 from encoding import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
+from parts.console import first_line, out_of_memory
 
 # What kinds of encoders call their rate of dropout.
 DROPOUTS = (

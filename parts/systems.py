@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from align import ALIGNMENTS
-from commands import bounded, dataset_name, default_device
 from data import DATASETS, data_task, locate
 from fusion import FUSIONS
-from model import SYSTEMS, WORDED, TextRegions
-from notes import EXTRAS, reads_relevance
+from parts.console import bounded, dataset_name, default_device
+from parts.model import SYSTEMS, WORDED, TextRegions
+from parts.notes import EXTRAS, reads_relevance
 
 # In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
 # each. A flag that is given wins.

@@ -23,11 +23,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModel
 
-from commands import first_line, lock, out_of_memory, wait_for_all
-from files import check_output, is_temporary, replacing, write_json
 from fusion import FUSIONS
-from model import LEFT_OUT, SYSTEMS
-from text_encoder import drop_pooler, load_tokenizer
+from parts.console import first_line, lock, out_of_memory, wait_for_all
+from parts.files import check_output, is_temporary, replacing, write_json
+from parts.model import LEFT_OUT, SYSTEMS
+from parts.text_encoder import drop_pooler, load_tokenizer
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the
 # machine. Of the features also the last bits, which another machine computes differently.

@@ -1,7 +1,7 @@
 """How long OpenMP's threads spin while they wait, unless somebody has said so. Imported before torch, by commands.
 
     if __name__ == "__main__":
-        import threads
+        from parts import threads
 
 On cores that others use too, a thread that spins takes a core from the one it waits for: training a small
 model falls to a hundredth (benchmarks/SPEED.md). A program that only uses us is left as it is.

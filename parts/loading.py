@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 from features import MISSING, OK, UNREADABLE
-from notes import said_of_photos
-from photos import by_name, find_photos, image_folders, open_picture, read_captions
+from parts.notes import said_of_photos
+from parts.photos import by_name, find_photos, image_folders, open_picture, read_captions
 
 
 def decode(file):

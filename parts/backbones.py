@@ -32,10 +32,10 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import transforms as T
 from transformers import AutoConfig
 
-from commands import first_line, out_of_memory
 from encoding import special_ends, text_pieces
-from model import SYSTEMS
-from text_encoder import as_data, load_pretrained, load_text_encoder, longest_input
+from parts.console import first_line, out_of_memory
+from parts.model import SYSTEMS
+from parts.text_encoder import as_data, load_pretrained, load_text_encoder, longest_input
 
 EXACT = threading.Lock()  # of a setting that is the whole process's
 

@@ -17,12 +17,12 @@ from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
-from model import SYSTEMS, WORDED
-from notes import Notes, reads_relevance
-from photos import find_photos, image_folders
-from runs import RUN_FORMAT, load_run
+from parts.model import SYSTEMS, WORDED
+from parts.notes import Notes, reads_relevance
+from parts.photos import find_photos, image_folders
+from parts.runs import RUN_FORMAT, load_run
+from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
 from stages import Prefix
-from text_encoder import check_soft_tokens, load_text_encoder, longest_input
 
 
 @dataclass

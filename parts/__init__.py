@@ -1,0 +1,1 @@
+"""What the commands are made of; README says what each file does. Nothing here is typed or copied alone."""
