@@ -261,7 +261,7 @@ def collate(rows, pad_id):
 
 
 def to_device(batch, device):
-    """Copy a batch, to CUDA without making the host wait; regions are still float16, half the bytes to move."""
+    """Copy a batch, to CUDA without making the host wait; regions are still float16: half the bytes."""
     cuda = torch.device(device).type == "cuda"
     if cuda:  # from memory that is not pinned, the copy would wait
         batch = {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}

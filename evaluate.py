@@ -18,155 +18,17 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
-
 from data import load_dataset, read_ner
-from encoding import length_batches, to_device
-from parts.checks import FEWEST, SCORES, leak_check, note_leaks, paired_bootstrap
-from parts.console import autocast, bounded, check_device, command_line, dataset_name, default_device, fit_threads
-from parts.console import precision_on
-from parts.console import progress_bar
+from parts.checks import FEWEST, SCORES, check_row, image_check, leak_check, note_leaks, paired_bootstrap
+from parts.checks import type_changes, verdict
+from parts.console import bounded, command_line, dataset_name
 from parts.files import check_output, write_json
 from parts.notes import Notes
-from parts.opening import open_run, shuffled_photos
 from parts.photos import find_photos, image_folders
-from parts.runs import differing, read_config, system_settings
+from parts.processes import check_device, default_device
+from parts.run_files import predictions_file, read_config
+from parts.runs import differing, system_settings
 from parts.scores import format_scores, mentions, read_predictions, score, seen_spans
-
-# ------------------------------------------------------------------------------------------------ predictions
-
-
-def predict(model, posts, labels, batch_size, device, precision, known=(), name=""):
-    """Predictions for `Posts`, one record a post, in their order.
-
-    `known`: the `mentions` of train. `name`: what a progress bar over the posts is called; none without. A
-    word the model has no state for (cut off, or no sub-token) is answered `O` with probability null.
-    """
-    model.eval()
-    records = [None] * len(posts)
-    bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
-    with bar, torch.inference_mode(), autocast(device, precision):
-        for chosen in length_batches(posts.lengths(), batch_size):
-            best, probability = model.answer(to_device(posts.batch(chosen), device))
-            for i, answer, chance in zip(chosen, best.tolist(), probability.tolist(), strict=True):
-                records[i] = record_of(posts, i, answer, chance, labels, known)
-            bar.update(len(chosen))
-    return records
-
-
-def record_of(posts, i, answer, chance, labels, known):
-    """What is kept of the prediction for post `i`.
-
-    `answer`: label indices of its words, or one index; `chance`: their probabilities.
-    """
-    example, (photo, row) = posts.examples[i], posts.shown(i)
-    record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
-    if posts.cache is not None:
-        record["photo"] = photo is not None and posts.cache.has_photo(photo)
-    if posts.generated is not None:
-        record["generated"] = posts.generated.has_photo(example.image_id)
-    if posts.notes is not None and posts.notes.segments:
-        record["extra"] = "text_length" in row
-    if posts.notes is not None and posts.notes.relevance:
-        record["relevance"] = row.get("relevance")  # the one given, None where none is
-    if "word_starts" not in row:
-        record |= {"head": list(example.head), "tail": list(example.tail), "gold": example.label}
-        return record | {"predicted": labels[answer], "probability": round(chance, 6)}
-    reached = [start >= 0 for start in row["word_starts"]]
-    words = list(zip(reached, answer, chance, strict=False))  # the batch is as wide as its longest post
-    record["gold"] = list(example.labels)
-    record["predicted"] = [labels[k] if ok else "O" for ok, k, _ in words]
-    record["probability"] = [round(p, 6) if ok else None for ok, _, p in words]
-    return record | {"seen": seen_spans(record["words"], known)}
-
-
-# ------------------------------------------------------------------------------------------------ image check
-
-
-def image_check(run_dir, split, shuffles, device, **now):
-    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many there are.
-
-    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
-    a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there
-    is no photo to show. `now`: where things lie, as `open_run` takes it.
-    """
-    model, config, dataset, posts = open_run(run_dir, split, device, **now)
-    fit_threads(model)
-    known = mentions(dataset.examples["train"])
-    ids = [example.image_id for example in posts.examples]
-    swaps = [shuffled_photos(ids, posts.cache, seed, posts.notes) for seed in range(shuffles)]
-    photos = sum(photo is not None for photo in swaps[0].values())
-
-    def run(swap, name):
-        settings = config["labels"], config["eval_batch_size"], device, precision_on(device, config)
-        return predict(model, posts.showing(swap), *settings, known, f"{run_dir.name}, {name} photos")
-
-    true = run(None, "true")
-    if not photos:  # all three are one
-        same = score(true)
-        return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
-    shuffled = [run(swap, f"shuffled ({seed + 1} of {shuffles})") for seed, swap in enumerate(swaps)]
-    return {
-        "photos": photos,
-        "true": score(true),
-        "shuffled": [score(records) for records in shuffled],
-        "none": score(run(dict.fromkeys(ids), "no")),
-        "bootstrap": paired_bootstrap([true], shuffled),
-    }
-
-
-def check_row(name, check):
-    """One line of the image check's table. `name` is padded by the caller."""
-    ner = check["true"]["task"] == "ner"
-
-    def cells(level, key):
-        values = [metrics[level][key] for metrics in check["shuffled"]]
-        spread = f"±{statistics.stdev(values):.3f}" if len(values) > 1 else " " * 6
-        true, none = check["true"][level][key], check["none"][level][key]
-        return f"{true:.3f}  {statistics.mean(values):.3f} {spread}  {none:.3f}"
-
-    f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
-    return f"{name}   {f1}   {accuracy}"
-
-
-def verdict(config, check):
-    """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
-    if config["fusion"] == "none" and not check["photos"]:
-        return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
-    if check["photos"] < 2:
-        return "fewer than 2 photos: cannot tell"
-    found = check["bootstrap"]
-    said = (
-        "depends on its photos" if found["low"] > 0 else "wrong photos do better" if found["high"] < 0 else
-        "wrong photos do as well, as far as these posts can tell"
-    )  # fmt: skip
-    trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
-    trained += "trained on shuffled notes; " * bool(config.get("shuffle_notes"))
-    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to"
-            f" {found['high']:+.3f}: {said}")  # fmt: skip
-
-
-def type_changes(check, fewest=20):
-    """One line: how F1 changes from true to shuffled photos (mean), by type of `fewest` or more in gold."""
-    ner = check["true"]["task"] == "ner"
-
-    def part(metrics, name):
-        types = metrics["entity" if ner else "relation"]["types"]
-        return metrics[name] if name in metrics else types.get(name, {"f1": 0})
-
-    kinds = check["true"]["entity" if ner else "relation"]["types"]
-    names = [kind for kind, counts in kinds.items() if counts["gold"] >= fewest]
-    names += ["entity_seen", "entity_unseen"] if "entity_seen" in check["true"] else []
-    changes = {
-        name: statistics.mean(part(m, name)["f1"] for m in check["shuffled"])
-        - part(check["true"], name)["f1"]
-        for name in names
-    }  # fmt: skip
-    shown = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
-    return f"F1 with shuffled photos, by type: {shown}"
-
-
-# ------------------------------------------------------------------------------------------------------- main
 
 
 def read_runs(pattern, split):
@@ -195,18 +57,6 @@ def read_runs(pattern, split):
     seeds = " ".join(str(config["seed"]) for config in configs)
     name = f"{Path(pattern).name} (seeds {seeds})" if len(folders) > 1 else folders[0].name
     return name, [read_predictions(predictions_file(folder, split)) for folder in folders]
-
-
-def predictions_file(run, split):
-    """The file of a run's predictions, of the test split where `split` is None and there is one."""
-    read_config(run)
-    split = split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
-    path = run / f"predictions-{split}.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: not there; the run did not finish, or its data set has no {split} file"
-        )
-    return path
 
 
 def compare(pattern_a, pattern_b, split, name):

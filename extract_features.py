@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -35,11 +36,12 @@ from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWrite
 from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
 from features import require_room, unfinished
 from parts.backbones import BACKBONES, load_backbone
-from parts.console import alone_in, bounded, command_line, dataset_name, default_device, join_processes, lock
-from parts.console import progress_bar, wait_for_all
+from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.files import check_output
-from parts.loading import Captions, Photos, find_inputs, load_ahead, view_sha256
-from parts.model import WORDED
+from parts.notes import said_of_photos
+from parts.photos import WORDED, Captions, Photos, by_name, find_photos, image_folders, load_ahead
+from parts.photos import read_captions, view_sha256
+from parts.processes import alone_in, default_device, join_processes, lock, wait_for_all
 
 
 def parse_args(argv):
@@ -144,6 +146,51 @@ def begin(args, path, inputs, shape, kind, settings, recorded):
     if not partial.exists():
         attrs = {key: value for key, value in (settings | recorded).items() if value is not None}
         create_file(partial, list(inputs), sizes, shape, kind, attrs)
+
+
+def find_inputs(args, dataset, image_ids):
+    """({image id: its photo's path, its caption or phrases, None for none}, the `reasons` of `find_photos`).
+
+    ValueError if no post names a photo, FileNotFoundError if none is there.
+    """
+    if not image_ids:
+        raise ValueError(
+            f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none"
+        )
+    place, reasons = args.captions, {}
+    if args.backbone == "caption":
+        inputs = by_name(image_ids, read_captions(place))
+    elif args.backbone == "phrases":
+        said = said_of_photos(place, dataset)
+        inputs = {image_id: said[image_id] for image_id in image_ids}
+    else:
+        folders = image_folders(args.dataset, args.data_dir, args.images)
+        place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
+    found = [value for value in inputs.values() if value is not None]
+    if not found:
+        near = next((f" ({image_id}: {reason})" for image_id, reason in reasons.items()), "")
+        raise FileNotFoundError(
+            f"none of the {len(image_ids)} photos is in {place}{near}; name another with --images or"
+            " --captions"
+        )
+    if args.captions:
+        check_placeholder(found, args.placeholder)
+    return inputs, reasons
+
+
+def check_placeholder(captions, placeholder):
+    """Point out a caption of suspiciously many photos; ValueError if no photo has that of a placeholder."""
+    said, count = Counter(captions).most_common(1)[0]
+    often = count > max(10, len(captions) / 100)
+    if isinstance(said, str) and often and not placeholder:
+        print(
+            f"WARNING: {count} of {len(captions)} captions are {said!r}; if it describes a placeholder"
+            " picture, name it with --placeholder, and these photos count as missing"
+        )
+    if placeholder and placeholder not in captions:
+        raise ValueError(
+            f"--placeholder {placeholder!r}: no caption is that; copy it as it stands in the file"
+        )
 
 
 @torch.inference_mode()

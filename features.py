@@ -501,7 +501,7 @@ class FeatureCache:
                 values[~real] = 0
             return {"regions": torch.from_numpy(values)} | about
         device = self.resident.device
-        how = {"device": device, "non_blocking": device.type == "cuda"}  # on mps a source may be freed too early
+        how = {"device": device, "non_blocking": device.type == "cuda"}  # elsewhere as in `to_device`
         about = {key: value.to(**how) for key, value in about.items()}  # a few kB
         rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
         return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about

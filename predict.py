@@ -39,15 +39,14 @@ import torch
 from PIL import Image
 
 from encoding import encode
-from evaluate import predict
-from parts.console import bounded, check_device, command_line, default_device, fit_threads, open_output
-from parts.console import precision_on, progress_bar
+from parts.console import bounded, command_line, progress_bar
 from parts.files import bounded_lines
-from parts.model import WORDED
 from parts.new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
 from parts.notes import EXTRAS, Segments, check_note, note_text
-from parts.opening import Posts
-from parts.runs import load_run
+from parts.photos import WORDED
+from parts.posts import Posts, predict_posts
+from parts.processes import check_device, default_device, fit_threads, open_output, precision_on
+from parts.run_files import load_run
 from parts.scores import entity_spans
 
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
@@ -151,7 +150,7 @@ class Predictor:
             photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool, self.root)
         shown = Posts(examples, rows, self.tokenizer.pad_token_id, photos)
         settings = config["labels"], config["eval_batch_size"], self.device, self.precision
-        records = predict(self.model, shown, *settings)
+        records = predict_posts(self.model, shown, *settings)
         for (answer, post, _, offsets, note), example, record in zip(read, examples, records, strict=True):
             if photos and example.image_id is not None:
                 answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]

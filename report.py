@@ -2,7 +2,7 @@
 
     python report.py --run runs/twitter2017-roberta-resnet50-cross-attention-s1337
 
-The page works offline, from the file alone; its template is parts/report.html. What came from posts is data in it:
+The page works offline, from the file alone; its template is parts/report.html. What came from posts is data:
 JSON that no markup can end, shown as text.
 """
 
@@ -18,14 +18,15 @@ from collections import Counter
 from pathlib import Path
 
 from data import NONE, SPLITS, TEXT_PLACES, first_existing, locate
-from evaluate import predictions_file, verdict
-from parts.console import bounded, check_device, command_line, default_device
+from parts.checks import verdict
+from parts.console import bounded, command_line
 from parts.files import check_output, write_text
 from parts.notes import reads_relevance
 from parts.opening import dataset_now
 from parts.photos import image_folders
+from parts.processes import check_device, default_device
 from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
-from parts.runs import load_run, read_bytes, read_config, read_image_check, read_log
+from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
 from parts.scores import entity_spans, main_score, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -295,9 +296,12 @@ def photo_folders(config, split, args):
     """
     name, data_dir = dataset_now(config, args.data_dir)
     if not (args.data_dir or args.images):
-        path, scored = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS[split]), config["data"][split]
-        if path is None or hashlib.sha256(read_bytes(path, 2**31)).hexdigest() != scored["sha256"]:
-            raise FileNotFoundError(f"{name} has not the posts of this run; --data-dir or --images names them")
+        path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS[split])
+        digest = path and hashlib.sha256(read_bytes(path, 2**31)).hexdigest()
+        if digest != config["data"][split]["sha256"]:
+            raise FileNotFoundError(
+                f"{name} has not the posts of this run; name them with --data-dir or --images"
+            )
     return image_folders(name, data_dir, args.images)
 
 

@@ -13,6 +13,7 @@ digit on CPU.
 if __name__ == "__main__":
     from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
+import argparse
 import contextlib
 import math
 import platform
@@ -26,16 +27,159 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
+from align import ALIGNMENTS
+from data import DATASETS, data_task, locate
 from encoding import IGNORE, length_batches, to_device
-from evaluate import predict
-from parts.console import autocast, command_line, fit_threads, gather, join_processes, keep_heap, pick_precision
-from parts.console import progress_bar, wait_for_all
+from fusion import FUSIONS
+from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.files import write_json, write_json_lines
-from parts.model import SYSTEMS
+from parts.model import TextRegions
+from parts.notes import EXTRAS
 from parts.opening import open_inputs
+from parts.posts import predict_posts
+from parts.processes import autocast, default_device, fit_threads, gather, join_processes, keep_heap
+from parts.processes import pick_precision, wait_for_all
 from parts.runs import begin, check_folder, load_state, save_state, save_weights, settle
 from parts.scores import format_scores, main_score, mentions, score
-from parts.systems import parse_args
+from parts.systems import PRESETS, SYSTEMS, mistake, run_name
+
+
+def alignment(text):
+    """argparse type: NAME=WEIGHT of an alignment loss, or none, to take those of a --system away."""
+    name, _, weight = text.partition("=")
+    if text == "none":
+        return text, 0.0
+    if name not in ALIGNMENTS:
+        raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
+    return name, bounded(float, 0)(weight)
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults there are; "None" would be none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def make_parser(description):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option value ...]", description=description, formatter_class=Defaults
+    )
+    # fmt: off
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--dataset", type=dataset_name, default="twitter2017",
+        help=f"{', '.join(DATASETS)} or a folder of your own")
+    add("--system", choices=PRESETS,
+        help="a published system: sets the flags it is made of, those given excepted")
+    add("--model", choices=SYSTEMS,
+        help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
+    add("--text-encoder", help="hub name or local folder; default: the model's own")
+    add("--max-len", type=bounded(int, 1),
+        help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
+    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
+        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
+    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
+        help="train on this share of its posts, drawn with --seed")
+
+    add = parser.add_argument_group("the photo").add_argument
+    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
+        " that the text encoder reads; default: film. blip and vilt bring their own")
+    add("--heads", type=bounded(int, 1),
+        help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
+    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1,
+        help="share of training posts shown no photo")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="train on all views of a photo")
+    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
+        " the control that tells what the photos are worth")
+    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"
+        " labels' that pull text and photo of a post together (align.py): contrastive, local, matching, and,"
+        " by the relevance in --notes, supervised; or none")
+    add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion"
+        " as far as its photo belongs to it: by --notes, where they say, or always as the model sees it")
+    add("--relevance-loss", type=bounded(float, 0),
+        help="weight of the loss that teaches the model the relevance in --notes; default: 0.5")
+    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and"
+        " photo in place of both, before --align and --fusion (stages.py); what it says of them is a loss of"
+        " this weight; 0 = none")
+    add("--generated", metavar="FEATURES",
+        help="feature file of second pictures, generated from the texts; for --fusion saliency")
+
+    add = parser.add_argument_group("what others say of a post").add_argument
+    add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
+    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the"
+        " post: what was said of the post, of the photo, or both")
+    add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
+    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control"
+        " that tells what --extra post is worth")
+
+    add = parser.add_argument_group("how it is trained").add_argument
+    add("--seed", type=bounded(int, 0, 2**32), default=1337)
+    add("--epochs", type=bounded(int, 1), default=5)
+    add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
+    add("--eval-batch-size", type=bounded(int, 1), default=12)
+    add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
+    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3,
+        help="of what starts from scratch: fusion, head")
+    add("--weight-decay", type=bounded(float, 0), default=0.01)
+    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1,
+        help="share of the steps, then linear decay to 0")
+    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
+    add("--dropout", type=bounded(float, 0, 1), default=0.1)
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="auto: bfloat16 on NVIDIA's GPUs from Ampere on, float32 elsewhere, on Apple's mps too")
+    add("--device", default=default_device())
+
+    add = parser.add_argument_group("where things are").add_argument
+    add("--data-dir", default="data")
+    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are"
+        " compared, by name and size, with those the features were made of")
+    add("--cache-dir", default="features", help="where feature files are")
+    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to;"
+        " default: 224, 384 for blip and vilt")
+    add("--features", help="feature file, where it is not the usual one in --cache-dir")
+    add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or"
+        " with flags of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
+    add("--overwrite", action="store_true", help="put the new run in the place of the one in the run folder,"
+        " when its first epoch is over; files of your own there stay")
+    add("--resume", action="store_true",
+        help="go on with the run in the run folder where it was stopped, if it was")
+    add("--save-every", type=bounded(float, 0), default=600,
+        help="seconds from one state to resume from to the next; the first comes after a minute, and one"
+        " more at each epoch's end")
+    # fmt: on
+    return parser
+
+
+def parse_args(argv, description=None):
+    """The arguments of train.py, defaults and presets filled in; exits with one line if some do not fit."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    if args.system:
+        parser.set_defaults(**PRESETS[args.system])
+        args = parser.parse_args(argv)
+    task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
+    args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
+    system = SYSTEMS[args.model]
+    regions = issubclass(system.model, TextRegions)
+    if regions:
+        args.fusion = args.fusion or "film"
+    args.align, asked = dict(args.align), len(args.align)
+    if len(args.align) < asked:
+        parser.error("--align: one loss is named twice; leave one out")
+    args.align = {name: weight for name, weight in args.align.items() if weight}
+    if wrong := mistake(args, task, system, regions):
+        parser.error(wrong)
+    args.heads = args.heads or 8
+    args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
+    args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
+    args.text_encoder = args.text_encoder or system.text_encoder
+    args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
+    defaults = vars(parser.parse_args([])) | {"heads": 8}
+    defaults |= {"img_size": system.img_size, "max_len": system.max_len}
+    args.run_dir = args.run_dir or f"runs/{run_name(args, defaults, dataset, system)}"
+    return args
+
 
 def parameter_groups(model, args):
     """AdamW groups: pretrained or from scratch x decayed or not (biases and norms are not decayed)."""
@@ -155,7 +299,7 @@ def run(args, stack):
         mine = posts[split].part(range(rank, len(posts[split]), processes))
         settings = dataset.labels, args.eval_batch_size, device, args.precision
         name = split if rank == 0 else ""  # of the bar; without, there is none
-        return gather(predict(model, mine, *settings, known, name), processes)
+        return gather(predict_posts(model, mine, *settings, known, name), processes)
 
     begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # of an epoch
     progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun

@@ -46,12 +46,11 @@ from pathlib import Path
 
 from data import DATASETS, RelationExample, load_dataset, locate
 from parts.chat import Endpoint, Local, Refused, split_url
-from parts.console import bounded, command_line, dataset_name, default_device, first_line, open_output
-from parts.console import progress_bar
+from parts.console import bounded, command_line, dataset_name, first_line, progress_bar
 from parts.files import bounded_lines
 from parts.notes import KEYS, OF_PHOTO
-from parts.photos import find_photos, image_folders
-from parts.report_data import thumbnail
+from parts.photos import find_photos, image_folders, thumbnail
+from parts.processes import default_device, open_output
 
 DIGITS = hashlib.sha256("\n".join((PROMPT, PHOTO, ENTITIES, AGAIN)).encode()).hexdigest()[:16]
 SIDE = 1024  # pixels of a photo's longer side, at most

@@ -27,9 +27,9 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedTokenizerFast
 import demo
 import train
 from data import RELATIONS, load_dataset
-from evaluate import predict
 from parts.console import command_line
 from parts.opening import open_run
+from parts.posts import predict_posts
 from parts.scores import mentions, read_predictions
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -184,7 +184,7 @@ def try_kind(model_type, dataset, encoder, folder):
         return "refused: " + str(error).removeprefix(f"--text-encoder {encoder}: ")
     model, config, data, posts = open_run(run_dir, "test", "cpu")
     settings = config["labels"], config["eval_batch_size"], "cpu", "float32"
-    again = predict(model, posts, *settings, mentions(data.examples["train"]))
+    again = predict_posts(model, posts, *settings, mentions(data.examples["train"]))
     if again != list(read_predictions(run_dir / "predictions-test.jsonl")):
         return "**fails**: the run, loaded again, gives other predictions"
     result = "works" + ", left to right" * ("reads left to right" in said.getvalue())

@@ -77,8 +77,8 @@ MADE = {  # name: what the command makes
     )),
     "predict.py": ("answers.jsonl",),
     "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
-                  *(f"runs/demo-roberta-resnet50-encoder-{fusion}-{DEMO}-s1/{name}" for fusion in ("none", "film")
-                    for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
+                  *(f"runs/demo-roberta-resnet50-encoder-{fusion}-{DEMO}-s1/{name}"
+                    for fusion in ("none", "film") for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
 }  # fmt: skip
 
 
@@ -207,8 +207,8 @@ def watch(folder, arguments):
 # ------------------------------------------------------------------------------------------- wrong outputs
 
 # What lies in the place of an output: none of it is a file that the command wrote.
-TARGETS = ("device", "link", "dangling link", "pipe", "folder", "empty file", "text", "configuration of a run",
-           "model of a hub", "repository")  # fmt: skip
+TARGETS = ("device", "link", "dangling link", "pipe", "folder", "empty file", "text",
+           "configuration of a run", "model of a hub", "repository")  # fmt: skip
 
 
 def make_target(kind, path, given):
@@ -245,13 +245,13 @@ def look(folder):
 
 
 def outputs(given):
-    """{command with its option: (its `main`, its arguments, what it is to write)}; `{}` is the target's folder."""
+    """{command with its option: (its `main`, its arguments, what it writes)}; `{}`: the target's folder."""
     data, run = given / "data", given / "finished" / "run"
     dataset = ["--dataset", "demo", "--data-dir", data]
     return {
         "train.py --overwrite --run-dir": (train.main, [
-            *TRAIN, "--data-dir", data, "--cache-dir", given / "features", "--overwrite", "--run-dir", "{}/out",
-            "--text-encoder", data / "demo" / "encoder",
+            *TRAIN, "--data-dir", data, "--cache-dir", given / "features", "--overwrite",
+            "--run-dir", "{}/out", "--text-encoder", data / "demo" / "encoder",
         ], "out"),
         "extract_features.py --overwrite": (extract_features.main, [
             *dataset, "--weights", "random", "--img-size", "32", "--views", "1", "--overwrite", "--cache-dir",
@@ -270,7 +270,7 @@ def outputs(given):
 
 
 def try_outputs(given, place):
-    """[(command, what lay there, what was said)] of each command over each of `TARGETS`, all left as it was."""
+    """[(command, what lay there, its message)] of each command over each of `TARGETS`, all left as it was."""
     rows = []
     for command, (main, arguments, name) in outputs(given).items():
         for i, kind in enumerate(TARGETS):
@@ -640,8 +640,8 @@ points at, is compared afterwards, bytes and kind: nothing was touched. Only an 
 FILES = """## Files tried
 
 What `extract_features.py` made of photo files of every odd kind, each named for what it is. The clean copy of
-a picture is an RGB PNG of its pixels (upright, on white where transparent, the first of an animation); its features
-must be the same, bit for bit. The command took {:.0f} MB at most, random ResNet50 included."""
+a picture is an RGB PNG of its pixels (upright, on white where transparent, the first of an animation); its
+features must be the same, bit for bit. The command took {:.0f} MB at most, random ResNet50 included."""
 TEXTS = """## Texts tried
 
 What the readers of the data sets made of odd text files, each named for what it is: of MNRE's format where it

@@ -44,14 +44,14 @@ import extract_features
 import train
 from data import load_dataset
 from encoding import IGNORE, collate, encode, length_batches, to_device
-from evaluate import predict
-from parts import opening
 from parts.checks import paired_bootstrap
-from parts.console import autocast, bounded, check_device, command_line, default_device, pick_precision
-from parts.model import SYSTEMS, TextRegions
+from parts.console import bounded, command_line
+from parts.model import TextRegions
 from parts.photos import find_photos, image_folders
+from parts.posts import predict_posts
+from parts.processes import autocast, check_device, default_device, pick_precision
 from parts.scores import main_score, mentions, read_predictions, score
-from parts.systems import parse_args
+from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder
 from predict import Predictor
 
@@ -133,7 +133,7 @@ class Posts:
     """A data set as both sides read it, and the settings of train.py."""
 
     def __init__(self, args):
-        self.settings = parse_args(flags(args, "--fusion", "none"))
+        self.settings = train.parse_args(flags(args, "--fusion", "none"))
         self.dataset = load_dataset(args.dataset, args.data_dir)
         if self.dataset.task != "ner":
             raise ValueError(
@@ -144,7 +144,7 @@ class Posts:
         torch.manual_seed(self.settings.seed)
         system = SYSTEMS[self.settings.model]
         self.encoder, self.tokenizer = load_text_encoder(
-            args.encoder, system, self.dataset.task, self.settings.dropout
+            args.encoder, system.checkpoint, self.dataset.task, self.settings.dropout
         )
         self.rows = {
             split: encode(self.tokenizer, examples, self.labels, self.settings.max_len)[0]
@@ -277,9 +277,9 @@ def whole_runs(args, place):
     records, taken = {name: {split: [] for split in splits} for name in ("ours", *STRATEGIES.values())}, {}
 
     def answers(split):
-        shown = opening.Posts(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
+        shown = Posts(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
         size = posts.settings.eval_batch_size
-        return predict(scored, shown, posts.labels, size, device, "float32", known)
+        return predict_posts(scored, shown, posts.labels, size, device, "float32", known)
 
     for seed in args.seeds:
         run_dir = train_quietly(args, "--fusion", "none", "--epochs", args.epochs, "--seed", seed,
@@ -331,8 +331,8 @@ def label_words(predictor, examples, precision):
     """(rows, records) of a run's answers to examples, in a precision."""
     labels = predictor.config["labels"]
     rows, _ = encode(predictor.tokenizer, examples, labels, predictor.config["max_len"])
-    posts = opening.Posts(examples, rows, predictor.tokenizer.pad_token_id)
-    return rows, predict(predictor.model, posts, labels, 12, predictor.device, precision)
+    posts = Posts(examples, rows, predictor.tokenizer.pad_token_id)
+    return rows, predict_posts(predictor.model, posts, labels, 12, predictor.device, precision)
 
 
 def agreement(predictor, examples, texts):

@@ -40,17 +40,17 @@ sys.path.insert(0, str(PROJECT))
 import demo  # noqa: E402
 from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
-from evaluate import predict  # noqa: E402
 from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
-from parts import opening  # noqa: E402
 from parts.backbones import load_backbone  # noqa: E402
-from parts.console import autocast, check_device, command_line, default_device  # noqa: E402
+from parts.console import command_line  # noqa: E402
 from parts.files import write_json  # noqa: E402
-from parts.loading import Photos, batch_loader  # noqa: E402
 from parts.model import LEFT_OUT, TextRegions  # noqa: E402
 from parts.notes import Notes  # noqa: E402
+from parts.photos import Photos, batch_loader  # noqa: E402
+from parts.posts import predict_posts  # noqa: E402
+from parts.processes import autocast, check_device, default_device  # noqa: E402
 from parts.scores import main_score  # noqa: E402
 from parts.systems import PRESETS  # noqa: E402
 from parts.text_encoder import drop_pooler, load_tokenizer  # noqa: E402
@@ -399,8 +399,8 @@ def extraction(args, place):
     naive_rate = len(paths) / statistics.median(taken["naive"])
     for views, name in (("1", "1 view"), ("4", "4 views")):
         rate = images / statistics.median(taken[views])
-        yield row(f"extraction / its forward pass alone, {name}", ratio(taken["forward"], taken[views]), ">= 0.88",
-                  f"{rate:.1f} images/s, {images} of them, {workers} workers")  # fmt: skip
+        yield row(f"extraction / its forward pass alone, {name}", ratio(taken["forward"], taken[views]),
+                  ">= 0.88", f"{rate:.1f} images/s, {images} of them, {workers} workers")  # fmt: skip
     as_many = [4 * seconds for seconds in taken["naive"]]
     yield row("extraction / naive loop", ratio(as_many, taken["1"]), ">= 1.6",
               f"naive {naive_rate:.1f} photos/s, 1 view")  # fmt: skip
@@ -562,8 +562,8 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        posts = opening.Posts(train, rows, tokenizer.pad_token_id, cache)
-        predict(training.model, posts, dataset.labels, 12, "cpu", "float32")
+        posts = Posts(train, rows, tokenizer.pad_token_id, cache)
+        predict_posts(training.model, posts, dataset.labels, 12, "cpu", "float32")
         grown[size] = {
             "extraction, bookkeeping": written, "start-up, data": start,
             "evaluation": time.perf_counter() - began, "one training step": statistics.median(steps),

@@ -22,7 +22,8 @@ import ray  # noqa: E402
 import ray.data  # noqa: E402
 import torch  # noqa: E402
 
-from parts.console import bounded, command_line, open_output  # noqa: E402
+from parts.console import bounded, command_line  # noqa: E402
+from parts.processes import open_output  # noqa: E402
 from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows  # noqa: E402
 
 WHOLE = (1, 1)  # the only shard

@@ -33,8 +33,8 @@ from torchvision import transforms as T
 from transformers import AutoConfig
 
 from encoding import special_ends, text_pieces
-from parts.console import first_line, out_of_memory
-from parts.model import SYSTEMS
+from parts.console import first_line
+from parts.processes import out_of_memory
 from parts.text_encoder import as_data, load_pretrained, load_text_encoder, longest_input
 
 EXACT = threading.Lock()  # of a setting that is the whole process's
@@ -349,7 +349,7 @@ def phrases_of(said):
 
 def caption_states(weights):
     """(frozen `CaptionStates` of a text encoder, its tokenizer, how many sub-tokens of a text it takes)."""
-    encoder, tokenizer = load_text_encoder(weights, SYSTEMS["bert-caption"], "ner", 0.0)
+    encoder, tokenizer = load_text_encoder(weights, "", "ner", 0.0)
     prefix, suffix = special_ends(tokenizer)
     longest = longest_input(encoder, tokenizer) - len(prefix) - len(suffix)
     return CaptionStates(encoder.eval(), prefix, suffix), tokenizer, longest

@@ -31,7 +31,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from parts.console import check_device, first_line
+from parts.console import first_line
+from parts.processes import check_device
 from parts.text_encoder import as_data, load_pretrained
 
 PROBE = "Answer with {}."
@@ -208,11 +209,11 @@ class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
     The key is that in the environment variable OPENAI_API_KEY, if it is set; it is taken out of all that the
-    server says. What it refuses of `settings` it is asked without, from then on. `Refused` at once for what the
-    server refuses (4xx but for 408 and 429, an empty account), ValueError for any other failure once `retries`
-    more requests failed too. A chat that it refuses for what stands in it (400, 413, 422: a filter, a length),
-    while it answers another, is answered "refused: " and what it says; an answer without content (null: a
-    refusal too) is "". `instead`: what came in its place.
+    server says. What it refuses of `settings` it is asked without, from then on. `Refused` at once for what
+    the server refuses (4xx but for 408 and 429, an empty account), ValueError for any other failure once
+    `retries` more requests failed too. A chat that it refuses for what stands in it (400, 413, 422: a filter,
+    a length), while it answers another, is answered "refused: " and what it says; an answer without content
+    (null: a refusal too) is "". `instead`: what came in its place.
     """
 
     def __init__(self, url, model, most, retries, timeout=TIMEOUT):

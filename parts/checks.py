@@ -1,9 +1,11 @@
-"""Whether to believe a score: is a difference more than chance, do metadata or notes tell labels?
+"""Whether to believe a score: is a difference more than chance, do metadata or notes tell labels, does the
+photo count?
 
-None needs a model. The last check, whether a run uses its photos, is `evaluate.image_check`.
+Only the last, `image_check`, needs a model.
 """
 
 import re
+import statistics
 from collections import Counter
 
 import numpy as np
@@ -12,8 +14,11 @@ from sklearn.metrics import roc_auc_score
 
 from data import NONE
 from parts.notes import EXTRAS, note_text
+from parts.opening import open_run
 from parts.photos import find_photos, open_picture
-from parts.scores import entity_spans, gold_fingerprint, mentions
+from parts.posts import predict_posts, shuffled_photos
+from parts.processes import fit_threads, precision_on
+from parts.scores import entity_spans, gold_fingerprint, mentions, score
 
 # --------------------------------------------------------------------------------------------- comparing runs
 
@@ -250,3 +255,89 @@ def note_leaks(dataset, split, notes):
         if said:
             found[key] = counts
     return found
+
+
+# ----------------------------------------------------------------------------------------------------- photos
+
+
+def image_check(run_dir, split, shuffles, device, **now):
+    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many there are.
+
+    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
+    a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there
+    is no photo to show. `now`: where things lie, as `open_run` takes it.
+    """
+    model, config, dataset, posts = open_run(run_dir, split, device, **now)
+    fit_threads(model)
+    known = mentions(dataset.examples["train"])
+    ids = [example.image_id for example in posts.examples]
+    swaps = [shuffled_photos(ids, posts.cache, seed, posts.notes) for seed in range(shuffles)]
+    photos = sum(photo is not None for photo in swaps[0].values())
+
+    def run(swap, name):
+        settings = config["labels"], config["eval_batch_size"], device, precision_on(device, config)
+        return predict_posts(model, posts.showing(swap), *settings, known, f"{run_dir.name}, {name} photos")
+
+    true = run(None, "true")
+    if not photos:  # all three are one
+        same = score(true)
+        return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
+    shuffled = [run(swap, f"shuffled ({seed + 1} of {shuffles})") for seed, swap in enumerate(swaps)]
+    return {
+        "photos": photos,
+        "true": score(true),
+        "shuffled": [score(records) for records in shuffled],
+        "none": score(run(dict.fromkeys(ids), "no")),
+        "bootstrap": paired_bootstrap([true], shuffled),
+    }
+
+
+def check_row(name, check):
+    """One line of the image check's table. `name` is padded by the caller."""
+    ner = check["true"]["task"] == "ner"
+
+    def cells(level, key):
+        values = [metrics[level][key] for metrics in check["shuffled"]]
+        spread = f"±{statistics.stdev(values):.3f}" if len(values) > 1 else " " * 6
+        true, none = check["true"][level][key], check["none"][level][key]
+        return f"{true:.3f}  {statistics.mean(values):.3f} {spread}  {none:.3f}"
+
+    f1, accuracy = cells("entity" if ner else "relation", "f1"), cells("token" if ner else "row", "accuracy")
+    return f"{name}   {f1}   {accuracy}"
+
+
+def verdict(config, check):
+    """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
+    if config["fusion"] == "none" and not check["photos"]:
+        return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
+    if check["photos"] < 2:
+        return "fewer than 2 photos: cannot tell"
+    found = check["bootstrap"]
+    said = (
+        "depends on its photos" if found["low"] > 0 else "wrong photos do better" if found["high"] < 0 else
+        "wrong photos do as well, as far as these posts can tell"
+    )  # fmt: skip
+    trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
+    trained += "trained on shuffled notes; " * bool(config.get("shuffle_notes"))
+    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to"
+            f" {found['high']:+.3f}: {said}")  # fmt: skip
+
+
+def type_changes(check, fewest=20):
+    """One line: how F1 changes from true to shuffled photos (mean), by type of `fewest` or more in gold."""
+    ner = check["true"]["task"] == "ner"
+
+    def part(metrics, name):
+        types = metrics["entity" if ner else "relation"]["types"]
+        return metrics[name] if name in metrics else types.get(name, {"f1": 0})
+
+    kinds = check["true"]["entity" if ner else "relation"]["types"]
+    names = [kind for kind, counts in kinds.items() if counts["gold"] >= fewest]
+    names += ["entity_seen", "entity_unseen"] if "entity_seen" in check["true"] else []
+    changes = {
+        name: statistics.mean(part(m, name)["f1"] for m in check["shuffled"])
+        - part(check["true"], name)["f1"]
+        for name in names
+    }  # fmt: skip
+    shown = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
+    return f"F1 with shuffled photos, by type: {shown}"

@@ -1,10 +1,6 @@
-"""What all command lines share: types of arguments, devices, processes, locks, errors of one line."""
+"""What all command lines share: types of arguments, streams, bars, errors of one line."""
 
 import argparse
-import contextlib
-import ctypes
-import errno
-import functools
 import io
 import logging
 import math
@@ -21,15 +17,9 @@ import transformers
 from tqdm import tqdm
 
 from data import DATASETS
-from parts.files import check_output
-
-try:
-    import fcntl
-except ImportError:
-    sys.exit("these scripts run on Linux and macOS; on Windows use them under WSL")
+from parts.processes import out_of_memory
 
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = 5_000_000  # parameters; below that a second thread gains nothing
 # What moves a terminal's cursor, types for its user or turns words around: control characters but tab and
 # newline, and those of bidirectional text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -102,172 +92,6 @@ def progress_bar(total, unit, short=False, **more):
     """
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
     return tqdm(total=total, unit=unit, mininterval=every, delay=every * short, leave=not short, **more)
-
-
-def default_device():
-    """cuda where there is one, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name):
-    """ValueError if torch cannot compute on the device called `name` here."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used here ({reason}); try cpu") from None
-
-
-def pick_precision(precision, device):
-    """`precision`; for auto bfloat16 on NVIDIA's GPUs from capability 8.0 on, float32 elsewhere."""
-    if precision != "auto":
-        return precision
-    fast = device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bfloat16" if fast else "float32"
-
-
-def autocast(device, precision):
-    """Context in which the model runs: bfloat16 where asked for, float32 otherwise."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def precision_on(device, config):
-    """What a finished run answers in: its own precision on a GPU, float32 on a CPU.
-
-    There bfloat16 took 6 times as long on cores that do not compute in it.
-    """
-    return config["precision"] if torch.device(device).type == "cuda" else "float32"
-
-
-@functools.cache
-def all_threads():
-    """How many threads torch computes with, as long as `fit_threads` has changed nothing."""
-    return torch.get_num_threads()
-
-
-def fit_threads(model, frozen=0):
-    """Compute with one thread if a model is `SMALL`, else with all; returns how many. OMP_NUM_THREADS wins.
-
-    `frozen`: parameters of what computes beside it, a backbone that looks at photos.
-    """
-    threads = all_threads()
-    if frozen + sum(parameter.numel() for parameter in model.parameters()) < SMALL:
-        threads = 1
-    if "OMP_NUM_THREADS" not in os.environ and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
-def keep_heap():
-    """Have the C library keep what tensors free, where it is glibc, instead of giving it back at once.
-
-    Else the largest gradient, that of the word embeddings (47 MB at 30,000 x 384), is mapped and cleared anew
-    in each step: 16,000 page faults, an eighth of a step of a small encoder on CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: everything lies on the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
-
-
-def join_processes(device):
-    """(rank, number of processes, device) among those torchrun started; (0, 1, device) without torchrun.
-
-    Each process on cuda gets a GPU of its own, and touches no other: even a look costs memory there.
-    ValueError if the device cannot be used. Only rank 0 prints; errors are everyone's to say.
-    """
-    together = "TORCHELASTIC_RUN_ID" in os.environ
-    if together and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    check_device(device)
-    if torch.device(device).index is not None:  # plain "cuda" is the current one already
-        torch.cuda.set_device(device)
-    if not together:
-        return 0, 1, device
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    rank = torch.distributed.get_rank()
-    if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return rank, torch.distributed.get_world_size(), device
-
-
-def wait_for_all(processes):
-    """Go on when every process that torchrun started is here."""
-    if processes > 1:
-        torch.distributed.barrier()
-
-
-def gather(part, processes):
-    """The whole list, in every process, of what each has, a part [rank::processes] of it."""
-    if processes == 1:
-        return part
-    parts = [None] * processes
-    torch.distributed.all_gather_object(parts, part)
-    whole = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        whole[rank::processes] = part
-    return whole
-
-
-def lock(path, flags=os.O_RDONLY):
-    """Open a file or folder for this process alone; ValueError if another has.
-
-    Returns a descriptor, and closing it unlocks.
-    """
-    fd = os.open(path, flags, 0o644)
-    try:
-        hold(fd, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise ValueError(f"{path}: another process is writing it; wait for it or stop it") from None
-    return fd
-
-
-@contextlib.contextmanager
-def open_output(path):
-    """The --output file at `path`, open for this process alone; a new one is gone at the end if it is empty.
-
-    ValueError for what is no regular file, a link too, or if another process has it.
-    """
-    path = Path(path)
-    check_output(path, "--output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with os.fdopen(lock(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW), "r+b") as file:
-        try:
-            yield file
-        finally:
-            if new and not os.fstat(file.fileno()).st_size:
-                path.unlink()
-
-
-def hold(fd, path, how):
-    """Lock an open file or folder; gone on without, and said, where the file system knows no locks."""
-    try:
-        fcntl.flock(fd, how)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
-            raise
-        said = f"{path}: no locks on this file system ({error.strerror})"
-        print(f"WARNING: {said}; see to it that no other process writes there", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def alone_in(folder):
-    """Wait for, and hold, the lock of a folder: one process at a time begins a file there."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        hold(fd, folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def out_of_memory(error):
-    """Whether an exception says that there was no memory, on a GPU or here."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
 
 
 def owner(line):

@@ -1,109 +1,26 @@
-"""What a model is shown: the posts of a data set with photos, notes and second pictures, opened and checked.
+"""All inputs of a run opened and checked: its posts with photos, notes and second pictures, its text encoder.
 
     dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)  # of a new run, on the console
     model, config, dataset, posts = open_run(run_dir, "test", device)  # what a finished run was scored on
-    batch = posts.batch([0, 1, 2])
 """
 
-import dataclasses
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import DATASETS, load_dataset
-from encoding import collate, encode
+from encoding import encode
 from features import FeatureCache
 from fusion import FUSIONS
-from parts.model import SYSTEMS, WORDED
 from parts.notes import Notes, reads_relevance
-from parts.photos import find_photos, image_folders
-from parts.runs import RUN_FORMAT, load_run
+from parts.photos import WORDED, find_photos, image_folders
+from parts.posts import Posts, cut_train, shuffled_photos
+from parts.run_files import load_run
+from parts.runs import RUN_FORMAT
+from parts.systems import SYSTEMS
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
 from stages import Prefix
-
-
-@dataclass
-class Posts:
-    """The posts of one split with all that is shown with them.
-
-    `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `FeatureCache` of the photos and
-    that of second pictures; `notes`: the `Notes` that are attached to the rows; each None where there is
-    none. `swap`: {image id: the one to show in its place, None for no photo}; None: each post is shown its
-    own photo.
-    """
-
-    examples: list
-    rows: list
-    pad_id: int
-    cache: FeatureCache | None = None
-    notes: Notes | None = None
-    generated: FeatureCache | None = None
-    swap: dict | None = None
-
-    def __len__(self):
-        return len(self.rows)
-
-    def showing(self, swap):
-        """The same posts with other photos."""
-        return dataclasses.replace(self, swap=swap)
-
-    def part(self, chosen):
-        """Some of the posts, by their numbers."""
-        rows, examples = ([side[i] for i in chosen] for side in (self.rows, self.examples))
-        return dataclasses.replace(self, rows=rows, examples=examples)
-
-    def shown(self, i, hidden=False):
-        """(id of the photo that post `i` is shown, or None; its row, with the notes that go with it)."""
-        photo = self.examples[i].image_id
-        if self.swap is not None:
-            photo = self.swap[photo]
-        if hidden:
-            photo = None
-        return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
-
-    def lengths(self):
-        """Sub-tokens of each post, notes included: posts of like length share a batch."""
-        return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
-
-    def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
-        """What a model reads of some posts, by their numbers: `collate`, with what the feature caches read.
-
-        `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
-        second picture is read, None for the first. `pictures` False: neither of them is shown.
-        """
-        hidden = [False] * len(chosen) if hidden is None else hidden
-        shown = [self.shown(i, hide or not pictures) for i, hide in zip(chosen, hidden, strict=True)]
-        photos, rows = zip(*shown, strict=True)
-        batch = collate(rows, self.pad_id)
-        if self.cache:
-            batch |= self.cache.read(photos, views)
-        if self.generated:  # made from the text, it stays with its post whatever photo is shown
-            ids = [self.examples[i].image_id if pictures else None for i in chosen]
-            batch |= self.generated.read_generated(ids, second_views)
-        return batch
-
-
-def shuffled_photos(image_ids, cache, seed, notes=None):
-    """{image id: another post's image id}, by one random cycle through the photos: none stays where it was.
-
-    Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes
-    have of one. An id without a photo keeps having none; a lone photo has no other to change with.
-    """
-    known = [source for source in (cache, notes) if source is not None]
-    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
-    order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
-    return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
-
-
-def cut_train(dataset, share, seed):
-    """Keep a share of a data set's training posts, drawn by the seed, in their order."""
-    posts = dataset.examples["train"]
-    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
-    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
-
 
 # ---------------------------------------------------------------------------------------------- for a new run
 
@@ -135,7 +52,9 @@ def open_inputs(args, device):
             print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
 
     # The text encoder, and the posts as it reads them.
-    encoder, tokenizer = load_text_encoder(args.text_encoder, SYSTEMS[args.model], dataset.task, args.dropout)
+    encoder, tokenizer = load_text_encoder(
+        args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task, args.dropout
+    )
     check_length(args, encoder, tokenizer)
     if args.fusion == "prefix":
         check_soft_tokens(encoder, tokenizer, args.text_encoder, Prefix.count)

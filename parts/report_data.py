@@ -13,28 +13,17 @@ import torch.nn.functional as F
 from data import NerExample, RelationExample, load_dataset
 from encoding import encode, length_batches, to_device
 from parts.backbones import phrases_of
-from parts.console import autocast, precision_on, progress_bar
-from parts.loading import decode, upright
+from parts.console import progress_bar
 from parts.notes import EXTRAS, note_text, said_of_photos
-from parts.opening import Posts, dataset_now, run_cache, run_notes
-from parts.photos import find_photos, open_picture
+from parts.opening import dataset_now, run_cache, run_notes
+from parts.photos import find_photos, thumbnail
+from parts.posts import Posts
+from parts.processes import autocast, precision_on
 
-SIDE, QUALITY = 240, 70  # of the thumbnails: longest side in pixels, JPEG quality; some 10 kB a photo
+QUALITY = 70  # of the thumbnails, as JPEG: some 10 kB a photo
 PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
 MISSING = "no such file"
 NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
-
-
-def thumbnail(path, side=SIDE):
-    """RGB photo of at most `side` pixels, upright, of a file as extraction reads it: its pixels alone."""
-    with open_picture(path) as file:
-        # A JPEG is decoded at a fraction of its size: several times as fast.
-        file.draft("RGB", (2 * side, 2 * side))
-        decode(file)
-        photo = upright(file)
-        photo.thumbnail((side, side))
-        photo.info = {}  # comments, places and profiles, which saving would pass on
-        return photo.copy()
 
 
 def seen_part(width, height, resizing):

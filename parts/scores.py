@@ -12,8 +12,8 @@ from collections import Counter
 
 from sklearn.metrics import precision_recall_fscore_support
 
-from data import NONE, check_label, check_scheme, conll_posts, label_scheme
-from data import read_lines, reading_notes, to_bio, word_column
+from data import NONE, check_label, check_scheme, conll_posts, label_scheme, read_lines, reading_notes, to_bio
+from data import word_column
 
 # ----------------------------------------------------------------------------------------------------- scores
 

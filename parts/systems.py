@@ -1,15 +1,40 @@
-"""The arguments of train.py: what they mean, which go together, which published systems are a set of them."""
+"""The tables of systems and of published ones, which arguments of train.py contradict, a run's name.
 
-import argparse
+A system is one row of `SYSTEMS`: the text encoder it starts from, the backbone whose features it reads, its
+class.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
-from align import ALIGNMENTS
-from data import DATASETS, data_task, locate
 from fusion import FUSIONS
-from parts.console import bounded, dataset_name, default_device
-from parts.model import SYSTEMS, WORDED, TextRegions
-from parts.notes import EXTRAS, reads_relevance
+from parts.blip_vilt import Blip, Vilt
+from parts.model import TextRegions
+from parts.notes import reads_relevance
+from parts.photos import WORDED
 
+
+@dataclass(frozen=True)
+class System:
+    text_encoder: str  # default of --text-encoder
+    backbone: str  # of extract_features.py
+    img_size: int  # of its feature file, by default: pixels, sub-tokens of a caption, or phrases of a photo
+    model: type
+    max_len: int = 128  # sub-tokens a post, by default
+    checkpoint: str = ""  # the model type its text encoder is a part of; "" = any plain text encoder
+
+
+SYSTEMS = {
+    "roberta-resnet50": System("roberta-base", "resnet50", 224, TextRegions),
+    "bert-resnet50": System("bert-base-uncased", "resnet50", 224, TextRegions),
+    "clip-bert": System("bert-base-uncased", "clip", 224, TextRegions),
+    "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
+    "roberta-caption": System("roberta-base", "caption", 64, TextRegions),
+    "bert-caption": System("bert-base-uncased", "caption", 64, TextRegions),
+    "roberta-phrases": System("roberta-base", "phrases", 32, TextRegions),
+    "bert-phrases": System("bert-base-uncased", "phrases", 32, TextRegions),
+    "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
+}
 # In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
 # each. A flag that is given wins.
 PRESETS = {
@@ -42,142 +67,6 @@ SWEPT = {
     "weight_decay": "decay", "warmup_ratio": "warmup", "max_grad_norm": "norm", "heads": "heads",
     "photo_dropout": "photo-dropout", "img_size": "img", "max_len": "len", "extra_len": "extra-len",
 }  # fmt: skip
-
-
-def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss, or none, to take those of a --system away."""
-    name, _, weight = text.partition("=")
-    if text == "none":
-        return text, 0.0
-    if name not in ALIGNMENTS:
-        raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
-    return name, bounded(float, 0)(weight)
-
-
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults there are; "None" would be none."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-def make_parser(description):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--option value ...]", description=description, formatter_class=Defaults
-    )
-    # fmt: off
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--dataset", type=dataset_name, default="twitter2017",
-        help=f"{', '.join(DATASETS)} or a folder of your own")
-    add("--system", choices=PRESETS,
-        help="a published system: sets the flags it is made of, those given excepted")
-    add("--model", choices=SYSTEMS,
-        help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--text-encoder", help="hub name or local folder; default: the model's own")
-    add("--max-len", type=bounded(int, 1),
-        help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
-    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
-        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
-    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
-        help="train on this share of its posts, drawn with --seed")
-
-    add = parser.add_argument_group("the photo").add_argument
-    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
-        " that the text encoder reads; default: film. blip and vilt bring their own")
-    add("--heads", type=bounded(int, 1),
-        help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
-    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1,
-        help="share of training posts shown no photo")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="train on all views of a photo")
-    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
-        " the control that tells what the photos are worth")
-    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"
-        " labels' that pull text and photo of a post together (align.py): contrastive, local, matching, and,"
-        " by the relevance in --notes, supervised; or none")
-    add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion"
-        " as far as its photo belongs to it: by --notes, where they say, or always as the model sees it")
-    add("--relevance-loss", type=bounded(float, 0),
-        help="weight of the loss that teaches the model the relevance in --notes; default: 0.5")
-    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and"
-        " photo in place of both, before --align and --fusion (stages.py); what it says of them is a loss of"
-        " this weight; 0 = none")
-    add("--generated", metavar="FEATURES",
-        help="feature file of second pictures, generated from the texts; for --fusion saliency")
-
-    add = parser.add_argument_group("what others say of a post").add_argument
-    add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
-    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the"
-        " post: what was said of the post, of the photo, or both")
-    add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
-    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control"
-        " that tells what --extra post is worth")
-
-    add = parser.add_argument_group("how it is trained").add_argument
-    add("--seed", type=bounded(int, 0, 2**32), default=1337)
-    add("--epochs", type=bounded(int, 1), default=5)
-    add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
-    add("--eval-batch-size", type=bounded(int, 1), default=12)
-    add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
-    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3,
-        help="of what starts from scratch: fusion, head")
-    add("--weight-decay", type=bounded(float, 0), default=0.01)
-    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1,
-        help="share of the steps, then linear decay to 0")
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
-    add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto: bfloat16 on NVIDIA's GPUs from Ampere on, float32 elsewhere, on Apple's mps too")
-    add("--device", default=default_device())
-
-    add = parser.add_argument_group("where things are").add_argument
-    add("--data-dir", default="data")
-    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are"
-        " compared, by name and size, with those the features were made of")
-    add("--cache-dir", default="features", help="where feature files are")
-    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to;"
-        " default: 224, 384 for blip and vilt")
-    add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or"
-        " with flags of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
-    add("--overwrite", action="store_true", help="put the new run in the place of the one in the run folder,"
-        " when its first epoch is over; files of your own there stay")
-    add("--resume", action="store_true",
-        help="go on with the run in the run folder where it was stopped, if it was")
-    add("--save-every", type=bounded(float, 0), default=600,
-        help="seconds from one state to resume from to the next; the first comes after a minute, and one"
-        " more at each epoch's end")
-    # fmt: on
-    return parser
-
-
-def parse_args(argv, description=None):
-    """The arguments of train.py, defaults and presets filled in; exits with one line if some do not fit."""
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
-    if args.system:
-        parser.set_defaults(**PRESETS[args.system])
-        args = parser.parse_args(argv)
-    task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
-    args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
-    system = SYSTEMS[args.model]
-    regions = issubclass(system.model, TextRegions)
-    if regions:
-        args.fusion = args.fusion or "film"
-    args.align, asked = dict(args.align), len(args.align)
-    if len(args.align) < asked:
-        parser.error("--align: one loss is named twice; leave one out")
-    args.align = {name: weight for name, weight in args.align.items() if weight}
-    if wrong := mistake(args, task, system, regions):
-        parser.error(wrong)
-    args.heads = args.heads or 8
-    args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
-    args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
-    args.text_encoder = args.text_encoder or system.text_encoder
-    args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    defaults = vars(parser.parse_args([])) | {"heads": 8, "img_size": system.img_size, "max_len": system.max_len}
-    args.run_dir = args.run_dir or f"runs/{run_name(args, defaults, dataset, system)}"
-    return args
 
 
 def mistake(args, task, system, regions):

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AddedToken, AutoConfig, AutoModel, AutoTokenizer
 
 from encoding import MARKERS, PROBE, special_ends, split_pieces, takes_words, word_pieces
-from parts.console import first_line, out_of_memory
+from parts.console import first_line
+from parts.processes import out_of_memory
 
 # What kinds of encoders call their rate of dropout.
 DROPOUTS = (
@@ -28,7 +29,7 @@ UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 
 
 def as_data(source):
-    """How `from_pretrained` is to read a hub's model or a folder: no code of it is run, a default is pinned."""
+    """How `from_pretrained` reads a hub's model or a folder: no code of it is run, a default is pinned."""
     return {"trust_remote_code": False, "revision": REVISIONS.get(str(source), "main")}
 
 
@@ -88,8 +89,10 @@ def add_markers(encoder, tokenizer):
             weight[new] = weight[:rows].norm(dim=1).median() * directions
 
 
-def load_text_encoder(source, system, task, dropout):
-    """Pretrained (encoder, tokenizer) for a `System`, from a hub's name or a local folder, tried out.
+def load_text_encoder(source, checkpoint, task, dropout):
+    """Pretrained (encoder, tokenizer) from a hub's name or a local folder, tried out.
+
+    `checkpoint`: the kind that a joint system wants, "blip" or "vilt"; "" for any plain text encoder.
 
     What the encoder does not use itself is frozen. One that reads left to right is taken, and that is said.
     ValueError if it is of another kind, cannot be used, or if a weight or the tokenizer is missing.
@@ -106,14 +109,14 @@ def load_text_encoder(source, system, task, dropout):
         raise ValueError(f"{option} {source}: {reason}") from None
     of_text = hasattr(config, "hidden_size") and not hasattr(config, "patch_size")
     plain = of_text and not config.is_encoder_decoder
-    if config.model_type != system.checkpoint if system.checkpoint else not plain:
-        wanted = system.checkpoint or "plain text encoder"
+    if config.model_type != checkpoint if checkpoint else not plain:
+        wanted = checkpoint or "plain text encoder"
         raise ValueError(f"{option} {source}: cannot be loaded (it is a {config.model_type}, not a {wanted})")
     text_config = config.get_text_config()  # BLIP has two
     for name in DROPOUTS:
         if isinstance(getattr(text_config, name, None), float):
             setattr(text_config, name, dropout)
-    if system.checkpoint == "blip":  # BlipTextModel.from_pretrained would find no weight under its name
+    if checkpoint == "blip":  # BlipTextModel.from_pretrained would find no weight under its name
         kind = transformers.BlipForImageTextRetrieval
         encoder = load_pretrained(kind, source, option, config, "text_encoder")
     else:
@@ -131,7 +134,7 @@ def load_text_encoder(source, system, task, dropout):
             add_markers(encoder, tokenizer)
         elif len(tokenizer) > rows:
             encoder.resize_token_embeddings(len(tokenizer))
-        if not system.checkpoint:  # those are given image states too
+        if not checkpoint:  # those are given image states too
             try_out(encoder, tokenizer)
         if tokenizer.pad_token_id is None:
             raise ValueError("its tokenizer has no padding token; are the tokenizer's files there?")

@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin while they wait, unless somebody has said so. Imported before torch, by commands.
+"""How long OpenMP's threads spin while they wait, unless somebody has said so; imported before torch.
 
     if __name__ == "__main__":
         from parts import threads

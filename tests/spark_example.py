@@ -7,6 +7,7 @@ import time
 
 from test_examples import EXAMPLES, hostile, workers_of
 from test_predict import about, command, posts_file, runs  # noqa: F401 two of them are fixtures
+
 from predict import WINDOW, Predictor
 
 

@@ -14,8 +14,7 @@ from transformers import CLIPVisionModel
 
 from features import MISSING, OK, UNREADABLE, FeatureCache
 from parts.backbones import BACKBONES, exact_convolutions, load_backbone
-from parts.loading import Captions, Photos
-from parts.photos import read_captions
+from parts.photos import Captions, Photos, read_captions
 
 
 def reference_states(name, folder, photo):

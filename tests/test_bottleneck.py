@@ -11,7 +11,8 @@ from data import load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
-from parts.model import LEFT_OUT, SYSTEMS
+from parts.model import LEFT_OUT
+from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder
 from stages import Bottleneck, Code
 
@@ -188,7 +189,6 @@ def test_heads_must_divide():
         Bottleneck(D, DV, heads=5)
 
 
-
 # ------------------------------------------------------------------------------------------- in the model
 
 
@@ -199,7 +199,7 @@ def parts(data_dir, cache_dir, encoder_dir):
 
     def build(fusion="saliency", generated="x.h5", **more):
         torch.manual_seed(0)
-        encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
+        encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "ner", 0.0)
         config = {
             "fusion": fusion,
             "task": "ner",

@@ -23,9 +23,9 @@ import data
 import encoding
 from data import RELATIONS, NerExample, RelationExample, read_mnre
 from encoding import IGNORE, MARKERS, encode
-from parts import photos
 from parts.photos import find_photos
 from parts.text_encoder import load_tokenizer
+from parts import photos
 
 LABELS = data.bio_labels(("LOC", "MISC", "PER"))
 POST = "IMGID:1\na\tO\nb\tB-PER\n\n"
@@ -695,7 +695,6 @@ def test_fuzz(reader, kind):
     counts = faults.fuzz(reader, kind, 150)
     assert counts["inputs"] == 150 and counts["read"] + counts["refused"] == 150
     assert counts["read"] and (kind == "words" or counts["refused"])  # with any words a file is valid
-
 
 
 # ---------------------------------------------------------------------------------------------- your own data

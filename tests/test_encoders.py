@@ -14,18 +14,24 @@ from encoders import KINDS, SIZE, build, build_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
-    CONFIG_MAPPING, AddedToken, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast,
+    CONFIG_MAPPING,
+    AddedToken,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
 )  # fmt: skip
 
-import evaluate
 import train
-from data import RELATIONS, RelationExample
+from data import RELATIONS, RelationExample, load_dataset
 from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces, text_pieces
-from parts import text_encoder
-from parts.model import SYSTEMS
-from parts.runs import load_run
+from parts.opening import open_run
+from parts.posts import predict_posts
+from parts.run_files import load_run
 from parts.scores import mentions, read_predictions
 from parts.text_encoder import load_text_encoder, load_tokenizer
+from parts import text_encoder
 
 TWEETS = (
     "so excited about Paris today ! | RT @fan : BBC again 😍😍 | don't stop thinking about #StarWars2016 ,"
@@ -36,7 +42,6 @@ TWEETS = (
 WORDS = [*TWEETS.split(), *PROBE]
 SENTENCES = [random.Random(i).choices(WORDS, k=1 + i % 14) for i in range(60)]
 PROJECT = Path(__file__).parents[1]
-BERT = SYSTEMS["bert-resnet50"]
 
 
 def encoder_of(kind, folder):
@@ -54,8 +59,8 @@ def run(data_dir, encoder, run_dir, *more):
 
 def answers_again(run_dir):
     """(what a run answers when it is loaded again, what it answered when it was trained)."""
-    loaded, config, dataset, posts = evaluate.open_run(run_dir, "test", "cpu")
-    again = evaluate.predict(
+    loaded, config, dataset, posts = open_run(run_dir, "test", "cpu")
+    again = predict_posts(
         loaded, posts, config["labels"], 12, "cpu", "float32", mentions(dataset.examples["train"])
     )
     return again, list(read_predictions(run_dir / "predictions-test.jsonl"))
@@ -136,7 +141,7 @@ def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, mon
 def test_trying_an_encoder_out_leaves_no_trace(encoder_dir, monkeypatch):
     def loaded():
         torch.manual_seed(3)
-        encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.1)
+        encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "relation", 0.1)
         return encoder, tokenizer, torch.get_rng_state()
 
     encoder, tokenizer, state = loaded()
@@ -166,7 +171,7 @@ def test_a_configuration_with_a_value_of_a_wrong_kind_is_one_line(encoder_dir, t
     config = json.loads((encoder_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": "x"}))
     with pytest.raises(ValueError, match="^--text-encoder .*cannot be loaded .*'vocab_size'") as error:
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
     assert "\n" not in str(error.value)
 
 
@@ -180,7 +185,7 @@ def test_states_that_know_no_other_word_are_refused(encoder_dir, tmp_path):
     with pytest.raises(
         ValueError, match="a bert cannot be used as a text encoder here .*no word's state knows of another"
     ):
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
 
 
 def test_an_encoder_whose_pooler_is_always_called(data_dir, tmp_path):
@@ -210,7 +215,7 @@ def test_a_decoder_is_taken_and_said(data_dir, tmp_path, kind, capsys):
     assert again == answered
     loaded, tokenizer, config = load_run(folder)
     assert tokenizer.pad_token == tokenizer.eos_token and special_ends(tokenizer) == ([], [])
-    dataset = evaluate.load_dataset("demo", data_dir)
+    dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], 64)
     with torch.no_grad():
         together = loaded(collate(rows, tokenizer.pad_token_id))  # padded with a token that means something
@@ -224,7 +229,7 @@ def test_left_to_right_is_what_an_encoder_does_not_what_it_is_called(tmp_path, e
         config = BertConfig.from_pretrained(encoder_dir, is_decoder=is_decoder)
         BertModel(config).save_pretrained(tmp_path)
         AutoTokenizer.from_pretrained(encoder_dir).save_pretrained(tmp_path)
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
         assert ("bert reads left to right" in capsys.readouterr().out) == is_decoder
 
 
@@ -234,11 +239,11 @@ def test_an_encoder_without_padding_is_refused(tmp_path, encoder_dir):
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its tokenizer has no padding token"):
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
 
 
 def test_dropout_reaches_a_decoder(tmp_path):
-    encoder, _ = load_text_encoder(str(encoder_of("gpt2", tmp_path)), BERT, "ner", 0.25)
+    encoder, _ = load_text_encoder(str(encoder_of("gpt2", tmp_path)), "", "ner", 0.25)
     assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
 
 
@@ -337,7 +342,7 @@ def test_words_that_spell_control_tokens_are_words(name, slow):
 def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
     source, saved = encoder_of(kind, tmp_path / kind), tmp_path / "saved"
     published = AutoTokenizer.from_pretrained(source)
-    _, tokenizer = load_text_encoder(str(source), BERT, "relation", 0.1)
+    _, tokenizer = load_text_encoder(str(source), "", "relation", 0.1)
     tokenizer.save_pretrained(saved)
     again = load_tokenizer(saved)
     rows = split_pieces(tokenizer, SENTENCES)
@@ -403,7 +408,7 @@ def test_an_encoder_that_is_published_with_a_sentencepiece_file_alone(tmp_path, 
     (tmp_path / name).write_bytes(model.getvalue())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
 
-    _, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.1)
+    _, tokenizer = load_text_encoder(str(tmp_path), "", "relation", 0.1)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for words, (ids, _) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
         pieces = [reference.id_to_piece(i) for i in reference.encode(" ".join(words))]
@@ -431,7 +436,7 @@ def test_a_hubs_model_is_read_as_data_and_a_default_is_pinned(monkeypatch, sourc
 
     for kind in ("AutoConfig", "AutoTokenizer"):
         monkeypatch.setattr(getattr(text_encoder, kind), "from_pretrained", read(kind))
-    for load in (lambda: text_encoder.load_text_encoder(source, SYSTEMS["bert-resnet50"], "ner", 0.1),
+    for load in (lambda: text_encoder.load_text_encoder(source, "", "ner", 0.1),
                  lambda: text_encoder.load_tokenizer(source)):  # fmt: skip
         with pytest.raises((ValueError, OSError), match="no hub here"):
             load()

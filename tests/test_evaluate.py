@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from test_runs import contents
 from test_train import run
 
 import evaluate
@@ -18,12 +19,12 @@ def finished(data_dir, encoder_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("check", [(), ("--image-check",)])
-def test_scores_of_all_runs_are_printed_where_none_can_be_stored(finished, tmp_path, capsys, monkeypatch, check):
+def test_scores_are_printed_where_none_can_be_stored(finished, tmp_path, capsys, monkeypatch, check):
     """Folders of a colleague: read-only for us."""
     runs = [shutil.copytree(finished, tmp_path / name) for name in ("a", "b")]
     evaluate.main(["--run", *map(str, runs), *check])
     stored = capsys.readouterr().out
-    before = [{path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in runs]
+    before = [contents(folder) for folder in runs]
     real = os.open
 
     def read_only(path, flags, *mode, **more):
@@ -38,7 +39,7 @@ def test_scores_of_all_runs_are_printed_where_none_can_be_stored(finished, tmp_p
     refused = [f"    not stored: {folder / name}: Read-only file system" for folder in runs]
     assert [line for line in lines if line not in refused] == stored.splitlines()
     assert [line for line in lines if line in refused] == refused
-    assert [{path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} for folder in runs] == before
+    assert [contents(folder) for folder in runs] == before
 
 
 @pytest.mark.parametrize("content", ["mine", '{"task": "mine"}', "[" * 100_000, "link", "folder"])

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import predict_ray
+import predict_spark
 import pytest
 import ray  # brings psutil along
+
 # Two of them are fixtures.
 from test_predict import BROKEN, about, answer, command, jsonl, posts_file, runs  # noqa: F401
 
-import predict_ray
-import predict_spark
 from predict import WINDOW, Predictor
 
 import psutil  # isort: skip

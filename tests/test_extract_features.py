@@ -25,10 +25,9 @@ import extract_features
 from data import load_dataset
 from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
-from parts import loading
-from parts import photos
 from parts.backbones import load_backbone, state_hash
-from parts.loading import Photos
+from parts.photos import Photos, queues, shared_memory
+from parts import photos
 
 
 @pytest.fixture
@@ -777,7 +776,7 @@ def test_an_unfinished_file_is_not_filled_with_other_photos(run, data_dir, tmp_p
 @pytest.mark.parametrize("photos_held, workers", [(0, 0), (1, 1), (3, 3), (4, 4), (7, 4), (8, 4), (1000, 4)])
 def test_queues_of_decoded_photos_fit_the_shared_memory(photos_held, workers):
     size = 10**6
-    fitting, ahead = loading.queues(4, size, room=photos_held * size + 5)
+    fitting, ahead = queues(4, size, room=photos_held * size + 5)
     assert fitting == workers and ahead in (1, 2) and fitting * ahead * size <= photos_held * size + 5
     assert ahead == 2 or photos_held < 2 * fitting or not fitting  # no less than there is room for
 
@@ -791,7 +790,7 @@ def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch,
     monkeypatch.setattr(
         os.path, "isdir", lambda place, real=os.path.isdir: place == "/dev/shm" or real(place)
     )
-    assert [loading.shared_memory(processes) for processes in (1, 5)] == [500, 100]
+    assert [shared_memory(processes) for processes in (1, 5)] == [500, 100]
     (tmp_path / "other").mkdir()
     other = run("--workers", 2, "--cache-dir", tmp_path / "other")
     assert "0 of 2 workers: /dev/shm has no room" in capsys.readouterr().out

@@ -14,25 +14,26 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification
-from transformers import BlipForImageTextRetrieval, RobertaConfig, RobertaModel, ViltForTokenClassification
+from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval
+from transformers import RobertaConfig, RobertaModel, ViltForTokenClassification
 
 from data import RELATIONS, load_dataset
 from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
-from parts import runs
-from parts.model import LEFT_OUT, SYSTEMS, Vilt
-from parts.runs import load_run, read_config, save_weights
+from parts.blip_vilt import Vilt
+from parts.model import LEFT_OUT
+from parts.run_files import load_run, read_config
+from parts.runs import save_weights
+from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder, longest_input
-
-BERT = SYSTEMS["bert-resnet50"]
+from parts import run_files
 
 
 def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     """(model with noise on all new parameters, in eval mode; tokenizer)."""
     torch.manual_seed(0)
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system], dataset.task, 0.1)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system].checkpoint, dataset.task, 0.1)
     config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
@@ -173,7 +174,7 @@ def test_entity_markers_start_apart(encoder_dir, data_dir, tmp_path, padded):
     source.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(encoder_dir / name, tmp_path)
-    encoder, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.0)
+    encoder, tokenizer = load_text_encoder(str(tmp_path), "", "relation", 0.0)
     weight, ids = encoder.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids(list(MARKERS))
     rows, norm = weight[ids], weight[:trained].norm(dim=1).median()
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
@@ -190,15 +191,15 @@ def test_entity_markers_start_apart(encoder_dir, data_dir, tmp_path, padded):
 
 
 def test_markers_of_a_trained_encoder_stay(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.0)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "relation", 0.0)
     encoder.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, tokenizer = load_text_encoder(str(tmp_path), BERT, "relation", 0.0)
+    again, tokenizer = load_text_encoder(str(tmp_path), "", "relation", 0.0)
     assert torch.equal(again.get_input_embeddings().weight, encoder.get_input_embeddings().weight)
 
 
 def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "relation", 0.25)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "relation", 0.25)
     assert not list(encoder.pooler.parameters()) and encoder.config.hidden_dropout_prob == 0.25
     assert encoder.embeddings.dropout.p == 0.25
     assert encoder.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -212,18 +213,18 @@ def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
         {k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(ValueError, match=f"1 weights missing .first: {lost}"):
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
     for source in ("absent/folder", str(tmp_path / "absent")):
         with pytest.raises(ValueError, match=f"--text-encoder {source}: cannot be loaded") as error:
-            load_text_encoder(source, BERT, "ner", 0.1)
+            load_text_encoder(source, "", "ner", 0.1)
         assert "\n" not in str(error.value)
 
 
 def test_an_encoder_stored_in_half_precision_trains_in_float32(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), BERT, "ner", 0.1)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "ner", 0.1)
     encoder.half().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+    loaded, _ = load_text_encoder(str(tmp_path), "", "ner", 0.1)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
@@ -232,7 +233,7 @@ def test_a_tokenizer_that_is_not_the_encoders_is_refused(encoder_dir, tmp_path):
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's|cannot be loaded"):
-        load_text_encoder(str(tmp_path), BERT, "ner", 0.1)
+        load_text_encoder(str(tmp_path), "", "ner", 0.1)
 
 
 def test_weights_are_saved_whole(encoder_dir, data_dir, tmp_path):
@@ -332,13 +333,13 @@ def test_a_run_with_a_pipe_in_place_of_a_file_does_not_wait_for_it(copied, name)
 ])  # fmt: skip
 def test_an_encoder_that_is_not_the_weights_is_refused_before_it_is_made(copied, values, monkeypatch):
     change(copied / "encoder" / "config.json", **values)
-    build = runs.build
+    build = run_files.build
 
     def on_meta(*args):
         assert torch.get_default_device().type == "meta"
         return build(*args)
 
-    monkeypatch.setattr(runs, "build", on_meta)
+    monkeypatch.setattr(run_files, "build", on_meta)
     with pytest.raises(ValueError, match=f"^{copied}: the run does not load .*restore") as error:
         load_run(copied)
     assert "\n" not in str(error.value)
@@ -361,7 +362,7 @@ def test_an_encoder_of_its_own_code_is_not_run(copied, monkeypatch):
     load_run(copied)
     with pytest.raises(ValueError, match="--text-encoder .*cannot be loaded"):
         change(copied / "encoder" / "config.json", model_type="own")
-        load_text_encoder(str(copied / "encoder"), BERT, "ner", 0.1)
+        load_text_encoder(str(copied / "encoder"), "", "ner", 0.1)
 
 
 def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
@@ -409,7 +410,7 @@ def test_no_memory_or_no_permission_while_a_run_is_loaded(copied, monkeypatch, r
     def fail(*_):
         raise raised
 
-    monkeypatch.setattr(runs, "load_model", fail)
+    monkeypatch.setattr(run_files, "load_model", fail)
     with pytest.raises((MemoryError, RuntimeError, PermissionError)) as error:
         load_run(copied)
     assert "train" not in str(error.value)
@@ -574,7 +575,7 @@ def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dat
 def test_another_kind_of_encoder_is_refused(data_dir, system, folder, message):
     source = data_dir / "demo" / folder
     with pytest.raises(ValueError, match=f"--text-encoder {source}: .*{message}") as error:
-        load_text_encoder(str(source), SYSTEMS[system], "ner", 0.1)
+        load_text_encoder(str(source), SYSTEMS[system].checkpoint, "ner", 0.1)
     assert "\n" not in str(error.value)
 
 
@@ -591,7 +592,7 @@ def test_a_missing_encoder_weight_is_an_error(data_dir, tmp_path, system, part):
         {"format": "pt"},
     )
     with pytest.raises(ValueError, match="1 weights missing"):
-        load_text_encoder(str(tmp_path / system), SYSTEMS[system], "ner", 0.1)
+        load_text_encoder(str(tmp_path / system), SYSTEMS[system].checkpoint, "ner", 0.1)
 
 
 @pytest.mark.parametrize("system, message", [
@@ -608,7 +609,7 @@ def test_features_of_another_width_are_refused(data_dir, cache_dir, system, mess
 
 def test_dropout_reaches_every_kind_of_encoder(data_dir):
     for system in ("blip", "vilt"):
-        encoder, _ = load_text_encoder(str(data_dir / "demo" / system), SYSTEMS[system], "ner", 0.25)
+        encoder, _ = load_text_encoder(str(data_dir / "demo" / system), system, "ner", 0.25)
         rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
         assert rates == {0.25}
 

@@ -14,13 +14,15 @@ import predict
 import train
 from data import load_dataset
 from encoding import collate, encode
-from evaluate import image_check
-from parts import notes as notes_module
-from parts.model import LEFT_OUT, SYSTEMS
+from parts.checks import image_check
+from parts.model import LEFT_OUT
 from parts.notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
-from parts.opening import Posts, open_run, run_notes, shuffled_photos
-from parts.scores import read_predictions
+from parts.opening import open_run, run_notes
+from parts.posts import Posts, predict_posts, shuffled_photos
+from parts.scores import read_predictions, score
+from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder
+from parts import notes as notes_module
 
 FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop", "relevance": 0.5,
         "phrases": ["a hoop"], "with_photo": False}  # fmt: skip
@@ -237,7 +239,7 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     """With an encoder whose states are the embeddings of each token alone, a note changes nothing."""
     dataset = load_dataset("demo", data_dir)
     torch.manual_seed(0)
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"], "ner", 0.0)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"].checkpoint, "ner", 0.0)
     config = LEFT_OUT | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
     config |= {"task": "ner", "labels": dataset.labels}
     model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
@@ -380,7 +382,7 @@ def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
 @pytest.mark.parametrize("fusion", ["none", "film"])
 def test_a_run_reads_back_as_it_was_scored(runs, fusion):
     model, config, _, shown = open_run(runs[fusion], "test", "cpu")
-    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
+    again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(runs[fusion] / "predictions-test.jsonl")
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
     for a, b in zip(again, recorded, strict=True):
@@ -403,7 +405,7 @@ def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir
     assert [row["note"]["about_post"] for row in rows] == [
         f"valid {example.words[0]}" for example in examples
     ]
-    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
+    again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(folder / "predictions-valid.jsonl")
     assert (
         [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
@@ -440,10 +442,10 @@ def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs)
             notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {})))
             for row in rows
         ]
-        again = evaluate.predict(
+        again = predict_posts(
             model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32"
         )
-        assert evaluate.score(again)["token"] == pytest.approx(found["token"])
+        assert score(again)["token"] == pytest.approx(found["token"])
 
 
 def test_the_image_check_knows_what_a_share_of_train_holds(noted, data_dir, encoder_dir, cache_dir, tmp_path):
@@ -507,7 +509,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(
     own = [shown.notes.notes[example.id]["about_post"] for example in shown.examples]
     moved = [row["note"]["about_post"] != said for row, said in zip(shown.rows, own, strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
-    again = evaluate.predict(model, shown, config["labels"], 12, "cpu", "float32")
+    again = predict_posts(model, shown, config["labels"], 12, "cpu", "float32")
     assert [r["predicted"] for r in again] == [
         r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")
     ]

@@ -16,7 +16,7 @@ from parts.systems import PRESETS
 def test_a_fusion_a_loss_and_a_system_of_ones_own(data_dir, cache_dir, tmp_path):
     """Copied into a folder of its own: trained, checked and looked at."""
     shutil.copy(PROJECT / "examples" / "own.py", tmp_path)
-    shown = (PROJECT / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
+    shown = (PROJECT / "docs" / "OWN.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
     lines = (tmp_path / "own.py").read_text().splitlines()
     assert {line.split("  # ")[0].removesuffix(" ...") for line in shown} <= {*lines}
     places = ["--data-dir", data_dir, "--cache-dir", cache_dir]

@@ -16,15 +16,14 @@ import train
 from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
-from parts import report_data
 from parts.backbones import load_backbone, phrases_of
 from parts.files import write_json_lines
-from parts.loading import Captions
 from parts.notes import said_of_photos
-from parts.photos import read_captions
-from parts.runs import load_run
+from parts.photos import Captions, read_captions
+from parts.run_files import load_run
 from parts.scores import entity_spans, read_predictions
 from predict import Predictor
+from parts import report_data
 
 
 def words_of(caption):

@@ -16,7 +16,9 @@ import report
 import train
 from features import FeatureCache
 from parts.opening import open_run
-from parts.runs import load_run, system_settings
+from parts.posts import predict_posts
+from parts.run_files import load_run
+from parts.runs import system_settings
 from parts.scores import main_score, read_predictions
 
 ABSENT = ("train_0003", "test_0002")  # have no second picture
@@ -87,8 +89,8 @@ def test_the_run_is_told_scored_and_loaded(run, generated, capsys):
     assert [record["generated"] for record in records] == [
         example.image_id not in ABSENT for example in examples
     ]
-    again = evaluate.predict(model, shown, config["labels"], 3, "cpu", "float32")
-    blind = evaluate.predict(model, replace(shown, generated=None), config["labels"], 3, "cpu", "float32")
+    again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
+    blind = predict_posts(model, replace(shown, generated=None), config["labels"], 3, "cpu", "float32")
     for record, same, other in zip(records, again, blind, strict=True):
         assert record["probability"] == pytest.approx(same["probability"], abs=1e-4)
         assert (record["probability"] == pytest.approx(other["probability"], abs=1e-5)) == (

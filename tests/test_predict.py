@@ -30,11 +30,10 @@ import train
 from data import NONE, NerExample, RelationExample, load_dataset
 from encoding import MARKERS, encode
 from features import FeatureCache
-from parts import new_posts
-from parts import text_encoder
 from parts.scores import entity_spans, read_predictions
 from parts.text_encoder import load_tokenizer
 from predict import Predictor
+from parts import new_posts, text_encoder
 
 # Text as typed, its words as Twitter-2015/2017 has them, and as MNRE has them.
 TYPED = [

@@ -14,7 +14,6 @@ from encoders import build
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, RobertaTokenizerFast
 
-import evaluate
 import predict
 import report
 import train
@@ -22,15 +21,17 @@ from align import ALIGNMENTS
 from data import load_dataset
 from encoding import PROBE, collate, encode
 from fusion import FUSIONS, clean, unit_length
-from parts import systems
-from parts import opening
+from parts.checks import image_check, verdict
 from parts.files import write_json_lines
-from parts.model import SYSTEMS, TextRegions
+from parts.model import TextRegions
 from parts.notes import Notes, Segments
-from parts.runs import load_run, read_config, system_settings
-from parts.scores import read_predictions
+from parts.posts import predict_posts, shuffled_photos
+from parts.run_files import load_run, read_config
+from parts.runs import system_settings
+from parts.scores import read_predictions, score
 from parts.text_encoder import check_soft_tokens, load_text_encoder, load_tokenizer
 from stages import Prefix, Relevance
+from parts import opening
 
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
@@ -326,7 +327,7 @@ def folders(tmp_path_factory):
 
 def load(folders, kind="bert", **more):
     """(model in eval mode with noise on all new parameters, tokenizer) of `CONFIG` and more."""
-    encoder, tokenizer = load_text_encoder(folders[kind], SYSTEMS["bert-resnet50"], "ner", 0.1)
+    encoder, tokenizer = load_text_encoder(folders[kind], "", "ner", 0.1)
     torch.manual_seed(0)
     model = TextRegions(encoder, CONFIG | more).eval()
     with torch.no_grad():
@@ -371,7 +372,7 @@ def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, dat
     def logits(model, *relevance):
         more = {"relevance": torch.tensor(relevance[0]).expand(5)} if relevance else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            return real(model(inputs | more), opening)
+            return real(model(inputs | more), inputs)
 
     text, whole = logits(none), logits(bare)
     assert not torch.allclose(text, whole, atol=1e-2)
@@ -388,7 +389,7 @@ def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, dat
         for i, expected in ((0, wanted[0]), (1, wanted[1]), (2, wanted[1]), (4, wanted[0])):
             assert torch.equal(made[i], expected[i])
     logit = given.relevance(
-        given.read(opening, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"]
+        given.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], inputs["region_mask"]
     )[3]
     between = torch.lerp(wanted[1][3], wanted[0][3], logit.sigmoid())
     torch.testing.assert_close(made[3], between, rtol=1e-4, atol=1e-4)
@@ -444,7 +445,7 @@ def test_relevance_learns_from_what_is_given_or_as_a_gate(folders, data_dir, whi
         )
         if more:
             logits = model.relevance(
-                model.read(opening, False)[0], inputs["own_mask"], inputs["regions"], mask
+                model.read(inputs, False)[0], inputs["own_mask"], inputs["regions"], mask
             )
             wanted = (
                 F.binary_cross_entropy(logits.sigmoid(), relevance.clamp(min=0), reduction="none") * known
@@ -463,13 +464,13 @@ def test_supervised_alignment_is_of_posts_with_a_relevance_by_trains_median(fold
     kept = torch.tensor([0, 2, 4])
     regions = unit_length(clean(inputs["regions"], inputs["region_mask"]))[kept]
     text, (own, seen, photos) = (
-        model.read(opening, False)[0][kept],
+        model.read(inputs, False)[0][kept],
         (inputs[key][kept] for key in ("own_mask", "region_mask", "photo_row")),
     )
     alone = model.align["supervised"](text, own, regions, seen, photos, torch.tensor([1, 0, 1]))
     torch.testing.assert_close(losses["supervised"][kept], alone)
     assert not losses["supervised"][[1, 3]].any() and alone[[0, 2]].all() and not alone[1]
-    _, none = model(opening, losses=True)
+    _, none = model(inputs, losses=True)
     assert not none["supervised"].any()
     none["supervised"].sum().backward()
     assert all(p.grad is not None for p in model.align.parameters())
@@ -491,7 +492,7 @@ def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folde
         "region_mask": torch.zeros_like(inputs["region_mask"]),
         "regions": torch.full_like(inputs["regions"], garbage),
     }
-    torch.testing.assert_close(real(model(blind), opening), real(wanted, opening), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(real(model(blind), inputs), real(wanted, inputs), rtol=1e-5, atol=1e-5)
     photo, words = inputs["region_mask"].any(1), inputs["word_starts"] >= 0
     torch.testing.assert_close(
         shown[~photo][words[~photo]], wanted[~photo][words[~photo]], rtol=1e-5, atol=1e-5
@@ -506,7 +507,7 @@ def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folde
 def test_with_a_prefix_batched_is_single_at_any_padding(folders, data_dir, kind):
     model, tokenizer = load(folders, kind, fusion="prefix")
     inputs, rows = posts(tokenizer, data_dir)
-    wanted, weights = model(opening, return_weights=True)
+    wanted, weights = model(inputs, return_weights=True)
     for i, row in enumerate(rows):
         count = max(1, int(inputs["region_mask"][i].sum()))
         photo = {key: inputs[key][i : i + 1] for key in ("regions", "region_mask", "photo_row")}
@@ -566,7 +567,7 @@ WORDS = [*"so excited about Paris today ! RT @fan : BBC again".split(), *PROBE]
 ])  # fmt: skip
 def test_an_encoder_that_cannot_read_soft_tokens_is_one_line(tmp_path, kind, reason):
     build(kind, tmp_path, WORDS)
-    encoder, tokenizer = load_text_encoder(str(tmp_path), SYSTEMS["bert-resnet50"], "ner", 0.1)
+    encoder, tokenizer = load_text_encoder(str(tmp_path), "", "ner", 0.1)
     with pytest.raises(
         ValueError, match=f"^--fusion prefix: here, a {kind}, {reason}.*; take another --text-encoder$"
     ) as error:
@@ -767,7 +768,7 @@ def test_the_median_is_of_posts_with_a_photo(
     demo_notes, encoder_dir, tmp_path, capsys, monkeypatch, data_dir
 ):
     (dataset, path), tokenizer = demo_notes, load_tokenizer(encoder_dir)
-    monkeypatch.setattr(systems, "data_task", lambda *_: "ner")
+    monkeypatch.setattr(train, "data_task", lambda *_: "ner")
     absent = [example.image_id for example in dataset.examples["train"][12:]]
     supervised = ("--align", "supervised=1")
     made = median_of(dataset, path, tokenizer, absent, *supervised)
@@ -822,7 +823,7 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     ids = [example.image_id for example in shown.examples]
 
     def answers(swap):
-        return evaluate.predict(model, shown.showing(swap), config["labels"], 3, "cpu", "float32")
+        return predict_posts(model, shown.showing(swap), config["labels"], 3, "cpu", "float32")
 
     again = answers(None)
     assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
@@ -832,7 +833,7 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     own = [note.get("relevance") for note in rated(dataset)[-8:]]
     assert [r.get("relevance") for r in recorded] == (own if reads else [None] * 8)
     assert ["extra" in r for r in recorded] == [name in ("given", "prefix")] * 8
-    swap = opening.shuffled_photos(ids, shown.cache, 1, shown.notes)
+    swap = shuffled_photos(ids, shown.cache, 1, shown.notes)
     moved = [r.get("relevance") for r in answers(swap)]
     assert (
         moved == ([own[ids.index(swap[i])] for i in ids] if reads else [None] * 8)
@@ -841,9 +842,9 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, name):
     )
     blind = answers(dict.fromkeys(ids))
     assert all(r.get("relevance") is None and not r["photo"] for r in blind)
-    check = evaluate.image_check(folder, "test", 2, "cpu")
-    assert check["photos"] == 8 and evaluate.verdict(config, check).startswith("true - shuffled")
-    assert check["none"]["token"] == pytest.approx(evaluate.score(blind)["token"])
+    check = image_check(folder, "test", 2, "cpu")
+    assert check["photos"] == 8 and verdict(config, check).startswith("true - shuffled")
+    assert check["none"]["token"] == pytest.approx(score(blind)["token"])
 
 
 def test_notes_are_wanted_and_refused_as_with_a_second_segment(runs, demo_notes, tmp_path):
@@ -869,7 +870,7 @@ def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir
         for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True)
     }
     shown = opening.open_run(folder, "test", "cpu")[-1]
-    swap = opening.shuffled_photos(list(own), shown.cache, 1337, shown.notes)
+    swap = shuffled_photos(list(own), shown.cache, 1337, shown.notes)
     records = read_predictions(folder / "predictions-test.jsonl")
     assert [record["relevance"] for record in records] == [
         own[swap[record["image_id"]]] for record in records

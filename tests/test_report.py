@@ -25,15 +25,16 @@ import train
 from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
-from parts import opening
 from parts.backbones import load_processor
 from parts.files import write_json, write_json_lines
 from parts.notes import EXTRAS, Segments, read_notes
-from parts.report_data import place_maps, seen_part, thumbnail
-from parts.runs import load_run
+from parts.photos import thumbnail
+from parts.report_data import place_maps, seen_part
+from parts.run_files import load_run
 from parts.scores import entity_spans, score
 from parts.text_encoder import load_tokenizer
 from report import compare_spans, relation_kind, score_tables
+from parts import opening
 
 RUNS = {  # name: (data set, what to add to a quick run's arguments)
     "film": ("demo", ["--fusion", "film"]),
@@ -286,7 +287,12 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
 def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path, name, monkeypatch):
     """With second segments: those change the tiny models' attention too little for `test_maps` to see."""
     looked_at = []
-    monkeypatch.setattr(opening, "collate", lambda rows, *more: looked_at.extend(rows) or collate(rows, *more))
+
+    def look(rows, *more):
+        looked_at.extend(rows)
+        return collate(rows, *more)
+
+    monkeypatch.setattr("parts.posts.collate", look)
     page_of(runs[name], tmp_path / "page.html")
     split, records = predictions(runs[name])
     posts = opening.open_run(runs[name], split, "cpu")[-1]

@@ -10,7 +10,7 @@ from test_train import json_lines, run
 
 import train
 from parts import runs
-from parts.runs import load_run
+from parts.run_files import load_run
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,8 @@ def test_a_begun_run_is_told_to_take_another_folder_first(flags, folder):
 @pytest.mark.parametrize("option, part", [
     ("--lr 1e-5", "lr1e-05"), ("--fusion-lr 0.01", "fusion-lr0.01"), ("--epochs 3", "epochs3"),
     ("--batch-size 32", "batch32"), ("--photo-dropout 0", "photo-dropout0"), ("--max-len 64", "len64"),
-    ("--dropout 0.2", "dropout0.2"), ("--img-size 256", "img256"), ("--no-augment", "no-augment"), ("--precision float32", "float32"),
+    ("--dropout 0.2", "dropout0.2"), ("--img-size 256", "img256"), 
+    ("--no-augment", "no-augment"), ("--precision float32", "float32"),
     ("--weight-decay 0", "decay0"), ("--warmup-ratio 0", "warmup0"), ("--max-grad-norm inf", "norminf"),
     ("--lr 3e-5 --max-len 128 --heads 8 --fusion cross-attention", "cross-attention"),
 ])  # fmt: skip

@@ -13,9 +13,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
 from data import NerExample, RelationExample
-from evaluate import check_row, main, type_changes, verdict
+from evaluate import main
+from parts.checks import check_row, type_changes, verdict
 from parts.files import write_json_lines
-from parts.opening import shuffled_photos
+from parts.posts import shuffled_photos
 from parts.scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
 from parts.scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
 

@@ -18,6 +18,7 @@ from parts.scores import main_score, read_predictions
 
 DEMO = "epochs15-lr0.001-fusion-lr0.001-img96"  # what tables.py sets for the demo, in a run's name
 
+
 @pytest.fixture(scope="module")
 def place(data_dir, tmp_path_factory):
     """A folder with data/ and features/, as a user has them."""
@@ -164,7 +165,7 @@ def test_rows_are_run_once_and_written_thrice(place, monkeypatch, capsys):
     config = json.loads((true / "config.json").read_text())
     (true / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
     with pytest.raises(
-        ValueError, match=f"film-{DEMO}-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"
+        ValueError, match=f"{DEMO}-s1 is another run, lr .its: 0.5, this row.s: 0.001.; name another folder"
     ):
         tables.main(["--only", "demo/film", "--seeds", "1"])
     # A row that is not asked for does not stop the others.

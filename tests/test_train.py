@@ -25,16 +25,16 @@ import report
 import train
 from data import load_dataset
 from encoding import collate, encode
-from evaluate import predict
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
-from parts import opening
-from parts import model
-from parts.console import lock
-from parts.opening import Posts, open_run, shuffled_photos
-from parts.runs import load_run
+from parts.opening import open_run
+from parts.posts import Posts, predict_posts, shuffled_photos
+from parts.processes import lock
+from parts.run_files import load_run
 from parts.scores import entity_spans, main_score, read_predictions, score
+from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder
+from parts import model, opening
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
     rows, _ = encode(tokenizer, examples["valid"], config["labels"], config["max_len"])
     cache = FeatureCache(config["features"]) if fusion != "none" else None
     posts = Posts(examples["valid"], rows, tokenizer.pad_token_id, cache)
-    again = predict(model, posts, config["labels"], 3, "cpu", "float32")
+    again = predict_posts(model, posts, config["labels"], 3, "cpu", "float32")
     assert [r["predicted"] for r in again] == [
         r["predicted"] for r in read_predictions(folder / "predictions-valid.jsonl")
     ]
@@ -135,8 +135,8 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
             return made
 
     plain = run(flags, tmp_path / "plain", "--fusion", "film", "--epochs", 1)
-    system = model.SYSTEMS["bert-resnet50"]
-    monkeypatch.setitem(model.SYSTEMS, "bert-resnet50", replace(system, model=More))
+    system = SYSTEMS["bert-resnet50"]
+    monkeypatch.setitem(SYSTEMS, "bert-resnet50", replace(system, model=More))
     more = run(flags, tmp_path / "more", "--fusion", "film", "--epochs", 1, "--model", "bert-resnet50")
     (line,), (without,) = json_lines(more / "log.jsonl"), json_lines(plain / "log.jsonl")
     assert line["loss_small"] == pytest.approx(sum(More.small) / 24, rel=1e-5) and "loss_small" not in without
@@ -174,7 +174,7 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
             return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.SYSTEMS, "bert-resnet50", replace(model.SYSTEMS["bert-resnet50"], model=Watched))
+        patch.setitem(SYSTEMS, "bert-resnet50", replace(SYSTEMS["bert-resnet50"], model=Watched))
         more = (
             "--model", "bert-resnet50", "--fusion", "film",
             "--align", "contrastive=0.1", "matching=0.5", "local=2", "--dropout", 0,
@@ -285,7 +285,7 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
 
 def test_words_are_aligned_with_both_finer_scales_of_a_pyramid(data_dir, cache_dir, encoder_dir):
     dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), model.SYSTEMS["bert-resnet50"], "ner", 0.0)
+    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "ner", 0.0)
     config = {"task": "ner", "labels": dataset.labels, "fusion": "pyramid", "decoder": "softmax", "heads": 8,
               "dropout": 0, "align": {"local": 1, "contrastive": 1}, "region_dim": cache.region_dim,
               }  # fmt: skip
@@ -573,9 +573,9 @@ def test_test_is_scored_once_with_the_best_epoch(flags, tmp_path, monkeypatch):
 
     def watched(model, posts, *args):
         calls.append(posts.examples[0].id.split("_")[0])
-        return predict(model, posts, *args)
+        return predict_posts(model, posts, *args)
 
-    monkeypatch.setattr(train, "predict", watched)
+    monkeypatch.setattr(train, "predict_posts", watched)
     run(flags, tmp_path / "run", "--epochs", 3)
     assert calls == ["valid"] * 3 + ["valid", "test"]
 
@@ -697,7 +697,7 @@ def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeyp
     model, tokenizer, _ = load_run(folder)
     rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], config["max_len"])
     posts = Posts(dataset.examples["test"], rows, 0, cache, swap=wrong["test"])
-    again = predict(model, posts, config["labels"], 1, "cpu", "float32")
+    again = predict_posts(model, posts, config["labels"], 1, "cpu", "float32")
     assert [r["probability"] for r in again] == [r["probability"] for r in records]
     evaluate.main(["--image-check", "--run", str(folder)])
     assert "trained on shuffled photos" in capsys.readouterr().out
@@ -817,8 +817,7 @@ def test_resume_after_the_data_changed_shows_what_differs(flags, tmp_path, data_
 def test_a_run_in_bfloat16_answers_in_float32_on_a_cpu(flags, tmp_path, monkeypatch):
     folder, used = run(flags, tmp_path / "run", "--precision", "bfloat16", "--epochs", 1), []
     monkeypatch.setattr(
-        evaluate,
-        "autocast",
+        "parts.posts.autocast",
         lambda device, precision: used.append(precision) or torch.autocast("cpu", enabled=False),
     )
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", "--device", "cpu"])
@@ -1122,5 +1121,6 @@ def test_the_photo_is_what_tells(tmp_path, capsys):
     model, tokenizer, config = load_run(tmp_path / "film")
     rows, _ = encode(tokenizer, examples, config["labels"], 128)
     swap = shuffled_photos([example.image_id for example in examples], cache, 0)
-    again = predict(model, Posts(examples, rows, 0, cache, swap=swap), config["labels"], 12, "cpu", "float32")
+    shown = Posts(examples, rows, 0, cache, swap=swap)
+    again = predict_posts(model, shown, config["labels"], 12, "cpu", "float32")
     assert main_score(score(again)) == scores["film"]["shuffled"][0]

@@ -30,9 +30,9 @@ from transformers import Qwen2VLVideoProcessor
 
 import write_notes
 from data import DATASETS, load_dataset
-from parts import chat
 from parts.chat import Endpoint, Local
 from write_notes import AGAIN, ASKED, DIGITS, fill_prompt, read_answer
+from parts import chat
 
 GOOD = {"about_post": "Jordan (person)", "about_photo": "a face", "relevance": 0.5, "phrases": ["man", "hat"]}
 END, PAD, *REST = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>",

@@ -24,10 +24,10 @@ import train
 from crf import Crf
 from encoding import to_device
 from features import FeatureCache
-from parts import console
-from parts.console import alone_in, bounded, command_line, dataset_name, fit_threads, join_processes, lock
-from parts.console import out_of_memory, pick_precision, progress_bar
-from parts.runs import read_config
+from parts.console import bounded, command_line, dataset_name, progress_bar
+from parts.processes import alone_in, fit_threads, join_processes, lock, out_of_memory, pick_precision
+from parts.run_files import read_config
+from parts import console, processes
 
 COMMANDS = ["train.py", "evaluate.py", "extract_features.py", "predict.py", "report.py", "write_notes.py",
             "examples/own.py", "examples/predict_ray.py", "examples/predict_spark.py"]  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_small_model_takes_one_thread_and_a_large_one_all(monkeypatch):
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(console, "all_threads", lambda: 4)
+    monkeypatch.setattr(processes, "all_threads", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     small, large = torch.nn.Linear(9, 9), torch.nn.Linear(3000, 2000, device="meta")
     assert [fit_threads(small), fit_threads(large), fit_threads(large), fit_threads(small)] == [1, 4, 4, 1]
@@ -131,7 +131,7 @@ def test_a_process_touches_no_gpu_but_its_own(monkeypatch, together, asked, touc
     looked, current = [], []
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value) if together else monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(console, "check_device", looked.append)
+    monkeypatch.setattr(processes, "check_device", looked.append)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
@@ -384,14 +384,14 @@ def test_the_heap_is_kept():
     code = f"""
 import resource, torch
 import sys; sys.path.insert(0, {str(PROJECT)!r})
-from parts.console import keep_heap
+import parts.processes
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.zeros(12_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = faults()
-keep_heap(); torch.zeros(12_000_000)
+parts.processes.keep_heap(); torch.zeros(12_000_000)
 print(given_back, faults())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

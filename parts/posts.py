@@ -1,0 +1,143 @@
+"""A split of a data set as a model sees it, with photos, notes and second pictures; and the answers for it.
+
+    batch = posts.batch([0, 1, 2])
+    records = predict_posts(model, posts, labels, batch_size, device, precision)
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from encoding import collate, length_batches, to_device
+from features import FeatureCache
+from parts.console import progress_bar
+from parts.notes import Notes
+from parts.processes import autocast
+from parts.scores import seen_spans
+
+
+@dataclass
+class Posts:
+    """The posts of one split with all that is shown with them.
+
+    `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `FeatureCache` of the photos and
+    that of second pictures; `notes`: the `Notes` that are attached to the rows; each None where there is
+    none. `swap`: {image id: the one to show in its place, None for no photo}; None: each post is shown its
+    own photo.
+    """
+
+    examples: list
+    rows: list
+    pad_id: int
+    cache: FeatureCache | None = None
+    notes: Notes | None = None
+    generated: FeatureCache | None = None
+    swap: dict | None = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def showing(self, swap):
+        """The same posts with other photos."""
+        return dataclasses.replace(self, swap=swap)
+
+    def part(self, chosen):
+        """Some of the posts, by their numbers."""
+        rows, examples = ([side[i] for i in chosen] for side in (self.rows, self.examples))
+        return dataclasses.replace(self, rows=rows, examples=examples)
+
+    def shown(self, i, hidden=False):
+        """(id of the photo that post `i` is shown, or None; its row, with the notes that go with it)."""
+        photo = self.examples[i].image_id
+        if self.swap is not None:
+            photo = self.swap[photo]
+        if hidden:
+            photo = None
+        return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
+
+    def lengths(self):
+        """Sub-tokens of each post, notes included: posts of like length share a batch."""
+        return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
+
+    def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
+        """What a model reads of some posts, by their numbers: `collate`, with what the feature caches read.
+
+        `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
+        second picture is read, None for the first. `pictures` False: neither of them is shown.
+        """
+        hidden = [False] * len(chosen) if hidden is None else hidden
+        shown = [self.shown(i, hide or not pictures) for i, hide in zip(chosen, hidden, strict=True)]
+        photos, rows = zip(*shown, strict=True)
+        batch = collate(rows, self.pad_id)
+        if self.cache:
+            batch |= self.cache.read(photos, views)
+        if self.generated:  # made from the text, it stays with its post whatever photo is shown
+            ids = [self.examples[i].image_id if pictures else None for i in chosen]
+            batch |= self.generated.read_generated(ids, second_views)
+        return batch
+
+
+def predict_posts(model, posts, labels, batch_size, device, precision, known=(), name=""):
+    """Predictions for `Posts`, one record a post, in their order.
+
+    `known`: the `mentions` of train. `name`: what a progress bar over the posts is called; none without. A
+    word the model has no state for (cut off, or no sub-token) is answered `O` with probability null.
+    """
+    model.eval()
+    records = [None] * len(posts)
+    bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
+    with bar, torch.inference_mode(), autocast(device, precision):
+        for chosen in length_batches(posts.lengths(), batch_size):
+            best, probability = model.answer(to_device(posts.batch(chosen), device))
+            for i, answer, chance in zip(chosen, best.tolist(), probability.tolist(), strict=True):
+                records[i] = record_of(posts, i, answer, chance, labels, known)
+            bar.update(len(chosen))
+    return records
+
+
+def record_of(posts, i, answer, chance, labels, known):
+    """What is kept of the prediction for post `i`.
+
+    `answer`: label indices of its words, or one index; `chance`: their probabilities.
+    """
+    example, (photo, row) = posts.examples[i], posts.shown(i)
+    record = {"id": example.id, "image_id": example.image_id, "words": list(example.words)}
+    if posts.cache is not None:
+        record["photo"] = photo is not None and posts.cache.has_photo(photo)
+    if posts.generated is not None:
+        record["generated"] = posts.generated.has_photo(example.image_id)
+    if posts.notes is not None and posts.notes.segments:
+        record["extra"] = "text_length" in row
+    if posts.notes is not None and posts.notes.relevance:
+        record["relevance"] = row.get("relevance")  # the one given, None where none is
+    if "word_starts" not in row:
+        record |= {"head": list(example.head), "tail": list(example.tail), "gold": example.label}
+        return record | {"predicted": labels[answer], "probability": round(chance, 6)}
+    reached = [start >= 0 for start in row["word_starts"]]
+    words = list(zip(reached, answer, chance, strict=False))  # the batch is as wide as its longest post
+    record["gold"] = list(example.labels)
+    record["predicted"] = [labels[k] if ok else "O" for ok, k, _ in words]
+    record["probability"] = [round(p, 6) if ok else None for ok, _, p in words]
+    return record | {"seen": seen_spans(record["words"], known)}
+
+
+def shuffled_photos(image_ids, cache, seed, notes=None):
+    """{image id: another post's image id}, by one random cycle through the photos: none stays where it was.
+
+    Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes
+    have of one. An id without a photo keeps having none; a lone photo has no other to change with.
+    """
+    known = [source for source in (cache, notes) if source is not None]
+    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
+    order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
+    return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+def cut_train(dataset, share, seed):
+    """Keep a share of a data set's training posts, drawn by the seed, in their order."""
+    posts = dataset.examples["train"]
+    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
+    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]

@@ -1,0 +1,312 @@
+"""A run's folder, read: it may be a stranger's, so nothing of it is run and all is looked at first.
+
+    model, tokenizer, config = load_run("runs/twitter2017-roberta-resnet50-film-s1337")
+
+That takes config.json, encoder/ (the text encoder's configuration and tokenizer) and model.safetensors.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import stat
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_model
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoModel
+
+from fusion import FUSIONS
+from parts.console import first_line, in_users_layer
+from parts.model import LEFT_OUT
+from parts.processes import out_of_memory
+from parts.systems import SYSTEMS
+from parts.text_encoder import drop_pooler, load_tokenizer
+
+# A run may be a stranger's: nothing of it is run, nothing outside of it is read, and all is looked at first.
+MOST_BYTES = 2**24  # of a configuration
+MOST_LAYERS = 10_000
+TEXT = (lambda value: isinstance(value, str), "text")
+FLAG = (lambda value: isinstance(value, bool), "true or false")
+SETTINGS = (lambda value: isinstance(value, dict), "an object")
+
+
+def number(kinds, low, high):
+    """A row of `KEYS`: a number of one of some types, from `low` to `high`; NaN is none."""
+    whole = "a whole number" if kinds == (int,) else "a number"
+    return lambda value: type(value) in kinds and low <= value <= high, f"{whole} from {low:g} to {high:g}"
+
+
+def one_of(*values):
+    return lambda value: value in values, f"one of {', '.join(map(str, values))}"
+
+
+def or_null(fits, wanted):
+    return lambda value: value is None or fits(value), f"{wanted}, or null"
+
+
+def named_weights(value):
+    return isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values())
+
+
+def told(*keys):
+    """A row of `KEYS`: an object with text under `keys`."""
+    return (
+        lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys),
+        f"an object with {', '.join(keys)}",
+    )
+
+
+def made_features(value):
+    """Whether a value says how the features of a photo are made."""
+    (fits, _), (size, _) = told("backbone", "weights", "sha256"), number((int,), 1, 4096)
+    if not fits(value) or value["backbone"] not in {system.backbone for system in SYSTEMS.values()}:
+        return False
+    return size(value.get("img_size", 1)) and SEED[0](value.get("seed", 0))
+
+
+SEED = number((int,), 0, 2**32)
+COUNT, AMOUNT = number((int,), 1, 10**6), number((int, float), 0, 1e9)
+# Per key of config.json that anything reads again: whether a value is one, and what it has to be.
+KEYS = {
+    "dataset": TEXT, "data_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT, "model": TEXT,
+    "task": one_of("ner", "relation"),
+    "labels": (
+        lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
+        "a list of labels",
+    ),
+    "fusion": or_null(*TEXT),
+    "decoder": one_of("softmax", "crf", "visual-crf"),
+    "heads": or_null(*COUNT), "dropout": number((int, float), 0, 1), "region_dim": or_null(*COUNT),
+    "features": or_null(*TEXT), "features_made": or_null(made_features, "what a feature file says of itself"),
+    "generated": or_null(*TEXT), "generated_made": or_null(*told("sha256")), "notes": or_null(*TEXT),
+    "notes_sha256": or_null(*TEXT), "extra": one_of("none", "post", "photo", "both"), "extra_len": COUNT,
+    "shuffle_notes": FLAG, "shuffle_photos": FLAG, "train_share": number((int, float), 0, 1),
+    "align": (named_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
+    "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
+    "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
+    "precision": one_of("auto", "float32", "bfloat16"),
+}  # fmt: skip
+
+
+OF_LOG = ("epoch", "loss", "valid_main_f1", "valid_accuracy", "best_epoch")
+
+
+def read_bytes(path, most=1):
+    """The first `most` bytes of a regular file; what the system says of another names it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: no regular file; restore it")
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_object(path):
+    """The JSON object in a file of a run; ValueError if there is none."""
+    text = read_bytes(path, MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, so no configuration; restore it")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON ({first_line(error)})"
+        raise ValueError(f"{path}: {reason}; restore it or train the run again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not the configuration of anything (no JSON object); restore it")
+    return value
+
+
+def read_config(run_dir):
+    """A run's config.json as a dict; ValueError if a value is of a wrong kind."""
+    path = Path(run_dir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
+        )
+    config = read_object(path)
+    if not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
+        raise ValueError(f"{path}: not the configuration of a run of train.py; name another folder")
+    config = LEFT_OUT | config
+    for key, (fits, wanted) in KEYS.items():
+        if key in config and not fits(config[key]):
+            raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
+    return config
+
+
+def read_log(run_dir):
+    """The lines of a run's log.jsonl, a dict each; ValueError names a line that is no line of a log."""
+    path, lines = Path(run_dir) / "log.jsonl", []
+    for number, text in enumerate(read_bytes(path, 16 * MOST_BYTES).splitlines(), 1):
+        try:
+            line = json.loads(text)
+            whole = all(type(value) in (int, float) and math.isfinite(value) for value in line.values())
+            whole = whole and {*OF_LOG} <= line.keys() and 1 <= line["best_epoch"] <= 10**6
+        except (ValueError, RecursionError, AttributeError):
+            whole = False
+        if not whole:
+            wanted = f"an object of numbers with {', '.join(OF_LOG)}"
+            raise ValueError(f"{path}:{number}: no line of a log, which is {wanted}; restore it")
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path}: no epoch in it; restore it")
+    return lines
+
+
+def read_image_check(path):
+    """What `evaluate.py --image-check` stored, a dict; ValueError if it is anything else."""
+    check = read_object(path)
+    try:
+        scores = [metrics[{"ner": "entity", "relation": "relation"}[metrics["task"]]]["f1"]
+                  for metrics in (check["true"], check["none"], *check["shuffled"])]  # fmt: skip
+        found = check["bootstrap"] or {}
+        scores += [found.get(key, 0) for key in ("difference", "low", "high")]
+        whole = len(check["shuffled"]) > 0 and type(check["photos"]) is int
+        whole = whole and all(type(value) in (int, float) and -1 <= value <= 1 for value in scores)
+        whole = whole and (bool(found) or check["photos"] < 2)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not what evaluate.py --image-check writes; run that again")
+    return check
+
+
+def encoder_settings(value, key=""):
+    """An encoder's configuration without what chooses kernels: those named there may come from a hub.
+
+    ValueError at more layers than there are, and at timm's kinds, which ask a hub of their own.
+    """
+    if isinstance(value, list):
+        return [encoder_settings(item, key) for item in value]
+    if isinstance(value, dict):
+        return {k: encoder_settings(v, k) for k, v in value.items() if "implementation" not in k}
+    if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+        raise ValueError(f"{key} is {value}")
+    if key == "model_type" and (value not in CONFIG_MAPPING or "timm" in value):
+        raise ValueError(f"model_type is {value!r:.60}")
+    return value
+
+
+def read_encoder(folder, checkpoint):
+    """(configuration, tokenizer) of the text encoder in a run's folder; `checkpoint`: its `System`'s."""
+    settings = encoder_settings(read_object(folder / "config.json"))
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING or kind != {"blip": "blip_text_model"}.get(checkpoint, checkpoint or kind):
+        raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r:.60}")
+    if (folder / "tokenizer_config.json").exists():
+        for key, value in read_object(folder / "tokenizer_config.json").items():
+            if key.endswith("_file") and isinstance(value, str) and os.path.basename(value) != value:
+                raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} is outside of it")
+    return CONFIG_MAPPING[kind].from_dict(settings), load_tokenizer(folder, local_files_only=True)
+
+
+def build(encoder_config, config):
+    """The model of a run, as its configuration says."""
+    if encoder_config.model_type == "blip_text_model":  # the one that AutoModel does not know
+        encoder = transformers.BlipTextModel(encoder_config)
+    else:
+        encoder = AutoModel.from_config(encoder_config, dtype=torch.float32, trust_remote_code=False)
+    drop_pooler(encoder)
+    return SYSTEMS[config["model"]].model(encoder, config)
+
+
+def check_weights(path, encoder_config, config):
+    """ValueError unless a safetensors file holds the model of a run; nothing is allocated for that."""
+    with safe_open(path, "pt") as file:
+        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    thread, count = threading.get_ident(), itertools.count()
+
+    def stop(*_):
+        if threading.get_ident() == thread and next(count) > 2 * len(held) + 100:
+            raise ValueError(f"its configuration has far more than the {len(held)} tensors of {path.name}")
+
+    hook = register_module_parameter_registration_hook(stop)
+    try:
+        with torch.device("meta"), NoDraws():
+            model = build(encoder_config, config)
+    finally:
+        hook.remove()
+    wanted = model.state_dict(keep_vars=True)
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if size > 2 * path.stat().st_size + 2**28:
+        raise ValueError(f"its configuration takes {size:,} bytes, far more than {path.name}")
+    shared = {id(wanted[name]) for name in held.keys() & wanted.keys()}  # one of several names is saved
+    for name in sorted(held.keys() | wanted.keys()):
+        shape = tuple(wanted[name].shape) if name in wanted else None
+        if held.get(name) != shape and not (name not in held and id(wanted[name]) in shared):
+            sides = f"{held.get(name, 'missing')} in {path.name}, {shape or 'missing'} by its configuration"
+            raise ValueError(f"{name} is {sides}")
+
+
+class NoDraws(TorchFunctionMode):
+    """In this context nothing is drawn in place: weights that are loaded next need no start at random."""
+
+    names = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in self.names:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_run(run_dir, device="cpu"):
+    """(model in eval mode, tokenizer, config) of a run, from its folder alone.
+
+    ValueError or FileNotFoundError if it is broken. What the system says of a file is an OSError.
+    """
+    run_dir = Path(run_dir)
+    config, weights = read_config(run_dir), run_dir / "model.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{run_dir}: no model.safetensors: no epoch ended; go on with --resume")
+    if not (run_dir / "encoder" / "config.json").exists():
+        raise FileNotFoundError(f"{run_dir}: no encoder/config.json, of the text encoder; restore it")
+    for path in (weights, *(run_dir / "encoder").iterdir()):
+        if not path.is_dir():
+            read_bytes(path)
+    for key, known in (("model", SYSTEMS), ("fusion", (None, "prefix", *FUSIONS))):
+        if config[key] not in known:
+            raise ValueError(
+                f"{run_dir}: its {key}, {config[key]!r:.60}, is not known here; call the script that"
+                " registers it (examples/own.py does so)"
+            )
+    try:
+        encoder_config, tokenizer = read_encoder(run_dir / "encoder", SYSTEMS[config["model"]].checkpoint)
+        check_weights(weights, encoder_config, config)
+        with NoDraws():
+            model = build(encoder_config, config)
+        load_model(model, str(weights))
+        for name, parameter in model.named_parameters():
+            if not parameter.sum().isfinite() and not parameter.isfinite().all():
+                raise ValueError(f"{name} has numbers that are not finite")
+    except Exception as error:  # any: tokenizers and transformers raise plain ones at broken files
+        if in_users_layer(traceback.extract_tb(error.__traceback__)):
+            raise
+        system = re.search(r"os error (\d+)", str(error))
+        if system:  # as libraries in Rust say what the system said
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(run_dir)) from None
+        if out_of_memory(error) or getattr(error, "errno", None):
+            raise
+        reason = f"the run does not load ({first_line(error)}); restore its files or train it again"
+        raise ValueError(f"{run_dir}: {reason}") from None
+    return model.eval().to(device), tokenizer, config
+
+
+def predictions_file(run, split):
+    """The file of a run's predictions, of the test split where `split` is None and there is one."""
+    read_config(run)
+    split = split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
+    path = run / f"predictions-{split}.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: not there; the run did not finish, or its data set has no {split} file"
+        )
+    return path
