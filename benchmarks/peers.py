@@ -44,6 +44,7 @@ import extract_features
 import train
 from data import load_dataset
 from encoding import IGNORE, collate, encode, length_batches, to_device
+from parts.posts import Posts as Split
 from parts.checks import paired_bootstrap
 from parts.console import bounded, command_line
 from parts.model import TextRegions
@@ -277,7 +278,7 @@ def whole_runs(args, place):
     records, taken = {name: {split: [] for split in splits} for name in ("ours", *STRATEGIES.values())}, {}
 
     def answers(split):
-        shown = Posts(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
+        shown = Split(examples[split], posts.rows[split], posts.tokenizer.pad_token_id)
         size = posts.settings.eval_batch_size
         return predict_posts(scored, shown, posts.labels, size, device, "float32", known)
 
@@ -331,7 +332,7 @@ def label_words(predictor, examples, precision):
     """(rows, records) of a run's answers to examples, in a precision."""
     labels = predictor.config["labels"]
     rows, _ = encode(predictor.tokenizer, examples, labels, predictor.config["max_len"])
-    posts = Posts(examples, rows, predictor.tokenizer.pad_token_id)
+    posts = Split(examples, rows, predictor.tokenizer.pad_token_id)
     return rows, predict_posts(predictor.model, posts, labels, 12, predictor.device, precision)
 
 

@@ -43,6 +43,7 @@ from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa:
 from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
+from parts.posts import Posts as Split  # noqa: E402
 from parts.backbones import load_backbone  # noqa: E402
 from parts.console import command_line  # noqa: E402
 from parts.files import write_json  # noqa: E402
@@ -562,7 +563,7 @@ def growth(args, place):
 
         steps = in_turn({"step": step}, min(24, len(batches) - 1))["step"]
         began = time.perf_counter()
-        posts = Posts(train, rows, tokenizer.pad_token_id, cache)
+        posts = Split(train, rows, tokenizer.pad_token_id, cache)
         predict_posts(training.model, posts, dataset.labels, 12, "cpu", "float32")
         grown[size] = {
             "extraction, bookkeeping": written, "start-up, data": start,
