@@ -225,6 +225,12 @@ def check_finite(first_bad, posts, batches, epoch, args):
     )
 
 
+def versions():
+    """{name: version} of what computes."""
+    modules = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
+    return modules | {"python": platform.python_version()}
+
+
 def tell_parameters(model, args):
     """{part of the model: its parameters; threads}, and on the console how many of them are trained."""
     found = {}
@@ -262,6 +268,63 @@ def share(posts, chosen, drawn, rank, processes):
     return posts.batch([chosen[i] for i in mine], **drawn, pictures=bool(weight)), weight
 
 
+def train_step(model, losses, optimizer, scheduler, weight, labelled, posts, args):
+    """One step of all processes, of the `losses` {name: [B]} of this one; returns (sum of each, norm).
+
+    `weight`: 0 for a process that had no post; `labelled`, `posts`: labels and posts of the whole batch. The
+    norm is that of the gradients before they are clipped.
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    summed = torch.stack([losses[name].sum() for name in model.loss_weights])
+    # Gradients are averaged over processes, hence times their number.
+    loss = model.total(summed, labelled, posts) * (weight * processes)
+    loss.backward()
+    if scheduler.last_epoch == 0:  # the run's first step
+        check_all_train(model, optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    summed = summed.detach() * weight
+    if processes > 1:
+        torch.distributed.all_reduce(summed)
+    return summed, norm
+
+
+def log_epoch(progress, model, loss_sum, labelled, posts, metrics, seconds):
+    """Add an epoch to the `progress` of a run; returns whether it is the best so far, and a line on it.
+
+    `loss_sum`: of each loss over the `posts` of train; `labelled`: labels among them; `seconds`: of training
+    and scoring.
+    """
+    main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
+    best, epoch = main_f1 > progress["best"], progress["epoch"]
+    if best:
+        progress |= {"best": main_f1, "best_epoch": epoch}
+    sums = dict(zip(model.loss_weights, loss_sum.tolist(), strict=True))
+    log = {"epoch": epoch, "loss": sums.pop("labels") / max(1, labelled)}  # a label's; others: a post's
+    log |= {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
+    log |= {f"loss_{name}": value / posts for name, value in sums.items()}
+    progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
+    progress["timing"].append({"epoch": epoch, "train_s": seconds[0], "valid_s": seconds[1]})
+    name = "entity" if metrics["task"] == "ner" else "micro"
+    return best, f"loss {log['loss']:.4f}  valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"
+
+
+def score_splits(dataset, answers, run_dir, epoch, prints, rank):
+    """Score valid and test with the weights of the best epoch: records and metrics into the run's folder."""
+    for split in ("valid", "test"):
+        if split not in dataset.examples:
+            print(f"{dataset.name} has no {split} file: no {split} scores")
+            continue
+        records = answers(split)
+        metrics = score(records) | {"data": prints[split]}
+        if rank == 0:
+            write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
+            write_json(run_dir / f"metrics-{split}.json", metrics)
+        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {epoch}"))
+
+
 def run(args, stack):
     """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
     keep_heap()
@@ -269,22 +332,15 @@ def run(args, stack):
     args.precision, run_dir = pick_precision(args.precision, device), Path(args.run_dir)
     check_folder(run_dir, args)
     if processes > 1 and "local" in args.align:
-        raise ValueError(
-            "--align local: it needs all posts of a batch in one process; run it without torchrun"
-        )
+        raise ValueError("--align local: needs all posts of a batch in one process; leave torchrun out")
     torch.manual_seed(args.seed)
     dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)
-    versions = {module.__name__: str(module.__version__) for module in (torch, transformers, np)}
-    config = vars(args) | facts | {
-        "versions": versions | {"python": platform.python_version()},
-        "processes": processes,
-    }  # fmt: skip
+    config = vars(args) | facts | {"versions": versions(), "processes": processes}
     model = SYSTEMS[args.model].model(encoder, config).to(device)
     config |= tell_parameters(model, args)
     parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if processes > 1 else model
-    # Fused is one pass over memory: 7 times as fast.
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)
-    train = posts["train"]
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass: 7 times as fast
+    train, known = posts["train"], mentions(dataset.examples["train"])
     lengths = train.showing(None).lengths()  # with own photos: a control has the batches of the run itself
     labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in train.rows])  # of each post
     steps = args.epochs * len(length_batches(lengths, args.batch_size))
@@ -292,8 +348,6 @@ def run(args, stack):
     folder = begin(args, config, encoder, tokenizer, rank, processes, stack)
     if folder is None:  # finished
         return run_dir
-
-    known = mentions(dataset.examples["train"])
 
     def answers(split):
         mine = posts[split].part(range(rank, len(posts[split]), processes))
@@ -325,24 +379,10 @@ def run(args, stack):
             if processes > 1:  # dropout of its own for each, the same again after --resume
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
 
+            count = int(labels[chosen].sum())
             with autocast(device, args.precision):
                 _, losses = parallel(batch, losses=True)  # {name: [B]}
-            summed = torch.stack([losses[name].sum() for name in model.loss_weights])
-            # Over the labels and posts of the whole batch; gradients are then averaged over processes, hence
-            # times their number.
-            count = int(labels[chosen].sum())
-            loss = model.total(summed, count, len(chosen)) * (weight * processes)
-            loss.backward()
-            if scheduler.last_epoch == 0:  # the run's first step
-                check_all_train(model, optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-
-            summed = summed.detach() * weight
-            if processes > 1:
-                torch.distributed.all_reduce(summed)
+            summed, norm = train_step(model, losses, optimizer, scheduler, weight, count, len(chosen), args)
             loss_sum, labelled = loss_sum + summed, labelled + count
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
             bar.update(len(chosen))
@@ -359,47 +399,25 @@ def run(args, stack):
         bar.close()
         trained = time.perf_counter()
         metrics = score(answers("valid"))
-        main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
-        kept = main_f1 > progress["best"]
-        if kept:
-            progress |= {"best": main_f1, "best_epoch": epoch}
-            if rank == 0:
+        seconds = trained - started, time.perf_counter() - trained
+        best, message = log_epoch(progress, model, loss_sum, labelled, len(train), metrics, seconds)
+        if rank == 0:
+            if best:
                 save_weights(model, folder)
-        sums = dict(zip(model.loss_weights, loss_sum.tolist(), strict=True))
-        log = {"epoch": epoch, "loss": sums.pop("labels") / max(1, labelled)}  # a label's; others: a post's
-        log |= {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
-        log |= {f"loss_{name}": value / len(train) for name, value in sums.items()}
-        progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
-        timing = {"epoch": epoch, "train_s": trained - started, "valid_s": time.perf_counter() - trained}
-        progress["timing"].append(timing)
-        for name in ("log", "timing") if rank == 0 else ():
-            write_json_lines(folder / f"{name}.jsonl", progress[name])
-        if rank == 0 and folder != run_dir:  # it has something to show now: the old run makes room
-            folder = settle(run_dir)
-        print(
-            f"epoch {epoch}/{args.epochs}  loss {log['loss']:.4f}  valid"
-            f" {'entity' if dataset.task == 'ner' else 'micro'} F1 {main_f1:.4f}, accuracy {accuracy:.4f} "
-            f" {(len(train) - done) / timing['train_s']:.1f} posts/s{'  (best)' if kept else ''}",
-            flush=True,
-        )
+            for name in ("log", "timing"):
+                write_json_lines(folder / f"{name}.jsonl", progress[name])
+            if folder != run_dir:  # it has something to show now: the old run makes room
+                folder = settle(run_dir)
+        rate = f"{(len(train) - done) / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
+        print(f"epoch {epoch}/{args.epochs}  {message}  {rate}", flush=True)
         progress |= {"epoch": epoch + 1} | begun
         if rank == 0 and time.monotonic() >= first_minute:
             save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
             due = time.monotonic() + args.save_every
 
     wait_for_all(processes)
-    # The best epoch on valid; test is scored once, with it.
-    load_model(model, str(run_dir / "model.safetensors"))
-    for split in ("valid", "test"):
-        if split not in posts:
-            print(f"{dataset.name} has no {split} file: no {split} scores")
-            continue
-        records = answers(split)
-        metrics = score(records) | {"data": config["data"][split]}
-        if rank == 0:
-            write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
-            write_json(run_dir / f"metrics-{split}.json", metrics)
-        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {progress['best_epoch']}"))
+    load_model(model, str(run_dir / "model.safetensors"))  # of the best epoch on valid; test is scored once
+    score_splits(dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
     if rank == 0:
         (run_dir / "state.pt").unlink(missing_ok=True)  # finished
     return run_dir
