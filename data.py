@@ -218,6 +218,9 @@ def column_advice(lines, rows):
     if len(set(map(len, table))) > 1:
         return unsure
     labels = [i for i, column in enumerate(zip(*table, strict=True)) if all(map(LABEL.fullmatch, column))]
+    types = [{fields[i][2:] for fields in table} - {""} for i in labels[-2:]]
+    if len(types) == 2 and types[0] & types[1]:
+        return unsure  # gold and predicted labels, it seems
     word = word_column([fields[: labels[-1]] for fields in table]) if labels else None
     if word is None:
         return unsure

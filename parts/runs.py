@@ -98,12 +98,20 @@ def begin(args, config, encoder, tokenizer, rank, processes, stack):
     wait_for_all(processes)
     begun = (run_dir / "config.json").exists()
     if begun and args.resume:
-        folder = coming if shows(coming) else run_dir
-        check_same_run(folder, config)
+        folder = coming if (coming / "config.json").exists() else run_dir
+        try:
+            check_same_run(folder, config)
+        except ValueError:
+            if folder == run_dir or shows(coming):
+                raise
+            folder = run_dir  # the one begun has come to nothing: the one that stands there may be meant
+            check_same_run(folder, config)
         last = "test" if "test" in config["data"] else "valid"
-        if (folder / f"metrics-{last}.json").exists() and not (folder / "state.pt").exists():
-            print(f"{run_dir} is finished; left alone")
-            return None
+        if not (folder / "state.pt").exists():
+            if (folder / f"metrics-{last}.json").exists():
+                print(f"{run_dir} is finished; left alone")
+                return None
+            print(f"{run_dir}: stopped before its first state; the run begins anew")
         return folder
     if args.resume:
         print(f"{run_dir}: nothing there to resume; the run begins")

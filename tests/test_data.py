@@ -175,6 +175,7 @@ def test_ner_repeated_ids(tmp_path, ids):
     ("IMGID:1\na O\n", 2, "word<TAB>label, found 'a O'"), (POST + "2\n", 5, "word<TAB>label, found '2'"),
     ("IMGID:1\na\tX\tO\n", 2,
         "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep columns 1 and 3, .*, as cut -f1,3 does"),
+    ("IMGID:1\na\tB-PER\tB-PER\nb\tO\tB-LOC\n", 2, "'B-PER'; keep one word and one label, a tab"),
     ("IMGID:1\na\tS-ORG\n", 2, "unknown label 'B-ORG'"),
     ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
     ("IMGID:1\na\tb-Per\n", 2, "unknown label 'b-Per'"), ("IMGID:1\na\to\n", 2, "unknown label 'o'"),

@@ -175,6 +175,32 @@ def test_a_state_is_there_after_the_first_minute_and_at_each_epochs_end(flags, t
     assert saved == [(1, 3), (2, 0), (3, 0)]
 
 
+@pytest.mark.parametrize("settings", [("--seed", 7), ("--seed", 1337)])
+def test_resume_goes_on_with_what_was_begun_by_overwrite_before_its_first_state(
+    flags, folder, tmp_path, monkeypatch, capsys, settings
+):
+    def share(*args):
+        shutil.copytree(folder, tmp_path / "killed")
+        raise InterruptedError
+
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "share", share)
+        with pytest.raises(InterruptedError):
+            run(flags, folder, "--overwrite", *settings)
+    assert contents(folder) == before
+    other = shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    with pytest.raises(ValueError, match="begun with other settings"):
+        run(flags, other, "--resume", "--seed", 8)
+    run(flags, tmp_path / "killed", "--resume", *settings)
+    assert "stopped before its first state; the run begins anew" in capsys.readouterr().out
+    assert runs.read_config(tmp_path / "killed")["seed"] == settings[1]
+    assert not (tmp_path / "killed" / runs.COMING).exists()
+    if settings[1] == 7:  # the old one can still be meant
+        run(flags, other, "--resume")
+        assert "finished; left alone" in capsys.readouterr().out
+
+
 def test_what_says_nothing_of_the_state_does_not_call_it_broken(flags, folder, monkeypatch):
     shutil.copytree(folder, folder.with_name("before"))
     (folder / "state.pt").write_bytes(b"PK")
