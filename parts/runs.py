@@ -45,12 +45,12 @@ def check_folder(run_dir, args):
     other, coming = "name another folder with --run-dir", run_dir / COMING
     if os.path.lexists(run_dir) and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: is no folder; {other}")
-    places = list(run_dir.iterdir()) if run_dir.exists() else []
-    if all(path == coming or is_temporary(path) for path in places) and not (coming / "config.json").exists():
-        return
     for path in (run_dir, run_dir / "encoder", coming, coming / "encoder"):
         if path.is_symlink():
             raise ValueError(f"{path}: is a link, and nothing is written through links; {other}")
+    places = list(run_dir.iterdir()) if run_dir.exists() else []
+    if all(path == coming or is_temporary(path) for path in places) and not (coming / "config.json").exists():
+        return
     try:
         read_config(coming if (coming / "config.json").exists() else run_dir)
     except (FileNotFoundError, ValueError):

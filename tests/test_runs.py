@@ -50,6 +50,10 @@ def make_foreign(kind, folder, finished):
         (folder / "thesis.tex").write_text("text")
     elif kind == "broken":
         (folder / "config.json").write_text("{")
+    elif kind == "link to an empty folder":
+        (folder / "elsewhere").mkdir()
+        (folder / "link").symlink_to(folder / "elsewhere")
+        return folder / "link"
     else:
         (folder / "elsewhere").mkdir()
         shutil.copytree(finished, folder / "elsewhere" / "run")
@@ -64,7 +68,7 @@ def make_foreign(kind, folder, finished):
 
 
 @pytest.mark.parametrize("kind", ["model", "repository", "broken", "link to a run", "encoder", "log.jsonl",
-                                  "encoder/config.json"])  # fmt: skip
+                                  "link to an empty folder", "encoder/config.json"])  # fmt: skip
 def test_what_is_no_run_of_ours_is_never_touched(flags, tmp_path, finished, kind):
     folder = make_foreign(kind, tmp_path / "place", finished)
     before = contents(tmp_path / "place")
