@@ -200,7 +200,9 @@ def run_backbone(made, weights=None):
             " --weights"
         )
     published = "random" if kind == "random" else named(made["weights"], made["weights"])
-    if weights is None and published not in {None, "random", "imagenet", "imagenet-v2", *DEFAULT_WEIGHTS}:
+    own = {"random", "imagenet", "imagenet-v2"}  # to others folders, or names at the hub
+    known = own if made["backbone"] == "resnet50" else DEFAULT_WEIGHTS - own
+    if weights is None and published not in {None, *known}:
         raise ValueError(
             f"the run's features were made with {published}, and a run's word loads nothing from a hub; name"
             " it with --weights"

@@ -23,16 +23,19 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModel
 
+from encoding import special_ends
 from fusion import FUSIONS
 from parts.console import first_line, in_users_layer
 from parts.model import LEFT_OUT
 from parts.processes import out_of_memory
 from parts.systems import SYSTEMS
-from parts.text_encoder import drop_pooler, load_tokenizer
+from parts.text_encoder import drop_pooler, load_tokenizer, longest_input
 
 # A run may be a stranger's: nothing of it is run, nothing outside of it is read, and all is looked at first.
-MOST_BYTES = 2**24  # of a configuration
-MOST_LAYERS = 10_000
+MOST_BYTES = 2**24  # of a configuration, or of what weights say of themselves
+MOST_OF_ENCODER = 2**20, 2**26  # of its configuration, and of a file of its tokenizer
+MOST_LAYERS = 10_000  # and labels
+FLOATS = ("F64", "F32", "F16", "BF16")  # types of weights
 TEXT = (lambda value: isinstance(value, str), "text")
 FLAG = (lambda value: isinstance(value, bool), "true or false")
 SETTINGS = (lambda value: isinstance(value, dict), "an object")
@@ -110,11 +113,11 @@ def read_bytes(path, most=1):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def read_object(path):
+def read_object(path, most=MOST_BYTES):
     """The JSON object in a file of a run; ValueError if there is none."""
-    text = read_bytes(path, MOST_BYTES + 1)
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"{path}: over {MOST_BYTES:,} bytes, so no configuration; restore it")
+    text = read_bytes(path, most + 1)
+    if len(text) > most:
+        raise ValueError(f"{path}: over {most:,} bytes, so no configuration; restore it")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -182,13 +185,17 @@ def read_image_check(path):
 def encoder_settings(value, key=""):
     """An encoder's configuration without what chooses kernels: those named there may come from a hub.
 
-    ValueError at more layers than there are, and at timm's kinds, which ask a hub of their own.
+    ValueError at more layers, or labels, each of which gets a name, than there are, at NaN, and at timm's
+    kinds, which ask a hub of their own.
     """
     if isinstance(value, list):
         return [encoder_settings(item, key) for item in value]
     if isinstance(value, dict):
         return {k: encoder_settings(v, k) for k, v in value.items() if "implementation" not in k}
-    if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+    counts = "layer" in key or key == "num_labels"
+    if (isinstance(value, float) and math.isnan(value)) or (
+        counts and isinstance(value, int) and value > MOST_LAYERS
+    ):
         raise ValueError(f"{key} is {value}")
     if key == "model_type" and (value not in CONFIG_MAPPING or "timm" in value):
         raise ValueError(f"model_type is {value!r:.60}")
@@ -197,7 +204,7 @@ def encoder_settings(value, key=""):
 
 def read_encoder(folder, checkpoint):
     """(configuration, tokenizer) of the text encoder in a run's folder; `checkpoint`: its `System`'s."""
-    settings = encoder_settings(read_object(folder / "config.json"))
+    settings = encoder_settings(read_object(folder / "config.json", MOST_OF_ENCODER[0]))
     kind = settings.get("model_type")
     if kind not in CONFIG_MAPPING or kind != {"blip": "blip_text_model"}.get(checkpoint, checkpoint or kind):
         raise ValueError(f"{folder / 'config.json'}: model_type is {kind!r:.60}")
@@ -220,8 +227,13 @@ def build(encoder_config, config):
 
 def check_weights(path, encoder_config, config):
     """ValueError unless a safetensors file holds the model of a run; nothing is allocated for that."""
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > MOST_BYTES:
+            raise ValueError(f"{path.name} says over {MOST_BYTES:,} bytes of itself")
     with safe_open(path, "pt") as file:
-        held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        held = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        kinds = {name: part.get_dtype() for name, part in slices.items()}
     thread, count = threading.get_ident(), itertools.count()
 
     def stop(*_):
@@ -244,6 +256,17 @@ def check_weights(path, encoder_config, config):
         if held.get(name) != shape and not (name not in held and id(wanted[name]) in shared):
             sides = f"{held.get(name, 'missing')} in {path.name}, {shape or 'missing'} by its configuration"
             raise ValueError(f"{name} is {sides}")
+        if name in held and wanted[name].is_floating_point() and kinds[name] not in FLOATS:
+            raise ValueError(f"{name} is of type {kinds[name]} in {path.name}")
+
+
+def check_tokenizer(encoder, tokenizer, config):
+    """ValueError unless a tokenizer is the encoder's, and the encoder takes what `max_len` lets in."""
+    rows, length, ends = len(encoder.get_input_embeddings().weight), len(tokenizer), special_ends(tokenizer)
+    if not rows / 2 <= length <= rows or max(itertools.chain((0,), *ends)) >= rows:
+        raise ValueError(f"its tokenizer ({length} pieces) is not the encoder's ({rows} embeddings)")
+    if config["max_len"] > (longest := longest_input(encoder, tokenizer)):
+        raise ValueError(f"max_len is {config['max_len']}, and its encoder takes {longest} sub-tokens")
 
 
 class NoDraws(TorchFunctionMode):
@@ -269,9 +292,14 @@ def load_run(run_dir, device="cpu"):
         raise FileNotFoundError(f"{run_dir}: no model.safetensors: no epoch ended; go on with --resume")
     if not (run_dir / "encoder" / "config.json").exists():
         raise FileNotFoundError(f"{run_dir}: no encoder/config.json, of the text encoder; restore it")
-    for path in (weights, *(run_dir / "encoder").iterdir()):
+    if config["fusion"] != "none" and not config["features_made"]:
+        raise ValueError(f"{run_dir}/config.json: features_made is missing, of a run on photos; restore it")
+    read_bytes(weights)
+    for path in (run_dir / "encoder").iterdir():
         if not path.is_dir():
             read_bytes(path)
+            if path.stat().st_size > MOST_OF_ENCODER[1]:
+                raise ValueError(f"{path}: over {MOST_OF_ENCODER[1]:,} bytes, so no tokenizer's; restore it")
     for key, known in (("model", SYSTEMS), ("fusion", (None, "prefix", *FUSIONS))):
         if config[key] not in known:
             raise ValueError(
@@ -283,12 +311,15 @@ def load_run(run_dir, device="cpu"):
         check_weights(weights, encoder_config, config)
         with NoDraws():
             model = build(encoder_config, config)
+        check_tokenizer(model.encoder, tokenizer, config)
         load_model(model, str(weights))
         for name, parameter in model.named_parameters():
             if not parameter.sum().isfinite() and not parameter.isfinite().all():
                 raise ValueError(f"{name} has numbers that are not finite")
-    except Exception as error:  # any: tokenizers and transformers raise plain ones at broken files
-        if in_users_layer(traceback.extract_tb(error.__traceback__)):
+    except BaseException as error:  # any: tokenizers and transformers raise plain ones at broken files
+        of_rust = type(error).__name__ == "PanicException"  # no Exception to Python
+        users = in_users_layer(traceback.extract_tb(error.__traceback__))
+        if users or not (of_rust or isinstance(error, Exception)):
             raise
         system = re.search(r"os error (\d+)", str(error))
         if system:  # as libraries in Rust say what the system said

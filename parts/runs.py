@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 from parts.console import first_line
 from parts.files import check_output, is_temporary, replacing, write_json
 from parts.processes import lock, out_of_memory, wait_for_all
-from parts.run_files import read_config
+from parts.run_files import read_bytes, read_config
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the
 # machine. Of the features also the last bits, which another machine computes differently.
@@ -181,6 +181,7 @@ def load_state(path, model, optimizer, scheduler, device):
 
     What says nothing of the file, no memory or no permission for one, is raised as it is.
     """
+    read_bytes(path)
     try:
         state = torch.load(path, "cpu", weights_only=True)  # data alone: no pickled code is run
         model.load_state_dict(state["model"])

@@ -329,7 +329,8 @@ def test_a_run_with_a_pipe_in_place_of_a_file_does_not_wait_for_it(copied, name)
 @pytest.mark.parametrize("values", [
     {"num_hidden_layers": 1_000_000}, {"num_hidden_layers": 9000}, {"hidden_size": 10**9},
     {"vocab_size": 10**12}, {"max_position_embeddings": 10**10}, {"model_type": "timm_wrapper"},
-    {"model_type": "bert2"}, {"model_type": None}, {"vocab_size": "x"},
+    {"model_type": "bert2"}, {"model_type": None}, {"vocab_size": "x"}, {"num_labels": 10**9},
+    {"layer_norm_eps": float("nan")},
 ])  # fmt: skip
 def test_an_encoder_that_is_not_the_weights_is_refused_before_it_is_made(copied, values, monkeypatch):
     change(copied / "encoder" / "config.json", **values)
@@ -375,6 +376,53 @@ def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
 def test_a_tokenizer_reads_nothing_outside_of_its_folder(copied):
     change(copied / "encoder" / "tokenizer_config.json", vocab_file="/etc/hostname")
     with pytest.raises(ValueError, match="vocab_file is outside of it"):
+        load_run(copied)
+
+
+@pytest.mark.parametrize("size, name", [(2**26 + 1, "tokenizer.json"), (2**20 + 1, "config.json")])
+def test_a_file_of_an_encoder_that_is_too_large_is_not_read(copied, size, name):
+    os.truncate(copied / "encoder" / name, size)
+    with pytest.raises(ValueError, match=f"{copied}/encoder/{name}: over {size - 1:,} bytes"):
+        load_run(copied)
+
+
+def test_a_tokenizer_that_is_not_the_encoders_does_not_load(copied):
+    for path in (copied / "encoder").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's"):
+        load_run(copied)
+
+
+def test_a_tokenizer_on_which_its_library_breaks_down_is_one_line(copied):
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    change(copied / "encoder" / "tokenizer.json", normalizer=normalizer)
+    with pytest.raises(ValueError, match=f"^{copied}: the run does not load "):
+        load_run(copied)
+
+
+def test_more_words_than_an_encoder_takes_are_no_max_len(copied):
+    change(copied / "config.json", max_len=10**6)
+    with pytest.raises(ValueError, match="max_len is 1000000, and its encoder takes"):
+        load_run(copied)
+
+
+def test_a_run_on_photos_says_how_their_features_are_made(copied):
+    change(copied / "config.json", fusion="film", features_made=None)
+    with pytest.raises(ValueError, match=f"^{copied}/config.json: features_made is missing"):
+        load_run(copied)
+
+
+def test_weights_with_too_many_names_are_not_listed(copied):
+    raw = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes((2**24 + 1).to_bytes(8, "little") + raw[8:])
+    with pytest.raises(ValueError, match="model.safetensors says over 16,777,216 bytes of itself"):
+        load_run(copied)
+
+
+def test_weights_of_another_type_are_refused(copied):
+    weights = {name: value.to(torch.int8) for name, value in load_file(copied / "model.safetensors").items()}
+    save_file(weights, copied / "model.safetensors")
+    with pytest.raises(ValueError, match=" is of type I8 in model.safetensors"):
         load_run(copied)
 
 
