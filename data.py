@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import re
+import stat
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ VARIANTS = {
     "f53c2f9b7739bea7": "MNRE test, v2",
 }
 
+LARGEST_FILE = 2**29  # bytes
 LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can take all memory
 
 
@@ -92,9 +94,20 @@ class RelationExample:
     label: str
 
 
+def text_file(path):
+    """The Path of a file to read; ValueError for a pipe, which would be waited for, and for a huge file."""
+    path = Path(path)
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # of folders the system speaks
+        raise ValueError(f"{path}: no regular file; name another")
+    if status.st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: {status.st_size:,} bytes; no file of posts has so many, correct it")
+    return path
+
+
 def read_lines(path):
     """[(line number, line)] of a UTF-8 file; ValueError names a line that is not UTF-8, or too long."""
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    raw = text_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -455,8 +468,8 @@ def data_task(name, data_dir="data"):
     path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS["train"])
     if path is None:
         return "ner"  # `load_dataset` says what is missing
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        first = next((line.strip() for line in file if line.strip()), "")
+    with text_file(path).open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line.strip() for line in file.read(2**20).split("\n") if line.strip()), "")
     # A word may be a bracket; then a label ends the line.
     labelled = re.search(r"\t(O|[A-Z]-[^\t]+)$| (O|[A-Z]-\S+)$", first)
     return "relation" if first.startswith(("{", "[")) and not labelled else "ner"

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import glob
-import json
 import statistics
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from parts.files import check_output, write_json
 from parts.notes import Notes
 from parts.photos import find_photos, image_folders
 from parts.processes import check_device, default_device
-from parts.run_files import predictions_file, read_config
+from parts.run_files import predictions_file, read_config, read_object
 from parts.runs import differing, system_settings
 from parts.scores import format_scores, mentions, read_predictions, score, seen_spans
 
@@ -163,9 +162,8 @@ def store(path, scores):
     """Write scores that are printed already; where that cannot be, in a read-only folder for one, say so."""
 
     def ours(path):
-        with contextlib.suppress(ValueError, RecursionError):
-            stored = json.loads(path.read_bytes())
-            return isinstance(stored, dict) and not {"gold_fingerprint", "shuffled"}.isdisjoint(stored)
+        with contextlib.suppress(ValueError):
+            return not {"gold_fingerprint", "shuffled"}.isdisjoint(read_object(path))
         return False
 
     try:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -929,6 +930,20 @@ def test_read_captions(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             photos.read_captions(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "huge"])
+@pytest.mark.parametrize("read", [data.read_lines, lambda path: data.data_task(path.parent)])
+def test_a_pipe_is_not_waited_for_and_a_huge_file_not_read(tmp_path, kind, read):
+    path = tmp_path / "train.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 2**29 + 1)
+    message = {"pipe": "no regular file", "huge": "536,870,913 bytes; no file of posts"}[kind]
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        read(path)
 
 
 @pytest.mark.parametrize(
