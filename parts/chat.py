@@ -10,6 +10,7 @@ the first. Both answer greedily, in at most `most` tokens.
 
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -182,7 +183,9 @@ def spellings(secret):
     """A secret as servers may repeat it; none of a word too short to be one, such as vLLM's EMPTY."""
     if len(secret) < (8 if secret.isalpha() else 6):
         return set()
-    return {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/"), quote(secret, safe="")}
+    quoted = {quote(secret), quote(secret, safe="")}
+    quoted |= {re.sub("%..", lambda match: match[0].lower(), spelling) for spelling in quoted}
+    return {secret, json.dumps(secret)[1:-1], secret.replace("/", "\\/"), html.escape(secret), *quoted}
 
 
 def read_content(body):
@@ -303,7 +306,8 @@ class Endpoint:
                 settings = self.settings
                 status, name, headers, body = self.send(chat | settings)
             except (OSError, HTTPException, ValueError) as error:  # timeouts and connections
-                said = self.clean(str(getattr(error, "reason", error)))[:300] or type(error).__name__
+                said = " ".join(self.clean(str(getattr(error, "reason", error))).split())[:300]
+                said = said or type(error).__name__
             else:
                 words, said = self.words(body), f"{status} {self.clean(name)[:100]}"
                 if status < 300:

@@ -3,6 +3,7 @@
 import base64
 import fcntl
 import hashlib
+import html
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -876,13 +878,16 @@ def echo(part, where):
         "words": (400, {}, json.dumps({"message": said}).encode()), "body": (400, {}, said.encode()),
         "escaped": (403, {}, json.dumps({"message": said}).replace("/", "\\/").encode()),
         "quoted": (400, {}, json.dumps({"headers": part}).encode()),
+        "address": (400, {}, quote(part).lower().encode()), "page": (400, {}, html.escape(part).encode()),
         "content": say(f"{{'about_post': '{part}'}}"),
         "status": lambda handler: handler.wfile.write(f"HTTP/1.0 500 {part}\r\n\r\n".encode()),
         "line": lambda handler: handler.wfile.write(f"{part}\r\n\r\n".encode()),
     }[where]  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["words", "body", "escaped", "quoted", "content", "status", "line"])
+@pytest.mark.parametrize("where", [
+    "words", "body", "escaped", "quoted", "address", "page", "content", "status", "line",
+])  # fmt: skip
 def test_the_key_that_a_server_repeats_is_in_no_message_and_no_note(
     serve, data_dir, tmp_path, monkeypatch, capsys, where
 ):
