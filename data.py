@@ -352,7 +352,8 @@ def fold(name):
 
 def refusal(row, error):
     """Why a row is not one of MNRE's, whose reading raised `error`: what it seems to be, and what to do."""
-    reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    lacking = f"no key {error}" if type(error) is KeyError else f"{type(error).__name__}: {error}"
+    reason = str(error) if type(error) is ValueError else lacking
     form = f"not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
     if not isinstance(row, dict):
         return form

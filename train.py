@@ -357,7 +357,7 @@ def run(args, stack):
 
     begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # of an epoch
     progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun
-    first_minute = due = time.monotonic() + min(60, args.save_every)  # the first state, and the next one
+    due = time.monotonic() + min(60, args.save_every)  # the next state; one more at each epoch's end
     if (folder / "state.pt").exists():
         progress = load_state(folder / "state.pt", model, optimizer, scheduler, device)
         print(f"resuming   in epoch {progress['epoch']} after {progress['step']} steps")
@@ -411,7 +411,7 @@ def run(args, stack):
         rate = f"{(len(train) - done) / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
         print(f"epoch {epoch}/{args.epochs}  {message}  {rate}", flush=True)
         progress |= {"epoch": epoch + 1} | begun
-        if rank == 0 and time.monotonic() >= first_minute:
+        if rank == 0:
             save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
             due = time.monotonic() + args.save_every
 

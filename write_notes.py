@@ -305,7 +305,8 @@ def main(argv=None):
             except ValueError as error:
                 goes_on = "" if isinstance(error, Refused) else ", and the same command goes on"
                 where = f"post {posts[done + len(lines)].id}"
-                raise ValueError(f"{where}: {error}; what was written stays{goes_on}") from None
+                stays = "; what was written stays" if done else ""
+                raise ValueError(f"{where}: {error}{stays}{goes_on}") from None
         if not usable:
             answer = " ".join(note.get("raw", "values of other kinds").split()) or ask.instead or "no text"
             raise ValueError(

@@ -818,9 +818,9 @@ def test_a_file_without_a_word_is_pointed_out(tmp_path):
     ({"id": 1, "text": "Ann", "label": [[0, 3, "PER"]]}, "in JSON ('id', 'text', 'label') are not"),
     ({"text": "Ann", "spans": [{"start": 0}]}, "named entities in JSON ('text', 'spans') are not read"),
     ({"text": "Ann Lee", "h": {"pos": [0, 7]}, "t": {"pos": [3, 4]}, "relation": "x"},
-        "(KeyError: 'token') but 'text', 'h', 't', 'relation'; 'pos' is to be [start, end) in words"),
+        "(no key 'token') but 'text', 'h', 't', 'relation'; 'pos' is to be [start, end) in words"),
     ({"token": ["Ann"], "subj_start": 0, "subj_end": 0, "relation": "x"},
-        "(KeyError: 'h') but 'token', 'subj_start', 'subj_end', 'relation'; 'pos' is to be"),
+        "(no key 'h') but 'token', 'subj_start', 'subj_end', 'relation'; 'pos' is to be"),
     ({"text": "Ann Lee", "head": "Ann", "tail": "Lee", "relation": "x"}, "but 'text', 'head', 'tail', 'rel"),
 ])  # fmt: skip
 def test_rows_in_another_layout_are_named(tmp_path, row, said):

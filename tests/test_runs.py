@@ -177,6 +177,10 @@ def test_a_state_is_there_after_the_first_minute_and_at_each_epochs_end(flags, t
     monkeypatch.setattr(train, "share", share)
     run(flags, tmp_path / "run", "--epochs", 2)
     assert saved == [(1, 3), (2, 0), (3, 0)]
+    saved.clear()
+    monkeypatch.setattr(train, "share", real_share)  # all in the first minute
+    run(flags, tmp_path / "quick", "--epochs", 2)
+    assert saved == [(2, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("settings", [("--seed", 7), ("--seed", 1337)])
