@@ -34,6 +34,7 @@ ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .he
 # What Pillow may take a file for; HEIF once pillow-heif is registered.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF")
 WORDED = ("caption", "phrases")  # backbones that read what is said of a photo, and not the photo
+LARGEST, MOST_CHUNKS = 2**30, 2**17  # bytes of a PNG and its parts, at most; libpng's hold 8 kB each
 LARGE = 2**24  # pixels; of larger pictures threads hold one at a time, a few hundred MB
 TURN = threading.Semaphore()
 os.register_at_fork(after_in_child=TURN.__init__)  # the thread that held it is not in the child
@@ -129,25 +130,32 @@ def without_long_texts(path):
     with open(path, "rb") as file:
         if file.read(8) != b"\x89PNG\r\n\x1a\n":
             return path
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise ValueError(f"over {LARGEST:,} bytes")
+        count = 0
         while len(header := file.read(8)) == 8:
             size, kind = struct.unpack(">I4s", header)
-            end = start + 12 + size
+            end, count = start + 12 + size, count + 1
+            if count > MOST_CHUNKS:
+                raise ValueError(f"a PNG of over {MOST_CHUNKS:,} chunks")
             if kind in (b"iCCP", b"zTXt", b"iTXt", b"tEXt"):
-                text = file.read(min(size, os.fstat(file.fileno()).st_size))
+                text = file.read(min(size, most + 1))
                 stream = re.search(rb"\0(\x78[\x01\x5e\x9c\xda].*)", text, re.DOTALL)
                 unpacker = zlib.decompressobj()
                 with contextlib.suppress(zlib.error):
                     unpacker.decompress(stream[1] if stream else b"", most)
-                if len(text) > most or unpacker.unconsumed_tail:
+                if size > most or unpacker.unconsumed_tail:
                     long.append((start, end))
             start = file.seek(end)
         if not long:
             return path
-        file.seek(0)
-        raw = file.read()
-    for start, end in reversed(long):
-        raw = raw[:start] + raw[end:]
-    return io.BytesIO(raw)
+        parts, begin = [], 0
+        for start, end in long:  # never held
+            file.seek(begin)
+            parts.append(file.read(start - begin))
+            begin = end
+        file.seek(begin)
+        return io.BytesIO(b"".join([*parts, file.read()]))
 
 
 def name_stem(name):

@@ -823,3 +823,14 @@ def test_an_eps_is_never_run(run, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run_it)
     cache = FeatureCache(run("--images", images))
     assert cache.status[3] == UNREADABLE and "cannot identify" in cache.reasons[3]
+
+
+@pytest.mark.parametrize("count, size, message", [
+    (2**17 + 1, 0, "a PNG of over 131,072 chunks"), (0, 2**30 + 1, "over 1,073,741,824 bytes"),
+])  # fmt: skip
+def test_a_png_of_many_chunks_or_a_huge_one_is_given_up(tmp_path, count, size, message):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0tEXt\0\0\0\0" * count)
+    os.truncate(path, max(size, path.stat().st_size))
+    with pytest.raises(ValueError, match=message), photos.open_picture(path):
+        pass
