@@ -72,7 +72,7 @@ def made_features(value):
     (fits, _), (size, _) = told("backbone", "weights", "sha256"), number((int,), 1, 4096)
     if not fits(value) or value["backbone"] not in {system.backbone for system in SYSTEMS.values()}:
         return False
-    return size(value.get("img_size", 1)) and SEED[0](value.get("seed", 0))
+    return size(value.get("img_size")) and SEED[0](value.get("seed"))
 
 
 SEED = number((int,), 0, 2**32)

@@ -259,7 +259,8 @@ def finished(encoder_dir, data_dir, tmp_path_factory):
     config = {"dataset": "demo", "data_dir": str(data_dir), "model": "bert-resnet50", "fusion": "film",
               "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.1, "max_len": 128,
               "text_encoder": str(encoder_dir), "region_dim": 2048, "seed": 1, "data": {},
-              "features_made": {"backbone": "resnet50", "weights": "random-1", "sha256": "0"}}  # fmt: skip
+              "features_made": {"backbone": "resnet50", "weights": "random-1", "sha256": "0",
+                                "img_size": 64, "seed": 1}}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     model.encoder.config.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
@@ -298,6 +299,8 @@ def test_a_run_opens_as_it_was_saved_and_draws_nothing(finished):
     ({"features_made": {"backbone": "clip", "weights": "none", "sha256": "0", "img_size": 10**9}},
         "features_made must be"),
     ({"features_made": {"backbone": "own", "weights": "none", "sha256": "0"}}, "features_made must be"),
+    ({"features_made": {"backbone": "clip", "weights": "none", "sha256": "0", "seed": 1}},
+        "features_made must be"),
 ])  # fmt: skip
 def test_a_run_whose_configuration_has_a_value_of_a_wrong_kind(copied, values, message):
     change(copied / "config.json", **values)
