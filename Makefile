@@ -40,4 +40,4 @@ $(VENV)/dev: requirements-dev.txt requirements.txt
 
 # What can be made again by itself; data, features and runs are yours to delete.
 clean:
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__ benchmarks/__pycache__ examples/__pycache__
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ parts/__pycache__ tests/__pycache__ benchmarks/__pycache__ examples/__pycache__

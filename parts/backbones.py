@@ -1,7 +1,7 @@
 """Frozen backbones: a photo -> the pixels of its views -> region features; or its caption -> token states.
 
     backbone = load_backbone("clip")  # or resnet50, blip, pixels
-    photos = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0)  # loading.py
+    photos = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0)  # photos.py
     views, status, reason = photos.read(0)  # uint8 [V, 3, H, W]
     regions = backbone.regions(views)  # [V, n, D]
 

@@ -829,8 +829,10 @@ def test_an_interrupt_waits_for_no_answer(serve, data_dir, tmp_path):
 
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--endpoint", serve(reply).url, "--no-photos"]
     start = time.monotonic()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--output", tmp_path / "n.jsonl")
+    signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - start < 5 and not (tmp_path / "n.jsonl").exists()
     # Python waits at its end for threads that are no daemons.
     workers = [thread for thread in set(threading.enumerate()) - before if "work_on" in thread.name]
