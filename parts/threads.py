@@ -4,7 +4,7 @@
         from parts import threads
 
 On cores that others use too, a thread that spins takes a core from the one it waits for: training a small
-model falls to a hundredth (benchmarks/SPEED.md). A program that only uses us is left as it is.
+model fell to a hundredth (benchmarks/SPEED.md). A program that only uses us is left as it is.
 """
 
 import os
