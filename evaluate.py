@@ -42,7 +42,7 @@ def read_runs(pattern, split):
         folders = [
             folder
             for folder, config in made.items()
-            if not (config.get("shuffle_photos") or config["shuffle_notes"])
+            if not (config["shuffle_photos"] or config["shuffle_notes"])
         ]
     if not folders:
         raise FileNotFoundError(f"{pattern}: no such run folder")
@@ -261,7 +261,7 @@ def main(argv=None):
             continue
         made = config["data"][split]
         metrics = score(read_predictions(path)) | {"data": made}
-        shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config.get("shuffle_photos"))
+        shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config["shuffle_photos"])
         shuffled += ", TRAINED AND SCORED WITH OTHER POSTS' NOTES" * config["shuffle_notes"]
         scored = f"{made['variant']}, {made['sha256'][:16]}{shuffled}"
         print(format_scores(metrics, f"{run.name} {split} ({scored})"))

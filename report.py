@@ -334,7 +334,7 @@ def main(argv=None):
     kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
     named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
     photos = load_photos(named, folders, made.get("resizing", ""))
-    if config.get("shuffle_photos"):
+    if config["shuffle_photos"]:
         noted = config["notes"] is not None
         unseen = ", and of notes nothing that was written with a photo in view" * noted
         warnings.append(
@@ -349,7 +349,7 @@ def main(argv=None):
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
         post |= read[i]
         # On shuffled photos it is another photo's.
-        if record.get("relevance") is not None and not config.get("shuffle_photos"):
+        if record.get("relevance") is not None and not config["shuffle_photos"]:
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
         if i in maps and on_phrases and post["photo"] in phrases:
             post |= {"maps": maps[i], "phrases": phrases[post["photo"]]}

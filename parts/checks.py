@@ -309,7 +309,7 @@ def check_row(name, check):
 def verdict(config, check):
     """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
     if config["fusion"] == "none" and not check["photos"]:
-        return "text only" if config.get("extra", "none") == "none" else "text and notes on the post only"
+        return "text only" if config["extra"] == "none" else "text and notes on the post only"
     if check["photos"] < 2:
         return "fewer than 2 photos: cannot tell"
     found = check["bootstrap"]
@@ -317,8 +317,8 @@ def verdict(config, check):
         "depends on its photos" if found["low"] > 0 else "wrong photos do better" if found["high"] < 0 else
         "wrong photos do as well, as far as these posts can tell"
     )  # fmt: skip
-    trained = "trained on shuffled photos; " * bool(config.get("shuffle_photos"))
-    trained += "trained on shuffled notes; " * bool(config.get("shuffle_notes"))
+    trained = "trained on shuffled photos; " * bool(config["shuffle_photos"])
+    trained += "trained on shuffled notes; " * bool(config["shuffle_notes"])
     return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to"
             f" {found['high']:+.3f}: {said}")  # fmt: skip
 

@@ -85,7 +85,7 @@ def open_regions(run, config, records, features):
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
-    if config["fusion"] in NO_WEIGHTS or config.get("shuffle_photos"):
+    if config["fusion"] in NO_WEIGHTS or config["shuffle_photos"]:
         return None
     photos = [record["image_id"] for record in records]
     cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])
@@ -130,7 +130,7 @@ def posts_of(config, tokenizer, records, split, cache, path):
     ]  # fmt: skip
     rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
     notes = run_notes(config, tokenizer, rows, examples, split, path)
-    swap = {example.image_id: None for example in examples} if config.get("shuffle_photos") else None
+    swap = {example.image_id: None for example in examples} if config["shuffle_photos"] else None
     posts = Posts(examples, rows, tokenizer.pad_token_id, cache, notes, swap=swap)
     if notes is None:
         return posts, [{}] * len(posts)

@@ -5,6 +5,7 @@ F1 over all labels, `O` included. Entity level: precision, recall and F1 of whol
 and more, and published tables mix them. For relations: the same over rows, and micro scores without `None`.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -75,15 +76,21 @@ def entity_scores(gold, predicted, strict=False):
 def mentions(examples):
     """Every entity of `examples`, as its words in lower case: what counts as seen. Relations have none."""
     marked = [example for example in examples if hasattr(example, "labels")]
-    return {
+    return frozenset(
         tuple(word.lower() for word in example.words[start:end])
         for example in marked for _, start, end in entity_spans(example.labels)
-    }  # fmt: skip
+    )  # fmt: skip
+
+
+@functools.lru_cache(4)
+def longest_mention(known):
+    """Words of the longest of `mentions`."""
+    return max(map(len, known), default=0)
 
 
 def seen_spans(words, known):
     """Spans [start, end) of `words` that are `mentions` of train, whatever their label."""
-    words, longest = [word.lower() for word in words], max(map(len, known), default=0)
+    words, longest = [word.lower() for word in words], longest_mention(known)
     spans = ((i, j) for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1))
     return [[i, j] for i, j in spans if tuple(words[i:j]) in known]
 

@@ -16,6 +16,7 @@ from data import NerExample, RelationExample
 from evaluate import main
 from parts.checks import check_row, type_changes, verdict
 from parts.files import write_json_lines
+from parts.model import LEFT_OUT
 from parts.posts import shuffled_photos
 from parts.scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
 from parts.scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
@@ -469,15 +470,14 @@ def test_check_row(task, main, level, shuffled, mean):
 def test_the_verdict_follows_from_the_interval(low, high, said):
     check = {"photos": 9, "bootstrap": {"difference": (low + high) / 2, "low": low, "high": high}}
     words = f"true - shuffled {(low + high) / 2:+.3f}, 95% interval {low:+.3f} to {high:+.3f}: {said}"
-    assert verdict({"fusion": "film"}, check) == words
-    assert (
-        verdict({"fusion": "film", "shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
-    )
+    film, text = LEFT_OUT | {"fusion": "film"}, LEFT_OUT | {"fusion": "none"}
+    assert verdict(film, check) == words
+    assert verdict(film | {"shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
     none = {"photos": 0, "bootstrap": None}
-    assert verdict({"fusion": "none", "extra": "none"}, none) == "text only"
-    assert verdict({"fusion": "none", "extra": "post"}, none) == "text and notes on the post only"
-    assert verdict({"fusion": "none", "extra": "photo"}, check) == words  # what was said of photos was shown
-    assert verdict({"fusion": "film"}, check | {"photos": 1}) == "fewer than 2 photos: cannot tell"
+    assert verdict(text, none) == "text only"
+    assert verdict(text | {"extra": "post"}, none) == "text and notes on the post only"
+    assert verdict(text | {"extra": "photo"}, check) == words  # what was said of photos was shown
+    assert verdict(film, check | {"photos": 1}) == "fewer than 2 photos: cannot tell"
 
 
 def test_type_changes_by_hand():
