@@ -259,6 +259,21 @@ def report(cache):
             print("WARNING: no photo looks like the --placeholder")
 
 
+def tell_finished(path, inputs, captions):
+    """Say of a finished file what is in it, and what of `inputs` here is not; `captions`: no photos."""
+    print(f"{path} is finished; left alone")
+    if unfinished(path).exists():
+        print(f"  {unfinished(path)} is there too: with --overwrite, the command that began it goes on with it")
+    report(cache := FeatureCache(path))
+    absent = [row for row in np.flatnonzero(cache.status == MISSING) if inputs[cache.ids[row]]]
+    back = [cache.ids[row] for row in absent if "placeholder" not in cache.reasons[row]]
+    if back:
+        there = f"{len(back)} photos recorded as missing are there now (first: {back[0]})"
+        print(f"  {there}; extract into another --cache-dir to read them")
+    if not captions and (gone := cache.compare_photos(inputs)):
+        print(f"  {gone} of the photos it was made of are not here, so they are not compared")
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, processes, device = join_processes(args.device)
@@ -299,16 +314,7 @@ def main(argv=None):
         refuse_other_settings(path, settings)
         if args.verify:
             return verify(FeatureCache(path))
-        print(f"{path} is finished; left alone")
-        if partial.exists():
-            print(f"  {partial} is there too: with --overwrite, the command that began it goes on with it")
-        report(cache := FeatureCache(path))
-        absent = [row for row in np.flatnonzero(cache.status == MISSING) if inputs[image_ids[row]]]
-        if back := [image_ids[row] for row in absent if "placeholder" not in cache.reasons[row]]:
-            said = f"{len(back)} photos recorded as missing are there now (first: {back[0]})"
-            print(f"  {said}; extract into another --cache-dir to read them")
-        if not args.captions and (gone := cache.compare_photos(inputs)):
-            print(f"  {gone} of the photos it was made of are not here, so they are not compared")
+        tell_finished(path, inputs, bool(args.captions))
         return path
 
     if rank == 0:

@@ -311,8 +311,9 @@ def log_epoch(progress, model, loss_sum, labelled, posts, metrics, seconds):
     return best, f"loss {log['loss']:.4f}  valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"
 
 
-def score_splits(dataset, answers, run_dir, epoch, prints, rank):
-    """Score valid and test with the weights of the best epoch: records and metrics into the run's folder."""
+def score_splits(model, dataset, answers, run_dir, epoch, prints, rank):
+    """Score valid and test, once, with the weights of the best epoch: records and metrics into the folder."""
+    load_model(model, str(run_dir / "model.safetensors"))
     for split in ("valid", "test"):
         if split not in dataset.examples:
             print(f"{dataset.name} has no {split} file: no {split} scores")
@@ -323,6 +324,8 @@ def score_splits(dataset, answers, run_dir, epoch, prints, rank):
             write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
             write_json(run_dir / f"metrics-{split}.json", metrics)
         print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {epoch}"))
+    if rank == 0:
+        (run_dir / "state.pt").unlink(missing_ok=True)  # finished
 
 
 def run(args, stack):
@@ -375,13 +378,11 @@ def run(args, stack):
             if step <= before:  # done before the stop; its random numbers had to be drawn
                 continue
             batch, weight = share(train, chosen, drawn, rank, processes)
-            batch = to_device(batch, device)
             if processes > 1:  # dropout of its own for each, the same again after --resume
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
-
             count = int(labels[chosen].sum())
             with autocast(device, args.precision):
-                _, losses = parallel(batch, losses=True)  # {name: [B]}
+                _, losses = parallel(to_device(batch, device), losses=True)  # {name: [B]}
             summed, norm = train_step(model, losses, optimizer, scheduler, weight, count, len(chosen), args)
             loss_sum, labelled = loss_sum + summed, labelled + count
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
@@ -414,12 +415,8 @@ def run(args, stack):
         if rank == 0:
             save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
             due = time.monotonic() + args.save_every
-
     wait_for_all(processes)
-    load_model(model, str(run_dir / "model.safetensors"))  # of the best epoch on valid; test is scored once
-    score_splits(dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
-    if rank == 0:
-        (run_dir / "state.pt").unlink(missing_ok=True)  # finished
+    score_splits(model, dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
     return run_dir
 
 
