@@ -22,6 +22,7 @@ REVISIONS = {
     "roberta-base": "e2da8e2f811d1448a5b465c236feacd80ffbac7b",
     "bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "openai/clip-vit-base-patch32": "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    "Salesforce/blip-itm-base-coco": "bed8ad38cb2d04a5a4bdf2d071b3c3c0a4aa724c",
     "Qwen/Qwen2.5-VL-3B-Instruct": "66285546d2b821cf421d4f5eb2576359d3770cd3",
 }
 # What is raised at encoders of kinds that cannot be used.
