@@ -263,7 +263,7 @@ def tell_finished(path, inputs, captions):
     """Say of a finished file what is in it, and what of `inputs` here is not; `captions`: no photos."""
     print(f"{path} is finished; left alone")
     if unfinished(path).exists():
-        print(f"  {unfinished(path)} is there too: with --overwrite, the command that began it goes on with it")
+        print(f"  {unfinished(path)} is there too: with --overwrite, the command that began it goes on")
     report(cache := FeatureCache(path))
     absent = [row for row in np.flatnonzero(cache.status == MISSING) if inputs[cache.ids[row]]]
     back = [cache.ids[row] for row in absent if "placeholder" not in cache.reasons[row]]

@@ -40,7 +40,7 @@ from PIL import Image
 
 from encoding import encode
 from parts.console import bounded, command_line, progress_bar
-from parts.files import bounded_lines
+from parts.files import bounded_lines, resume_lines
 from parts.new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
 from parts.notes import EXTRAS, Segments, check_note, note_text
 from parts.photos import WORDED
@@ -240,30 +240,9 @@ def check_digits(run, line):
 
 
 def resume(out, path, lines, run):
-    """How many of the numbered `lines` are answered in the open file `out`, whose torn last line is cut off.
-
-    ValueError if it holds anything but answers of this run to these lines, in order; it is then left alone.
-    """
-    done = end = 0
-    for kept in bounded_lines(out, 100 * LINE):
-        number, line = next(lines, (0, None))
-        begins = b'{"line": %d, ' % number
-        if kept and not kept.endswith(b"\n") and number and kept[: len(begins)] == begins[: len(kept)]:
-            break
-        try:
-            answer = json.loads(kept or b"")
-            ours = (answer["line"], answer["check"]) == (number, check_digits(run, line))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            ours = False
-        if not ours:
-            raise ValueError(
-                f"{path}:{done + 1}: not what this run answers to this --input and --shard there; name"
-                " another --output"
-            )
-        done, end = done + 1, end + len(kept)
-    out.truncate(end)
-    out.seek(end)
-    return done
+    """How many of the numbered `lines` this run has answered in the open file `out`, by `resume_lines`."""
+    expected = ({"line": number, "check": check_digits(run, line)} for number, line in lines)
+    return resume_lines(out, path, 100 * LINE, expected, "the run, --input or --shard")
 
 
 def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):

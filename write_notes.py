@@ -47,7 +47,7 @@ from pathlib import Path
 from data import DATASETS, RelationExample, load_dataset, locate
 from parts.chat import Endpoint, Local, Refused, split_url
 from parts.console import bounded, command_line, dataset_name, first_line, progress_bar
-from parts.files import bounded_lines
+from parts.files import resume_lines
 from parts.notes import KEYS, OF_PHOTO
 from parts.photos import find_photos, image_folders, thumbnail
 from parts.processes import default_device, open_output
@@ -195,38 +195,6 @@ def make_notes(ask, posts):
     return made
 
 
-# ------------------------------------------------------------------------------------------------------- file
-
-
-def resume(out, path, posts):
-    """How many posts have their notes in the open file `out`; a line that a kill tore is cut off its end.
-
-    ValueError names the first line that this command would not write there; the file is then left as it was.
-    """
-    done = end = 0
-    for line in bounded_lines(out, LINE):
-        here = {"id": posts[done].id} | posts[done].stamp if done < len(posts) else {"id": "no post"}
-        begins = json.dumps({"id": here["id"]}, ensure_ascii=False)[:-1].encode() + b", "
-        torn = done < len(posts) and line and not line.endswith(b"\n")
-        if torn and line[: len(begins)] == begins[: len(line)]:
-            break
-        try:
-            note = json.loads(line or b"")
-            differing = (f"{key} {note[key]}, here {here[key]}" for key in here if note[key] != here[key])
-            other = next(differing, None)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            other = "no note of this script"
-        if other:
-            raise ValueError(
-                f"{path}:{done + 1}: not what this command writes there ({other}): the data set, prompt,"
-                " model, photos or --max-new-tokens were others; name another --output"
-            )
-        done, end = done + 1, end + len(line)
-    out.truncate(end)
-    out.seek(end)
-    return done
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
@@ -270,7 +238,9 @@ def main(argv=None):
     output = args.output or Path(folder) / name / "notes.jsonl"
     counts, first = Counter(), {}
     with open_output(output) as out:
-        before = done = resume(out, output, posts)
+        expected = ({"id": post.id} | post.stamp for post in posts)
+        settings = "the data set, prompt, model, photos or --max-new-tokens"
+        before = done = resume_lines(out, output, LINE, expected, settings)
         if done == len(posts):
             print(f"{output}: it is finished, {done} posts have their notes", file=sys.stderr)
             return output

@@ -78,7 +78,8 @@ MADE = {  # name: what the command makes
     "predict.py": ("answers.jsonl",),
     "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
                   *(f"runs/demo-roberta-resnet50-encoder-{fusion}-{DEMO}-s1/{name}"
-                    for fusion in ("none", "film") for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
+                    for fusion in ("none", "film")
+                    for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),
 }  # fmt: skip
 
 

@@ -99,3 +99,32 @@ def bounded_lines(file, most):
         while line and not line.endswith(b"\n"):
             line = file.readline(most)
         yield None
+
+
+def resume_lines(out, path, most, expected, others):
+    """How many lines of the open file `out` are those `expected`; one that a kill tore is cut off its end.
+
+    `most`: bytes of a line; `expected` yields {key: value} that each line of JSON holds, of which it begins
+    with the first; `others`: what may have been others if one does not. ValueError then names the line, and
+    the file is left as it was.
+    """
+    done = end = 0
+    for line in bounded_lines(out, most):
+        here = next(expected, None)
+        first = dict([*(here or {}).items()][:1])
+        begins = json.dumps(first, ensure_ascii=False)[:-1].encode() + b", "
+        if here and line and not line.endswith(b"\n") and line[: len(begins)] == begins[: len(line)]:
+            break
+        try:
+            record, here = json.loads(line or b""), here or {"id": "no post"}
+            differing = (f"{key} {record[key]}, here {here[key]}" for key in here if record[key] != here[key])
+            other = next(differing, None)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            other = "no line of this script"
+        if other:
+            message = f"not what this command writes there ({other}): {others} were others"
+            raise ValueError(f"{path}:{done + 1}: {message}; name another --output")
+        done, end = done + 1, end + len(line)
+    out.truncate(end)
+    out.seek(end)
+    return done

@@ -14,7 +14,8 @@ from stages import Bottleneck, PhotoBias, Prefix, Relevance
 LEFT_OUT = {
     "decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
     "shuffle_notes": False, "shuffle_photos": False, "train_share": 1.0, "align": {}, "relevance": "none",
-    "relevance_loss": 0.5, "relevance_median": None, "generated": None, "generated_made": None, "bottleneck": 0.0,
+    "relevance_loss": 0.5, "relevance_median": None, "generated": None, "generated_made": None,
+    "bottleneck": 0.0,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A fusion, loss and system of one's own, from outside the project: examples/own.py, as docs/OWN.md shows it."""
+"""A fusion, loss and system of one's own, from outside: examples/own.py, as docs/OWN.md shows it."""
 
 import json
 import runpy

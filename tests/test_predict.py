@@ -651,7 +651,7 @@ def test_bfloat16_only_where_asked_for(runs, posts_file, tmp_path):
     same = [(a["probability"], b["probability"]) for a, b in pairs if a["words"] == b["words"]]
     assert len(same) > len(pairs) / 2 and any(a != b for a, b in same)
     assert all(a == pytest.approx(b, abs=0.05) for a, b in same)
-    with pytest.raises(ValueError, match="not what this run answers to this --input"):
+    with pytest.raises(ValueError, match="not what this command writes there .*: the run, --input"):
         answer((run, weights), path, tmp_path / "[].jsonl", "--precision", "bfloat16")
 
 
@@ -669,7 +669,7 @@ def test_what_is_not_its_own_output_is_left_alone(runs, posts_file, tmp_path):
     ]:  # fmt: skip
         out.write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"out.jsonl:\d+: not what this run answers to this --input and --shard"
+            ValueError, match=r"out.jsonl:\d+: not what this command writes there"
         ):
             answer(runs(run), source, out, *more)
         assert out.read_bytes() == content

@@ -1102,9 +1102,9 @@ def test_a_file_of_anything_else_is_left_alone(serve, data_dir, tmp_path, monkey
         (made, [*demo, "--max-new-tokens", 9], 1, "(check "), (one + changed, demo, 2, "(check f"),
         (two + one, demo, 1, "(id train_0001, here train_0000)"),
         (one + one, demo, 2, "(id train_0000, here train_0001)"),
-        (made, [*demo, "--limit", 3], 4, "(id train_0003, here no post)"), (made + b"{", demo, 5, "(no note"),
-        *((one + bad, demo, 2, "(no note of this script)") for bad in (b"\n", b"[]\n", b"thesis", b"\xff\n")),
-        (b'{"id": "train_0000"}\n', demo, 1, "(no note"), (one[:-1] + b" " + two, demo, 1, "(no note"),
+        (made, [*demo, "--limit", 3], 4, "(id train_0003, here no post)"), (made + b"{", demo, 5, "(no line"),
+        *((one + bad, demo, 2, "(no line of this script)") for bad in (b"\n", b"[]\n", b"thesis", b"\xff\n")),
+        (b'{"id": "train_0000"}\n', demo, 1, "(no line"), (one[:-1] + b" " + two, demo, 1, "(no line"),
     ]:  # fmt: skip
         out.write_bytes(content)
         with pytest.raises(ValueError) as caught:
