@@ -128,7 +128,6 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
 # --------------------------------------------------------------------------------------------------- metadata
 
 PHOTO_COLUMNS = ("has a photo", "width", "height", "bytes", "files named after it")
-TEXT_COLUMNS = ("words", "characters")
 FEWEST = 20  # positives in train and in the split scored, below which an AUC says little
 
 

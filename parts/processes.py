@@ -18,7 +18,7 @@ except ImportError:
     sys.exit("these scripts run on Linux and macOS; on Windows use them under WSL")
 
 
-SMALL = 5_000_000  # parameters; below that a second thread gains nothing
+SMALL = 5_000_000  # parameters; about where a second thread begins to gain, by estimate (benchmarks/SPEED.md)
 
 
 def default_device():
