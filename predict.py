@@ -41,7 +41,8 @@ from PIL import Image
 from encoding import encode
 from parts.console import bounded, command_line, progress_bar
 from parts.files import bounded_lines, resume_lines
-from parts.new_posts import LINE, NewPhotos, check_id, load_post, near, read_post, run_backbone, size_of
+from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, read_post, run_backbone
+from parts.new_posts import size_of
 from parts.notes import EXTRAS, Segments, check_note, note_text
 from parts.photos import WORDED
 from parts.posts import Posts, predict_posts
@@ -114,65 +115,77 @@ class Predictor:
             torch.set_num_threads(1)
             self.pool = self.make_pool()
             self.process = os.getpid()
-        config, answers, read = self.config, [], []
+        answers, read = [], []
         for post in posts:
             answers.append(answer := {"id": None})
             try:
                 post = load_post(post)
                 answer["id"] = check_id(post.get("id"))
-                example, offsets = read_post(post, config["task"], self.source, folder)
-                note = check_note(post, self.keys)
+                read.append(self.read(post, folder, answer))
             except ValueError as error:
                 answer["error"] = str(error)
-                continue
-            read.append((answer, post, example, offsets, note))
         if not read:
             return answers
-        examples, photos = [part[2] for part in read], None
-        # Twice: some words, parts of emojis, have no piece.
-        read_of, gone = zip(*(near(example, 2 * config["max_len"]) for example in examples), strict=True)
-        rows, _ = encode(self.tokenizer, read_of, config["labels"], config["max_len"])
+        rows = self.rows(read)
+        photos = self.photos(read) if self.source else None
+        shown = Posts([post.example for post in read], rows, self.tokenizer.pad_token_id, photos)
+        settings = self.config["labels"], self.config["eval_batch_size"], self.device, self.precision
+        records = predict_posts(self.model, shown, *settings)
+        for post, record in zip(read, records, strict=True):
+            self.say_what_was_seen(post, record, photos)
+            if self.config["task"] == "relation":
+                post.answer |= {"relation": record["predicted"], "probability": record["probability"]}
+            else:
+                post.answer["entities"] = entities(record, post.offsets, post.given.get("text"))
+        return answers
+
+    def read(self, given, folder, answer):
+        """A `NewPost` of a post, a dict; ValueError says what is wrong with it."""
+        example, offsets = read_post(given, self.config["task"], self.source, folder)
+        source = example.image_id
+        if isinstance(source, Image.Image):
+            # Images cannot be keys, so each gets a name that no file can have. One image in several posts
+            # has one name and is decoded once: two threads would get in each other's way.
+            example = replace(example, image_id=f"\0{id(source)}")
+        return NewPost(given, example, offsets, check_note(given, self.keys), source, answer)
+
+    def rows(self, read):
+        """The rows of `encode` of posts, with their notes; answers say how many words were cut off."""
+        # Twice --max-len: some words, parts of emojis, have no piece.
+        near_ones = [near(post.example, 2 * self.config["max_len"]) for post in read]
+        examples, gone = zip(*near_ones, strict=True)
+        rows, _ = encode(self.tokenizer, examples, self.config["labels"], self.config["max_len"])
         for row, count in zip(rows, gone, strict=True):
             row["cut_words"] += count
-        rows = [self.noted(row, note, answer) for row, (answer, *_, note) in zip(rows, read, strict=True)]
-        if self.source:
-            # An opened image gets a name that no file can have, for images cannot be keys; the same one in
-            # several posts is decoded once, by one thread: two would get in each other's way.
-            examples = [
-                replace(e, image_id=f"\0{id(e.image_id)}") if isinstance(e.image_id, Image.Image) else e
-                for e in examples
-            ]
-            named = {
-                e.image_id: part[2].image_id
-                for e, part in zip(examples, read, strict=True)
-                if e.image_id is not None
-            }
-            photos = NewPhotos(named, self.made, self.backbone, self.device, self.pool, self.root)
-        shown = Posts(examples, rows, self.tokenizer.pad_token_id, photos)
-        settings = config["labels"], config["eval_batch_size"], self.device, self.precision
-        records = predict_posts(self.model, shown, *settings)
-        for (answer, post, _, offsets, note), example, record in zip(read, examples, records, strict=True):
-            if photos and example.image_id is not None:
-                answer["photo"], reason = record["photo"], photos.reasons[photos.rows[example.image_id]]
-                if reason and not self.root and re.match("https?://", str(post.get("image"))):
-                    reason = "a link, and nothing is downloaded here: download it first and name the file"
-                named = self.source if self.source in WORDED else post["image"]
-                if reason:
-                    remark(answer, f"{'opened image' if isinstance(named, Image.Image) else named}: {reason}")
-                if answer["photo"] and "relevance" in self.keys and "relevance" not in note:
-                    remark(answer, "no relevance given: it was predicted")
-            elif self.source in WORDED and post.get("image") is not None:
-                what = "captions" if self.source == "caption" else "phrases"
-                remark(answer, f"the run looks at {what}, not at images; give the post its {self.source}")
-            if config["task"] == "relation":
-                answer |= {"relation": record["predicted"], "probability": record["probability"]}
-            else:
-                answer["entities"] = entities(record, offsets, post.get("text"))
-        return answers
+        return [self.noted(row, post.note, post.answer) for row, post in zip(rows, read, strict=True)]
+
+    def photos(self, read):
+        """`NewPhotos` of posts: what their words are shown."""
+        sources = {post.example.image_id: post.source for post in read if post.source is not None}
+        return NewPhotos(sources, self.made, self.backbone, self.device, self.pool, self.root)
+
+    def say_what_was_seen(self, post, record, photos):
+        """Whether a photo was looked at goes into the answer, and why not if the post has one."""
+        image, source = post.given.get("image"), self.source
+        if photos and post.source is not None:
+            post.answer["photo"] = record["photo"]
+            reason = photos.reasons[photos.rows[post.example.image_id]]
+            if reason and not self.root and re.match("https?://", str(image)):
+                reason = "a link, and nothing is downloaded here: download it first and name the file"
+            if reason:
+                name = source if source in WORDED else image
+                remark(post.answer, f"{'opened image' if isinstance(name, Image.Image) else name}: {reason}")
+            if record["photo"] and "relevance" in self.keys and "relevance" not in post.note:
+                remark(post.answer, "no relevance given: it was predicted")
+        elif source in WORDED and image is not None:
+            kind = "captions" if source == "caption" else "phrases"
+            remark(post.answer, f"the run looks at {kind}, not at images; give the post its {source}")
 
     def noted(self, row, note, answer):
         """A row of `encode` with the notes on its post; what of both is not read is said in the answer."""
-        answer |= {"photo": False} | ({"cut_words": row["cut_words"]} if row["cut_words"] else {})
+        answer["photo"] = False
+        if row["cut_words"]:
+            answer["cut_words"] = row["cut_words"]
         if self.segments:
             row = self.segments(row, note)
             if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
@@ -182,21 +195,21 @@ class Predictor:
         return row | {"relevance": note["relevance"]} if "relevance" in note else row
 
 
-def remark(answer, said):
-    """Add to the `note` of an answer."""
-    answer["note"] = "; ".join(filter(None, [answer.get("note"), said]))
+def remark(answer, text):
+    """Add a text to the `note` of an answer."""
+    answer["note"] = f"{answer['note']}; {text}" if "note" in answer else text
 
 
 def entities(record, offsets, text):
     """The entities of one record of `predict`, in order; `offsets` of the words in `text`, if it had one."""
-    found = []
+    answers = []
     for kind, start, end in sorted(entity_spans(record["predicted"]), key=lambda span: span[1]):
         entity = {"type": kind, "text": " ".join(record["words"][start:end]), "words": [start, end]}
         if offsets:
             first, last = offsets[start][0], offsets[end - 1][1]
             entity |= {"text": text[first:last], "chars": [first, last]}
-        found.append(entity | {"probability": min(record["probability"][start:end])})
-    return found
+        answers.append(entity | {"probability": min(record["probability"][start:end])})
+    return answers
 
 
 # -------------------------------------------------------------------------------------------- a file of posts
@@ -288,12 +301,15 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                     reason += "; pandas writes posts with to_json(orient='records', lines=True)"
                 raise ValueError(f"{path}: {reason}")
         os.fsync(out.fileno())
-    said = [f"{output}: {total - done} posts answered" + f" after {done} before" * bool(done)]
-    said += [f"{counts['photo']} with {predictor.source}"] * bool(predictor.source)
-    said += [f"{counts['cut']} longer than the run's --max-len and cut"] * bool(counts["cut"])
+    parts = [f"{output}: {total - done} posts answered{f' after {done} before' if done else ''}"]
+    if predictor.source:
+        parts.append(f"{counts['photo']} with {predictor.source}")
+    if counts["cut"]:
+        parts.append(f"{counts['cut']} longer than the run's --max-len and cut")
     for kind, name in (("note", "with a note"), ("error", "broken")):
-        said += [f"{counts[kind]} {name} (first: {first[kind]})"] if counts[kind] else []
-    print(", ".join(said), file=sys.stderr)
+        if counts[kind]:
+            parts.append(f"{counts[kind]} {name} (first: {first[kind]})")
+    print(", ".join(parts), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -7,7 +7,7 @@ import numbers
 import os
 import re
 import unicodedata
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,24 @@ def split_words(text, task, cuts=()):
 
 
 # ------------------------------------------------------------------------------------------------------ posts
+
+
+@dataclass
+class NewPost:
+    """A post to be answered.
+
+    `given`: the dict that it came as; `example`: the same as a data set has it, its labels mean nothing;
+    `offsets`: [(start, end)] of its words in its text, None where it came as words; `note`: what is said of
+    it, of what the run reads; `source`: its photo's path or opened image, or its caption or phrases, None
+    where it has none; `answer`: the dict that it gets.
+    """
+
+    given: dict
+    example: NerExample | RelationExample
+    offsets: list | None
+    note: dict
+    source: object
+    answer: dict
 
 
 def size_of(post):
