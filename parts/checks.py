@@ -10,7 +10,6 @@ from collections import Counter
 
 import numpy as np
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from data import NONE
 from parts.notes import EXTRAS, note_text
@@ -181,7 +180,7 @@ def leak_check(dataset, split, folders):
     with the highest AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left
     out.
     """
-    from sklearn.ensemble import GradientBoostingClassifier  # most of a second, which only this should wait
+    from sklearn.ensemble import GradientBoostingClassifier
 
     ids = dataset.image_ids()
     paths = find_photos(ids, folders) if folders else dict.fromkeys(ids)
@@ -207,6 +206,8 @@ def leak_check(dataset, split, folders):
 
 def auc(gold, scores):
     """(area under the ROC curve, half of its 95% interval by Hanley & McNeil, 1982)."""
+    from sklearn.metrics import roc_auc_score
+
     area, positive = float(roc_auc_score(gold, scores)), int(gold.sum())
     negative, a, b = len(gold) - positive, area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (positive - 1) * (a - area**2) + (negative - 1) * (b - area**2)

@@ -11,8 +11,6 @@ import json
 import re
 from collections import Counter
 
-from sklearn.metrics import precision_recall_fscore_support
-
 from data import NONE, check_label, check_scheme, conll_posts, label_scheme, read_lines, reading_notes, to_bio
 from data import word_column
 
@@ -112,6 +110,8 @@ def label_scores(gold, predicted):
 
     Weighted recall is accuracy, by definition.
     """
+    from sklearn.metrics import precision_recall_fscore_support  # here: it takes 2 seconds to load
+
     precision, recall, f1, _ = precision_recall_fscore_support(
         gold, predicted, average="weighted", zero_division=0
     )
