@@ -313,11 +313,11 @@ def test_gold_in_notes_by_hand(noted):
     dataset, path = noted
     found = note_leaks(dataset, "valid", Notes(path))
     assert found.keys() == {"about_post", "about_photo"}
-    for key, train, valid, unseen in (
+    for key, of_train, valid, unseen in (
         ("about_post", (1, 3), (3, 5), (2, 3)), ("about_photo", (0, 3), (0, 5), (0, 3))
     ):
         assert found[key] == {
-            "train": {"gold": train, "unseen": (0, 0)},
+            "train": {"gold": of_train, "unseen": (0, 0)},
             "valid": {"gold": valid, "unseen": unseen},
         }
 
@@ -352,7 +352,7 @@ def test_notes_are_looked_into_on_the_command_line(data_dir, tmp_path, capsys):
     path = notes_file(tmp_path / "n.jsonl", said)
     flags = ["--leak-check", "demo", "--data-dir", str(data_dir), "--notes"]
     evaluate.main([*flags, str(path)])
-    out, ((key, found),) = capsys.readouterr().out, note_leaks(dataset, "test", Notes(path)).items()
+    out, (found,) = capsys.readouterr().out, note_leaks(dataset, "test", Notes(path)).values()
     train_count, count = (
         sum(y[0] == "B" for e in dataset.examples[split] for y in e.labels) for split in ("train", "test")
     )

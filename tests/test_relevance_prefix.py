@@ -952,7 +952,7 @@ def page_of(folder, output):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_notes, tmp_path, name):
-    page, (dataset, path) = page_of(runs[name][0], tmp_path / "page.html"), demo_notes
+    page, dataset = page_of(runs[name][0], tmp_path / "page.html"), demo_notes[0]
     posts, reads = {post["id"]: post for post in page["posts"]}, name in ("given", "taught")
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):
         said, post = {}, posts[example.id]

@@ -354,9 +354,9 @@ def test_defaults_are_the_reference_settings():
 
 def test_defaults_of_the_other_systems():
     found = {}
-    for model in PARTS:
-        args = train.parse_args(["--dataset", "mnre", "--model", model])
-        found[model] = (args.text_encoder, args.fusion, args.max_len, args.features, args.run_dir)
+    for system in PARTS:
+        args = train.parse_args(["--dataset", "mnre", "--model", system])
+        found[system] = (args.text_encoder, args.fusion, args.max_len, args.features, args.run_dir)
     assert found == {
         "bert-caption": ("bert-base-uncased", "film", 128,
                          "features/mnre-caption-64.h5", "runs/mnre-bert-caption-film-s1337"),
