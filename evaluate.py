@@ -17,10 +17,11 @@ import glob
 import statistics
 from pathlib import Path
 
-from data import load_dataset, read_ner
+from data import read_ner
 from parts.checks import FEWEST, SCORES, check_row, image_check, leak_check, note_leaks, paired_bootstrap
 from parts.checks import type_changes, verdict
 from parts.console import bounded, command_line, dataset_name
+from parts.datasets import load_dataset
 from parts.files import check_output, write_json
 from parts.notes import Notes
 from parts.photos import find_photos, image_folders

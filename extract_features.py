@@ -31,12 +31,12 @@ import torch
 import torchvision
 import transformers
 
-from data import DATASETS, load_dataset
 from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
 from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
 from features import require_room, unfinished
 from parts.backbones import BACKBONES, load_backbone
 from parts.console import bounded, command_line, dataset_name, progress_bar
+from parts.datasets import DATASETS, load_dataset
 from parts.files import check_output
 from parts.notes import said_of_photos
 from parts.photos import WORDED, Captions, Photos, by_name, find_photos, image_folders, load_ahead

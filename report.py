@@ -17,9 +17,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from data import NONE, SPLITS, TEXT_PLACES, first_existing, locate
+from data import NONE
 from parts.checks import verdict
 from parts.console import bounded, command_line
+from parts.datasets import SPLITS, TEXT_PLACES, first_existing, locate
 from parts.files import check_output, write_text
 from parts.notes import reads_relevance
 from parts.opening import dataset_now

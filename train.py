@@ -28,10 +28,10 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from align import ALIGNMENTS
-from data import DATASETS, data_task, locate
 from encoding import IGNORE, length_batches, to_device
 from fusion import FUSIONS
 from parts.console import bounded, command_line, dataset_name, progress_bar
+from parts.datasets import DATASETS, data_task, locate
 from parts.files import write_json, write_json_lines
 from parts.model import TextRegions
 from parts.notes import EXTRAS

@@ -44,9 +44,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import DATASETS, RelationExample, load_dataset, locate
+from data import RelationExample
 from parts.chat import Endpoint, Local, Refused, split_url
 from parts.console import bounded, command_line, dataset_name, first_line, progress_bar
+from parts.datasets import DATASETS, load_dataset, locate
 from parts.files import resume_lines
 from parts.notes import KEYS, OF_PHOTO
 from parts.photos import find_photos, image_folders, thumbnail

@@ -26,8 +26,9 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedTokenizerFast
 
 import demo
 import train
-from data import RELATIONS, load_dataset
+from data import RELATIONS
 from parts.console import command_line
+from parts.datasets import load_dataset
 from parts.opening import open_run
 from parts.posts import predict_posts
 from parts.scores import mentions, read_predictions

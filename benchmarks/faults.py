@@ -45,9 +45,10 @@ import predict  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
 import write_notes  # noqa: E402
-from data import DATASETS, load_dataset, read_mnre, read_ner  # noqa: E402
+from data import read_mnre, read_ner  # noqa: E402
 from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
 from parts.console import command_line  # noqa: E402
+from parts.datasets import DATASETS, load_dataset  # noqa: E402
 from parts.files import write_text  # noqa: E402
 from parts.scores import read_predictions  # noqa: E402
 

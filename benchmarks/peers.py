@@ -42,8 +42,8 @@ from transformers import TrainingArguments, get_linear_schedule_with_warmup, pip
 import demo
 import extract_features
 import train
-from data import load_dataset
 from encoding import IGNORE, collate, encode, length_batches, to_device
+from parts.datasets import load_dataset
 from parts.posts import Posts as Split
 from parts.checks import paired_bootstrap
 from parts.console import bounded, command_line

@@ -38,11 +38,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import demo  # noqa: E402
-from data import load_dataset  # noqa: E402
 from encoding import IGNORE, collate, encode, length_batches, to_device  # noqa: E402
 from extract_features import extract  # noqa: E402
 from features import FORMAT, OK, FeatureCache, FeatureWriter, create_file  # noqa: E402
 from fusion import FUSIONS  # noqa: E402
+from parts.datasets import load_dataset  # noqa: E402
 from parts.posts import Posts as Split  # noqa: E402
 from parts.backbones import load_backbone  # noqa: E402
 from parts.console import command_line  # noqa: E402

@@ -27,10 +27,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 import train  # noqa: E402
-from data import DATASETS, load_dataset  # noqa: E402
 from features import FeatureCache  # noqa: E402
 from parts.checks import paired_bootstrap  # noqa: E402
 from parts.console import command_line  # noqa: E402
+from parts.datasets import DATASETS, load_dataset  # noqa: E402
 from parts.files import write_text  # noqa: E402
 from parts.run_files import predictions_file, read_config  # noqa: E402
 from parts.runs import RUN_FORMAT, differing, system_settings  # noqa: E402

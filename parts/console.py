@@ -16,7 +16,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from data import DATASETS
+from parts.datasets import DATASETS
 from parts.processes import out_of_memory
 
 PROJECT = Path(__file__).resolve().parents[1]

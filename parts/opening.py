@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DATASETS, load_dataset
 from encoding import encode
 from features import FeatureCache
 from fusion import FUSIONS
+from parts.datasets import DATASETS, load_dataset
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
 from parts.posts import Posts, cut_train, shuffled_photos

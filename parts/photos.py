@@ -21,8 +21,9 @@ import torch
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from torch.utils.data import DataLoader
 
-from data import SPLITS, fold, locate, read_lines
+from data import fold, read_lines
 from features import MISSING, OK, UNREADABLE
+from parts.datasets import SPLITS, locate
 
 # Where the public releases put photos, {d} = data set.
 IMAGE_PLACES = (

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import NerExample, RelationExample, load_dataset
+from data import NerExample, RelationExample
 from encoding import encode, length_batches, to_device
 from parts.backbones import phrases_of
 from parts.console import progress_bar
+from parts.datasets import load_dataset
 from parts.notes import EXTRAS, note_text, said_of_photos
 from parts.opening import dataset_now, run_cache, run_notes
 from parts.photos import find_photos, thumbnail

@@ -7,10 +7,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from align import masked_mean
-from data import load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
+from parts.datasets import load_dataset
 from parts.model import LEFT_OUT
 from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder

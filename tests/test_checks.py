@@ -9,9 +9,10 @@ from PIL import Image
 
 import evaluate
 import train
-from data import Dataset, NerExample, RelationExample, load_dataset
+from data import NerExample, RelationExample
 from parts.checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap
 from parts.checks import stands_in
+from parts.datasets import Dataset, load_dataset
 from parts.files import write_json, write_json_lines
 from parts.notes import Notes
 from parts.runs import system_settings

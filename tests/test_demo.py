@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import demo
-from data import load_dataset
 from encoding import encode
+from parts.datasets import load_dataset
 from parts.notes import Notes
 from parts.photos import find_photos, image_folders
 from parts.scores import entity_spans

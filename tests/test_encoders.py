@@ -24,8 +24,9 @@ from transformers import (
 )  # fmt: skip
 
 import train
-from data import RELATIONS, RelationExample, load_dataset
+from data import RELATIONS, RelationExample
 from encoding import MARKERS, PROBE, collate, encode, special_ends, split_pieces, text_pieces
+from parts.datasets import load_dataset
 from parts.opening import open_run
 from parts.posts import predict_posts
 from parts.run_files import load_run

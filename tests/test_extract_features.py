@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import extract_features
-from data import load_dataset
 from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
 from parts.backbones import load_backbone, state_hash
+from parts.datasets import load_dataset
 from parts.photos import Photos, queues, shared_memory
 from parts import photos
 

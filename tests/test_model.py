@@ -17,11 +17,12 @@ from tokenizers import pre_tokenizers
 from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval
 from transformers import RobertaConfig, RobertaModel, ViltForTokenClassification
 
-from data import RELATIONS, load_dataset
+from data import RELATIONS
 from encoding import MARKERS, collate, encode
 from features import FeatureCache
 from fusion import FUSIONS
 from parts.blip_vilt import Vilt
+from parts.datasets import load_dataset
 from parts.model import LEFT_OUT
 from parts.run_files import load_run, read_config
 from parts.runs import save_weights

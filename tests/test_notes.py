@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, RobertaTokenizerFast
 import evaluate
 import predict
 import train
-from data import load_dataset
 from encoding import collate, encode
 from parts.checks import image_check
+from parts.datasets import load_dataset
 from parts.model import LEFT_OUT
 from parts.notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from parts.opening import open_run, run_notes

@@ -13,10 +13,10 @@ import extract_features
 import predict
 import report
 import train
-from data import load_dataset
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
 from parts.backbones import load_backbone, phrases_of
+from parts.datasets import load_dataset
 from parts.files import write_json_lines
 from parts.notes import said_of_photos
 from parts.photos import Captions, read_captions

@@ -27,9 +27,10 @@ from PIL import Image, ImageFile
 
 import predict
 import train
-from data import NONE, NerExample, RelationExample, load_dataset
+from data import NONE, NerExample, RelationExample
 from encoding import MARKERS, encode
 from features import FeatureCache
+from parts.datasets import load_dataset
 from parts.scores import entity_spans, read_predictions
 from parts.text_encoder import load_tokenizer
 from predict import Predictor

@@ -18,10 +18,10 @@ import predict
 import report
 import train
 from align import ALIGNMENTS
-from data import load_dataset
 from encoding import PROBE, collate, encode
 from fusion import FUSIONS, clean, unit_length
 from parts.checks import image_check, verdict
+from parts.datasets import load_dataset
 from parts.files import write_json_lines
 from parts.model import TextRegions
 from parts.notes import Notes, Segments

@@ -22,10 +22,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 import report
 import train
-from data import DATASETS, load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from parts.backbones import load_processor
+from parts.datasets import DATASETS, load_dataset
 from parts.files import write_json, write_json_lines
 from parts.notes import EXTRAS, Segments, read_notes
 from parts.photos import thumbnail

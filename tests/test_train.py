@@ -23,10 +23,10 @@ import extract_features
 import predict as predictor
 import report
 import train
-from data import load_dataset
 from encoding import collate, encode
 from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
+from parts.datasets import load_dataset
 from parts.opening import open_run
 from parts.posts import Posts, predict_posts, shuffled_photos
 from parts.processes import lock

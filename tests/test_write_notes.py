@@ -32,8 +32,8 @@ from transformers import Qwen2_5_VLProcessor, Qwen2Config, Qwen2ForCausalLM, Qwe
 from transformers import Qwen2VLVideoProcessor
 
 import write_notes
-from data import DATASETS, load_dataset
 from parts.chat import Endpoint, Local
+from parts.datasets import DATASETS, load_dataset
 from write_notes import AGAIN, ASKED, DIGITS, fill_prompt, read_answer
 from parts import chat
 
