@@ -35,12 +35,13 @@ from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWrite
 from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
 from features import require_room, unfinished
 from parts.backbones import BACKBONES, load_backbone
+from parts.captions import Captions
 from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.datasets import DATASETS, load_dataset
 from parts.files import check_output
 from parts.notes import said_of_photos
-from parts.photos import WORDED, Captions, Photos, by_name, find_photos, image_folders, load_ahead
-from parts.photos import read_captions, view_sha256
+from parts.photos import WORDED, Photos, by_name, find_photos, image_folders, load_ahead, read_captions
+from parts.photos import view_sha256
 from parts.processes import alone_in, default_device, join_processes, lock, wait_for_all
 
 
@@ -59,7 +60,7 @@ def parse_args(argv):
         " .safetensors file; clip, blip, pixels, caption and phrases (a text encoder): a hub's model or a"
         " local folder (default: the published base)")
     add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which"
-        " phrases cuts at function words (backbones.py); or for phrases a notes file with phrases (notes.py)")
+        " phrases cuts at function words (captions.py); or for phrases a notes file with phrases (notes.py)")
     add("--placeholder", help="a file of a picture that stands for lost photos (of captions, its caption):"
         " photos that look the same count as missing")
     add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption,"

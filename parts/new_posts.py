@@ -17,8 +17,9 @@ from PIL import Image
 from data import NONE, NerExample, RelationExample
 from features import UNREADABLE, FeatureCache
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
+from parts.captions import Captions
 from parts.notes import check_note, is_text
-from parts.photos import WORDED, Captions, Photos
+from parts.photos import WORDED, Photos
 
 LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
 PHOTOS = 16  # that share a forward pass of the backbone

@@ -328,36 +328,6 @@ class Photos:
         return len(self.image_ids)
 
 
-class Captions:
-    """What `Photos` is, for captions: item (list of rows) -> list of (ids [1, n] or None, status, reason).
-
-    `captions`: {image id: caption or None}. One equal to `placeholder` says nothing of the photo, which
-    counts as missing. For phrases, `kind`, ids are [1, P, n], of a list of phrases or a caption that is cut
-    into some; no phrases are missing.
-    """
-
-    def __init__(self, image_ids, captions, backbone, placeholder=None, kind="caption"):
-        self.image_ids, self.captions, self.placeholder, self.kind = image_ids, captions, placeholder, kind
-        self.prepare = backbone.prepare
-
-    def read(self, row):
-        caption = self.captions[self.image_ids[row]]
-        if caption is None or (self.kind == "phrases" and not caption):
-            return None, MISSING, f"no {self.kind}"
-        if caption == self.placeholder:
-            return None, MISSING, "caption of a placeholder picture"
-        ids, cut = self.prepare(caption)
-        if not len(ids):
-            return None, UNREADABLE, f"empty {self.kind}"
-        return ids[None], OK, cut
-
-    def __getitem__(self, rows):
-        return [self.read(row) for row in rows]
-
-    def __len__(self):
-        return len(self.image_ids)
-
-
 def low_priority(worker):
     """Let the forward pass go first: its threads wait for the slowest of them."""
     os.nice(10)

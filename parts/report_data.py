@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data import NerExample, RelationExample
 from encoding import encode, length_batches, to_device
-from parts.backbones import phrases_of
+from parts.captions import phrases_of
 from parts.console import progress_bar
 from parts.datasets import load_dataset
 from parts.notes import EXTRAS, note_text, said_of_photos

@@ -24,9 +24,10 @@ from torchvision import transforms
 import extract_features
 from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
-from parts.backbones import load_backbone, state_hash
+from parts.backbones import load_backbone
 from parts.datasets import load_dataset
 from parts.photos import Photos, queues, shared_memory
+from parts.vision_encoder import state_hash
 from parts import photos
 
 

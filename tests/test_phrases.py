@@ -15,11 +15,12 @@ import report
 import train
 from encoding import collate, encode
 from features import MISSING, OK, UNREADABLE, FeatureCache
-from parts.backbones import load_backbone, phrases_of
+from parts.backbones import load_backbone
+from parts.captions import Captions, phrases_of
 from parts.datasets import load_dataset
 from parts.files import write_json_lines
 from parts.notes import said_of_photos
-from parts.photos import Captions, read_captions
+from parts.photos import read_captions
 from parts.run_files import load_run
 from parts.scores import entity_spans, read_predictions
 from predict import Predictor

@@ -24,7 +24,7 @@ import report
 import train
 from encoding import collate, encode
 from features import FeatureCache
-from parts.backbones import load_processor
+from parts.vision_encoder import load_processor
 from parts.datasets import DATASETS, load_dataset
 from parts.files import write_json, write_json_lines
 from parts.notes import EXTRAS, Segments, read_notes

@@ -13,8 +13,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, BlipForIm
 from transformers import CLIPVisionModel
 
 from features import MISSING, OK, UNREADABLE, FeatureCache
-from parts.backbones import BACKBONES, exact_convolutions, load_backbone
-from parts.photos import Captions, Photos, read_captions
+from parts.backbones import BACKBONES, load_backbone
+from parts.captions import Captions
+from parts.photos import Photos, read_captions
+from parts.vision_encoder import exact_convolutions
 
 
 def reference_states(name, folder, photo):
