@@ -35,6 +35,7 @@ from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWrite
 from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
 from features import require_room, unfinished
 from parts.backbones import BACKBONES, load_backbone
+from parts.boxes import MOST, BoxedPhotos, boxes_of, tell_boxes, with_boxes
 from parts.captions import Captions
 from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.datasets import DATASETS, load_dataset
@@ -61,6 +62,8 @@ def parse_args(argv):
         " local folder (default: the published base)")
     add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which"
         " phrases cuts at function words (captions.py); or for phrases a notes file with phrases (notes.py)")
+    add("--boxes", help="a file of the boxes of objects in each photo (boxes.py): the regions are the whole"
+        " photo and each box, into NAME-boxes.h5")
     add("--placeholder", help="a file of a picture that stands for lost photos (of captions, its caption):"
         " photos that look the same count as missing")
     add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption,"
@@ -85,6 +88,8 @@ def parse_args(argv):
         parser.error("--backbone caption or phrases and --captions FILE go together")
     if captions and args.images:
         parser.error(f"--images: --backbone {args.backbone} reads --captions, no photo; leave it out")
+    if args.boxes and args.backbone in (*WORDED, "pixels"):
+        parser.error(f"--boxes: --backbone {args.backbone} makes no region of a picture; leave it out")
     if args.verify and args.overwrite:
         parser.error("--verify and --overwrite: one looks at the file, the other replaces it; leave one out")
     fitting = 64 if args.device.startswith("cuda") else 8  # 8 stays in a CPU's caches
@@ -146,7 +151,7 @@ def begin(args, path, inputs, shape, kind, settings, recorded):
         drop_begun(args, partial, settings, list(inputs), sizes)
     if not partial.exists():
         attrs = {key: value for key, value in (settings | recorded).items() if value is not None}
-        create_file(partial, list(inputs), sizes, shape, kind, attrs)
+        create_file(partial, list(inputs), sizes, shape, kind, attrs, bool(args.boxes))
 
 
 def find_inputs(args, dataset, image_ids):
@@ -197,20 +202,18 @@ def check_placeholder(captions, placeholder):
 @torch.inference_mode()
 def extract(backbone, writer, loader, batches, device, progress):
     """Fill the rows of `batches`: pixels -> regions [V, n, D] each."""
+    each = writer.attrs["views"]
     for rows, photos in zip(batches, loader, strict=True):
-        pixels = [views for views, _, _ in photos if views is not None]
-        made = iter(())
-        if pixels:
-            regions = backbone.look(torch.cat(pixels), device)  # [B * V, n, D]
-            if not np.isfinite(regions).all():
-                batch = f"{rows[0]}-{rows[-1]}"
-                raise ValueError(f"features of batch {batch} do not fit float16; check --weights")
-            made = iter(regions.reshape(len(pixels), -1, *regions.shape[1:]))
-        for row, (views, status, reason) in zip(rows, photos, strict=True):
+        pixels = [views for views, *_ in photos if views is not None]
+        made = iter(backbone.look(pixels, device, each) if pixels else ())
+        for row, (views, status, reason, *boxes) in zip(rows, photos, strict=True):
             regions = next(made) if views is not None else None
+            if regions is not None and not np.isfinite(regions).all():
+                name = writer.image_ids[row]
+                raise ValueError(f"features of photo {name} do not fit float16; check --weights")
             grid = backbone.grid(views) if views is not None else [0, 0]
             if writer.status[row] == 0:  # a batch computed again for one row leaves the others as they are
-                writer.write(row, regions, grid, status, reason)
+                writer.write(row, regions, grid, status, reason, *boxes)
         progress.update(len(rows))
 
 
@@ -258,6 +261,8 @@ def report(cache):
         cache.point_out_alike()
         if "placeholder" in cache.attrs and "placeholder picture" not in cache.reasons:
             print("WARNING: no photo looks like the --placeholder")
+        if cache.boxes:
+            tell_boxes(cache)
 
 
 def tell_finished(path, inputs, captions):
@@ -283,7 +288,10 @@ def main(argv=None):
         print(note)
     image_ids = dataset.image_ids()[: args.limit]
     inputs, reasons = find_inputs(args, dataset, image_ids)
+    boxes = boxes_of(args.boxes, image_ids) if args.boxes else {}
     backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
+    if args.boxes:
+        backbone = with_boxes(backbone)
     side, shape = backbone.settings["img_size"], (len(image_ids), args.views, *backbone.shape)
     settings = {
         "format": FORMAT, "dataset": dataset.name, "backbone": args.backbone, **backbone.settings,
@@ -296,6 +304,8 @@ def main(argv=None):
     else:
         picture = args.placeholder and Path(args.placeholder)
         settings |= {"placeholder": read_placeholder(picture, backbone) if picture else None}
+    if args.boxes:
+        settings |= {"boxes_sha256": hashlib.sha256(Path(args.boxes).read_bytes()).hexdigest()}
     recorded = {  # said in the file, not compared with what is asked
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters,
@@ -305,7 +315,7 @@ def main(argv=None):
            for library in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip
 
-    part = f"-first{args.limit}" if args.limit else ""
+    part = ("-boxes" if args.boxes else "") + (f"-first{args.limit}" if args.limit else "")
     path = Path(args.cache_dir) / f"{dataset.name}-{args.backbone}-{side}{part}.h5"
     partial = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +341,8 @@ def main(argv=None):
         batch_size = writer.attrs["batch_size"]
         if batch_size != args.batch_size:  # another changes the last bits
             print(f"resuming with the batch size the file was begun with, {batch_size}")
-        per_batch = max(1, batch_size // args.views) if backbone.same_size else 1
+        pictures = args.views * (1 + MOST if args.boxes else 1)  # of a photo, at most
+        per_batch = max(1, batch_size // pictures) if backbone.same_size else 1
         rows = list(range(len(image_ids)))
         batches = [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
         todo = [rows for rows in batches[rank::processes] if (writer.status[rows] == 0).any()]
@@ -342,9 +353,10 @@ def main(argv=None):
             args.workers, reader = 0, Captions(image_ids, inputs, backbone, args.placeholder, args.backbone)
         else:
             alike = settings["placeholder"]
-            reader = Photos(image_ids, inputs, backbone, args.views, args.seed, reasons, alike)
+            photos = image_ids, inputs, backbone, args.views, args.seed, reasons, alike
+            reader = BoxedPhotos(boxes, *photos) if args.boxes else Photos(*photos)
         # A photo that keeps its shape is at most 5 : 3 here.
-        loader = load_ahead(reader, todo, args.workers, per_batch * args.views * 5 * side**2, processes)
+        loader = load_ahead(reader, todo, args.workers, per_batch * pictures * 5 * side**2, processes)
         backbone.regions.to(device, memory_format=torch.channels_last)
         started = time.perf_counter()
         with progress_bar(sum(map(len, todo)), "photo", disable=rank > 0) as progress:
@@ -355,7 +367,8 @@ def main(argv=None):
             os.replace(partial, path)
     wait_for_all(processes)
     seconds = time.perf_counter() - started
-    rate = f"{worked * args.views / seconds:.1f} images/s, views counted"
+    counted = "views counted, boxes not" if args.boxes else "views counted"
+    rate = f"{worked * args.views / seconds:.1f} images/s, {counted}"
     print(f"{worked} photos in {seconds:.1f} s on {processes} x {device}: {rate}")
     report(FeatureCache(path))
     return path

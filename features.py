@@ -30,17 +30,23 @@ import torch
 FORMAT = 4  # version of the feature file's layout
 OK, MISSING, UNREADABLE = 1, 2, 3  # `status`; 0 = not done
 REASON_WIDTH = 200  # bytes kept of why a photo could not be read
+BOX_COLUMNS = ("boxes", "box_labels")  # of a file whose regions are those of boxes
+LABEL_WIDTH = 40  # bytes kept of what a box holds
 LARGEST = 2**16  # bytes of an attribute, at most
 
 
-def columns_of(shape, kind, width):
-    """{column: (shape, dtype)} of a file of regions [N, V, R, D] of dtype `kind` and ids of `width` bytes."""
-    rows, views = shape[:2]
+def columns_of(shape, kind, width, boxes=False):
+    """{column: (shape, dtype)} of a file of regions [N, V, R, D] of dtype `kind` and ids of `width` bytes.
+
+    `boxes`: whether each region is a part of the photo, which the last two columns name.
+    """
+    rows, views, most = shape[:3]
+    of_boxes = {"boxes": ((rows, most, 4), "<f4"), "box_labels": ((rows, most), f"S{LABEL_WIDTH}")}
     return {
         "regions": (shape, kind), "num_regions": ((rows,), "<u2"), "grid": ((rows, 2), "<u2"),
         "image_id": ((rows,), f"S{width}"), "status": ((rows,), "|u1"),
         "reason": ((rows,), f"S{REASON_WIDTH}"), "crc32": ((rows, views), "<u4"),
-        "photo_bytes": ((rows,), "<i8"),
+        "photo_bytes": ((rows,), "<i8"), **(of_boxes if boxes else {}),
     }  # fmt: skip
 
 
@@ -116,7 +122,8 @@ def read_layout(path):
             if len(shape) != 4 or not all(shape):
                 raise ValueError(f"column regions: of shape {shape}; make it anew")
             width = find_column(file.id, b"image_id")[0].get_type().get_size()
-            for name, (size, dtype) in columns_of(shape, kind, width).items():
+            boxes = any(file.id.links.exists(name.encode()) for name in BOX_COLUMNS)
+            for name, (size, dtype) in columns_of(shape, kind, width, boxes).items():
                 if name == "photo_bytes" and not file.id.links.exists(b"photo_bytes"):  # an earlier version's
                     continue
                 column, lengths, offset = find_column(file.id, name.encode())
@@ -155,10 +162,10 @@ def finite(regions):
     return regions.dtype == np.uint8 or (regions.view(np.uint16) & 0x7FFF).max() < 0x7C00
 
 
-def about_crc32(image_id, num_regions, grid, status, reason):
-    """Checksum of all columns of a row but its regions."""
+def about_crc32(image_id, num_regions, grid, status, reason, *boxes):
+    """Checksum of all columns of a row but its regions; `boxes`: those of boxes, of a file that has them."""
     about = json.dumps([image_id, int(num_regions), *map(int, grid), int(status), reason])
-    return zlib.crc32(about.encode())
+    return zlib.crc32(b"".join([about.encode(), *(column.tobytes() for column in boxes)]))
 
 
 def row_crc32(regions, *about):
@@ -225,11 +232,11 @@ def reserve(path, size, flags=0):
         os.close(fd)
 
 
-def create_file(path, image_ids, sizes, shape, kind, attrs):
+def create_file(path, image_ids, sizes, shape, kind, attrs, boxes=False):
     """Make an empty feature file at `path`: all space laid out, every row's status 0.
 
     `sizes` [N]: bytes of each photo, 0 = unknown; `shape` (N, views, R, D) and `kind`, a dtype: the regions';
-    `attrs`: how they are made, with "format": FORMAT.
+    `attrs`: how they are made, with "format": FORMAT; `boxes`: whether they are those of boxes.
 
     Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that
     cannot be opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a
@@ -242,7 +249,7 @@ def create_file(path, image_ids, sizes, shape, kind, attrs):
         new = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a link of this name would lead elsewhere
         reserve(temporary, math.prod(shape) * np.dtype(kind).itemsize, new)  # HDF5 says it less clearly
         with h5py.File(temporary, "w") as file:
-            for name, (size, dtype) in columns_of(shape, kind, names.dtype.itemsize).items():
+            for name, (size, dtype) in columns_of(shape, kind, names.dtype.itemsize, boxes).items():
                 layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
                 layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # gives the data a fixed offset in the file
                 layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -294,17 +301,26 @@ class FeatureWriter:
                 raise OSError(f"{reason}; make room, and the same command goes on") from None
             raw, at = raw[written:], at + written
 
-    def write(self, row, regions, grid, status, reason):
-        """One photo: regions [V, n, D] or None, their (rows, columns), the rest, its status last of all."""
+    def write(self, row, regions, grid, status, reason, boxes=()):
+        """One photo: regions [V, n, D] or None, their (rows, columns), the rest, its status last of all.
+
+        `boxes`, of a file that has them: [n, 4] in shares of the photo and n labels, as bytes.
+        """
         _, (_, views, most, dim), kind = self.columns["regions"]
         regions = np.zeros((views, 0, dim), kind) if regions is None else regions
         count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
         stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
         about = {"image_id": self.image_ids[row], "num_regions": count, "grid": grid}
+        of_boxes = {
+            name: np.zeros(self.columns[name][1][1:], self.columns[name][2])
+            for name in BOX_COLUMNS if name in self.columns
+        }  # fmt: skip
+        for column, values in zip(of_boxes.values(), boxes, strict=True):
+            column[: len(values)] = values
         self.put("regions", row, stored)
-        for name, value in about.items():
+        for name, value in (about | of_boxes).items():
             self.put(name, row, value.encode() if name == "image_id" else value)
-        self.put("crc32", row, row_crc32(stored, *about.values(), status, reason))
+        self.put("crc32", row, row_crc32(stored, *about.values(), status, reason, *of_boxes.values()))
         self.put("reason", row, reason.encode())
         self.put("status", row, status)
         self.status[row] = status
@@ -343,7 +359,9 @@ class FeatureCache:
 
     Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
     `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand
-    for, row by row; regions before them (BLIP's class token) are of the photo as a whole.
+    for, row by row; regions before them (BLIP's class token) are of the photo as a whole. `boxes`: [] or, of
+    a file of boxes, which part of its photo each region is, [N, R, 4] left, top, right, bottom in shares of
+    it, and labels [N, R], bytes.
     Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
     """
 
@@ -363,6 +381,7 @@ class FeatureCache:
         self.status, self.num_regions = arrays["status"], arrays["num_regions"]
         self.grid, self.crc32 = arrays["grid"].astype(np.int64), arrays["crc32"]
         self.photo_bytes = arrays["photo_bytes"]
+        self.boxes = [arrays[name] for name in BOX_COLUMNS if name in arrays]
         if (self.status == 0).any():
             raise ValueError(
                 f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py"
@@ -410,9 +429,11 @@ class FeatureCache:
         """Whether a row is as it was written, of finite numbers, with no more places than regions."""
         regions, count = self.regions[row, views], self.num_regions[row]
         about = self.ids[row], count, self.grid[row], self.status[row], self.reasons[row]
+        of_boxes = [column[row] for column in self.boxes]
         fits = self.status[row] != OK or self.grid[row].prod() <= count <= self.shape[2]
-        same = row_crc32(regions, *about) == self.crc32[row, views].tolist()
-        return bool(same and fits and finite(regions))
+        shares = not of_boxes or bool(((of_boxes[0] >= 0) & (of_boxes[0] <= 1)).all())
+        same = row_crc32(regions, *about, *of_boxes) == self.crc32[row, views].tolist()
+        return bool(same and fits and shares and finite(regions))
 
     def damaged(self, row, view):
         """The error for a row that is not `whole`."""
@@ -430,7 +451,7 @@ class FeatureCache:
         """
         zeros, rows = bytes(self.regions[0, 0].nbytes), np.flatnonzero(self.status == OK)
         shifts = np.array([zlib.crc32(zeros, 1 << bit) for bit in range(32)], np.uint32) ^ zlib.crc32(zeros)
-        columns = (self.ids, self.num_regions, self.grid, self.status, self.reasons)
+        columns = (self.ids, self.num_regions, self.grid, self.status, self.reasons, *self.boxes)
         about = np.array([about_crc32(*(column[row] for column in columns)) for row in rows], np.uint32)
         bits = (about[:, None] >> np.arange(32, dtype=np.uint32)) & 1  # [rows, 32]
         bare = self.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * shifts, 1)

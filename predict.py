@@ -6,10 +6,10 @@
 A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between
 words); `image`, the file of its photo, where it has one, its path from the folder of posts.jsonl on (for runs
 on captions, `caption` instead, for those on phrases `phrases`, a list of text, or a `caption` to be cut into
-some); for relations `head` and `tail`, spans [start, end) of the text's characters or of the words; `id`,
-text or a number, comes back; for runs with --extra `about_post` and `about_photo`, for runs with
---relevance given `relevance`, as in their notes. Other keys are ignored, and so is NaN. One post has 1 MB at
-most.
+some; for runs on boxes `boxes` beside it, as in parts/boxes.py); for relations `head` and `tail`, spans
+[start, end) of the text's characters or of the words; `id`, text or a number, comes back; for runs with
+--extra `about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other
+keys are ignored, and so is NaN. One post has 1 MB at most.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption
 was cut; `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type,
@@ -39,6 +39,7 @@ import torch
 from PIL import Image
 
 from encoding import encode
+from parts.boxes import check_boxes
 from parts.console import bounded, command_line, progress_bar
 from parts.files import bounded_lines, resume_lines
 from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, read_post, run_backbone
@@ -50,6 +51,7 @@ from parts.processes import check_device, default_device, fit_threads, open_outp
 from parts.run_files import load_run
 from parts.scores import entity_spans
 
+NO_BOXES = "no boxes given: the whole photo alone was looked at"
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
@@ -86,6 +88,7 @@ class Predictor:
                 self.source = self.made["backbone"] if self.made["backbone"] in WORDED else "image"
                 self.backbone = run_backbone(self.made, weights)
                 self.backbone.regions.to(self.device, memory_format=torch.channels_last)
+        self.boxed = bool(self.made) and "boxes_sha256" in self.made
         self.precision = precision or precision_on(self.device, self.config)
         self.segments = None
         self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
@@ -95,8 +98,12 @@ class Predictor:
         self.pool, self.process = self.make_pool(), os.getpid()
 
     def make_pool(self):
-        """Threads that decode photos; one for words, for a tokenizer is not for several at once."""
-        return ThreadPoolExecutor(1 if self.source in WORDED else min(4, os.cpu_count() or 1))
+        """Threads that decode photos; one for words, for a tokenizer is not for several at once.
+
+        And one for boxes: one opened image may be read for several posts, with other boxes each.
+        """
+        alone = self.source in WORDED or self.boxed
+        return ThreadPoolExecutor(1 if alone else min(4, os.cpu_count() or 1))
 
     def __call__(self, posts, folder=None):
         """Posts (dicts, or their JSON as bytes) -> answers (dicts), in order; one post -> its answer.
@@ -147,6 +154,9 @@ class Predictor:
             # Images cannot be keys, so each gets a name that no file can have. One image in several posts
             # has one name and is decoded once: two threads would get in each other's way.
             example = replace(example, image_id=f"\0{id(source)}")
+        if self.boxed and source is not None:  # a photo with other boxes is another
+            boxes = None if given.get("boxes") is None else check_boxes(given)
+            example = replace(example, image_id=(example.image_id, boxes))
         return NewPost(given, example, offsets, check_note(given, self.keys), source, answer)
 
     def rows(self, read):
@@ -175,6 +185,8 @@ class Predictor:
             if reason:
                 name = source if source in WORDED else image
                 remark(post.answer, f"{'opened image' if isinstance(name, Image.Image) else name}: {reason}")
+            if record["photo"] and self.boxed and post.given.get("boxes") is None:
+                remark(post.answer, NO_BOXES)
             if record["photo"] and "relevance" in self.keys and "relevance" not in post.note:
                 remark(post.answer, "no relevance given: it was predicted")
         elif source in WORDED and image is not None:
@@ -286,6 +298,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                     written.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     counts["photo"] += answer.get("photo", False)
                     counts["cut"] += "cut_words" in answer
+                    counts["whole"] += NO_BOXES in answer.get("note", "")
                     for kind in {"error", "note"} & answer.keys():
                         counts[kind] += 1
                         first.setdefault(kind, f"line {number}: {answer[kind]}")
@@ -304,6 +317,8 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     parts = [f"{output}: {total - done} posts answered{f' after {done} before' if done else ''}"]
     if predictor.source:
         parts.append(f"{counts['photo']} with {predictor.source}")
+    if counts["whole"]:
+        parts.append(f"{counts['whole']} without boxes, the whole photo alone")
     if counts["cut"]:
         parts.append(f"{counts['cut']} longer than the run's --max-len and cut")
     for kind, name in (("note", "with a note"), ("error", "broken")):

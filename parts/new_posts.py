@@ -17,6 +17,7 @@ from PIL import Image
 from data import NONE, NerExample, RelationExample
 from features import UNREADABLE, FeatureCache
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
+from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
 from parts.notes import check_note, is_text
 from parts.photos import WORDED, Photos
@@ -24,7 +25,8 @@ from parts.photos import WORDED, Photos
 LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
 PHOTOS = 16  # that share a forward pass of the backbone
 MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
-TEXTS = ("id", "text", "words", "image", "caption", "phrases", "about_post", "about_photo")  # that are read
+TEXTS = ("id", "text", "words", "image", "caption", "phrases", "about_post", "about_photo", "boxes",
+         "labels", "scores")  # that are read  # fmt: skip
 OUTSIDE = "not in the folder that photos may come from"
 
 # ------------------------------------------------------------------------------------------------------ words
@@ -228,6 +230,8 @@ def run_backbone(made, weights=None):
         )
     weights = weights or published
     backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
+    if "boxes_sha256" in made:
+        backbone = with_boxes(backbone)
     here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
     del here["weights"]  # a name; what counts is the hash
     pairs = [(key, made.get(key), value) for key, value in here.items()]
@@ -243,8 +247,9 @@ def run_backbone(made, weights=None):
 class NewPhotos(FeatureCache):
     """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
 
-    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}. `root`: the folder,
-    without links, that alone may be looked into, None for any.
+    `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}; of a run on boxes a
+    name is (the photo's, its `Boxes` or None). `root`: the folder, without links, that alone may be looked
+    into, None for any.
     """
 
     def __init__(self, sources, made, backbone, device, pool, root=None):
@@ -264,18 +269,19 @@ class NewPhotos(FeatureCache):
                     place = photo if root is None else inside(photo, root)
                     paths[name] = None if place is None else Path(place)
                     reasons |= {name: OUTSIDE} if place is None else {}
-            read = Photos(names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")).read
+            photos = names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")
+            boxed = "boxes_sha256" in made
+            read = (BoxedPhotos(dict(names), *photos) if boxed else Photos(*photos)).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
-        for row, (views, self.status[row], self.reasons[row]) in enumerate(pool.map(read, range(count))):
+        for row, (views, self.status[row], self.reasons[row], *_) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]
             if waiting and (len(waiting) == together or row == count - 1):
                 with torch.inference_mode():
-                    pixels = torch.cat([views for _, views in waiting])
-                    made_of = backbone.look(pixels, device)  # [together, n, D]
-                for (row, views), regions in zip(waiting, made_of, strict=True):
+                    made_of = backbone.look([views for _, views in waiting], device, 1)
+                for (row, views), regions in zip(waiting, made_of, strict=True):  # [1, n, D]
                     if np.isfinite(regions).all():
-                        self.regions[row, 0, : len(regions)] = regions
-                        self.num_regions[row], self.grid[row] = len(regions), backbone.grid(views)
+                        self.num_regions[row], self.grid[row] = regions.shape[1], backbone.grid(views)
+                        self.regions[row, :, : self.num_regions[row]] = regions
                     else:
                         self.status[row], self.reasons[row] = UNREADABLE, "its features do not fit float16"
                 waiting = []

@@ -17,6 +17,7 @@ import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torchvision
 import transformers
@@ -70,10 +71,15 @@ class Backbone:
     weights_sha256: str = "none"
     parameters: int = 0
 
-    def look(self, pixels, device):
-        """Photos or ids, as `regions` takes them, -> regions [B, n, D], a numpy array."""
+    def look(self, photos, device, views):
+        """The views of each of some photos, or ids, as `regions` takes them -> the regions [V, n, D] of each.
+
+        Numpy arrays; of boxes a view is several pictures, and n the regions of all of them.
+        """
         with exact_convolutions(device):
-            return self.regions(pixels.to(device)).cpu().numpy()
+            regions = self.regions(torch.cat(photos).to(device)).cpu().numpy()
+        ends = np.cumsum([len(pictures) for pictures in photos])[:-1]
+        return [part.reshape(views, -1, part.shape[-1]) for part in np.split(regions, ends)]
 
     def grid(self, views):
         """(rows, columns) of the places in views [V, 3, H, W]; (0, 0) where there are none."""
