@@ -113,11 +113,20 @@ class Crf(nn.Module):
             return self.total(logits, mask, bias) - self.score(logits, mask, labels, bias)
 
     def decode(self, logits, mask, bias=None):
-        """(the best label sequence, the marginal probability of each of its labels), [B, W], 0 off the mask.
+        """(best label sequence, marginal probability of each of its labels), [B, W] each, 0 off the mask."""
+        path, marginals = self.gradients(logits, mask, bias, maximum, torch.logsumexp)
+        best = path.argmax(-1)
+        return best, marginals.gather(2, best[..., None]).squeeze(2)
 
-        Both are gradients with respect to the logits: of log Z the marginals, of the best score the best
-        path, one-hot (Eisner, "Inside-outside and forward-backward algorithms are just backprop", 2016); they
-        are had under no_grad and inference_mode too.
+    def marginals(self, logits, mask, bias=None):
+        """The probability of each label of each word, whatever the others are, [B, W, K]; 0 off the mask."""
+        return self.gradients(logits, mask, bias, torch.logsumexp)[0]
+
+    def gradients(self, logits, mask, bias, *adds):
+        """The gradient of `total` with respect to the logits [B, W, K] for each way to add.
+
+        Of log Z it is the marginals, of the best score the best path, one-hot (Eisner, "Inside-outside and
+        forward-backward algorithms are just backprop", 2016). Works under no_grad and inference_mode too.
         """
         words = int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
         more = mask.shape[1] - words  # columns of a long post's words that were cut off: they take no room
@@ -127,9 +136,5 @@ class Crf(nn.Module):
             logits = logits.detach().float().masked_fill(~mask[..., None], 0).clone().requires_grad_()
             # Tensors of inference mode know no gradients, their clones do.
             mask, bias = mask.clone(), None if bias is None else bias.clone()
-            path, marginals = (
-                torch.autograd.grad(self.total(logits, mask, bias, add).sum(), logits)[0]
-                for add in (maximum, torch.logsumexp)
-            )
-        best = path.argmax(-1)
-        return F.pad(best, (0, more)), F.pad(marginals.gather(2, best[..., None]).squeeze(2), (0, more))
+            sums = [self.total(logits, mask, bias, add).sum() for add in adds]
+            return [F.pad(torch.autograd.grad(total, logits)[0], (0, 0, 0, more)) for total in sums]

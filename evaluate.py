@@ -1,10 +1,12 @@
-"""Scores of a finished run or of a bare file of predictions, and the checks that tell whether to trust them.
+"""Scores of finished runs or of bare files of predictions, and the checks that tell whether to trust them.
 
     python evaluate.py --run runs/twitter2017-roberta-resnet50-film-s1337
-    python evaluate.py --predictions theirs.txt
     python evaluate.py --run runs/demo-* --image-check
-    python evaluate.py --compare 'runs/demo-bert-resnet50-film-s*' 'runs/demo-bert-resnet50-none-s*'
-    python evaluate.py --leak-check mnre
+    python evaluate.py --compare 'runs/demo-film-s*' 'runs/demo-none-s*'
+    python evaluate.py --table 'runs/mine-*' --by fusion_lr --baseline 'runs/mine-none-s*'
+    python evaluate.py --ensemble 'runs/demo-film-s*'
+    python evaluate.py --predictions theirs.txt
+    python evaluate.py --image-check --predictions true.jsonl --shuffled a.jsonl b.jsonl --none none.jsonl
     python evaluate.py --leak-check twitter2017 --notes notes.jsonl
 """
 
@@ -13,13 +15,14 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import glob
+import csv
 import statistics
+import sys
 from pathlib import Path
 
 from data import read_ner
-from parts.checks import FEWEST, SCORES, check_row, image_check, leak_check, note_leaks, paired_bootstrap
-from parts.checks import type_changes, verdict
+from parts.checks import FEWEST, SCORES, check_row, checked_photos, ensemble, image_check, leak_check
+from parts.checks import note_leaks, paired_bootstrap, photo_verdict, score_title, type_changes, verdict
 from parts.console import bounded, command_line, dataset_name
 from parts.datasets import load_dataset
 from parts.files import check_output, write_json
@@ -27,72 +30,90 @@ from parts.notes import Notes
 from parts.photos import find_photos, image_folders
 from parts.processes import check_device, default_device
 from parts.run_files import predictions_file, read_config, read_object
-from parts.runs import differing, system_settings
-from parts.scores import format_scores, mentions, read_predictions, score, seen_spans
+from parts.run_table import latex, run_table, seeds_of, write_figure
+from parts.scores import format_scores, gold_fingerprint, main_score, mentions, read_predictions, score
+from parts.scores import seen_spans
+
+# ---------------------------------------------------------------------------------------------- several runs
 
 
 def read_runs(pattern, split):
-    """(name, [records of a run]) of a run folder, or of all that a quoted pattern such as 'runs/x-s*' names.
-
-    A pattern without "shuffled" in it leaves runs on shuffled photos or notes out: '-s*' begins their names
-    too. ValueError if the runs differ in more than seed, paths and machine.
-    """
-    folders = [Path(pattern)] if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
-    if len(folders) != 1 and "shuffled" not in Path(pattern).name:
-        made = {folder: read_config(folder) for folder in folders}
-        folders = [
-            folder
-            for folder, config in made.items()
-            if not (config["shuffle_photos"] or config["shuffle_notes"])
-        ]
-    if not folders:
-        raise FileNotFoundError(f"{pattern}: no such run folder")
-    configs = [read_config(folder) for folder in folders]
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
-        if other := differing(system_settings(configs[0]), system_settings(config)):
-            raise ValueError(
-                f"{pattern}: {folders[0].name} and {folder.name} differ in {', '.join(other.values())[:300]};"
-                " name runs of one kind"
-            )
-    seeds = " ".join(str(config["seed"]) for config in configs)
-    name = f"{Path(pattern).name} (seeds {seeds})" if len(folders) > 1 else folders[0].name
-    return name, [read_predictions(predictions_file(folder, split)) for folder in folders]
+    """(name, [records of a run]) of the runs of one system, as `seeds_of` takes it."""
+    folders = seeds_of(pattern)
+    name = next(iter(folders.values())).name
+    if len(folders) > 1:
+        name = f"{Path(pattern).name} (seeds {' '.join(map(str, folders))})"
+    return name, [read_predictions(predictions_file(folder, split)) for folder in folders.values()]
 
 
-def compare(pattern_a, pattern_b, split, name):
-    """Print whether runs A are better than runs B on the score called `name`, and by how much."""
+def compare(pattern_a, pattern_b, split, score_name):
+    """Print whether runs A are better than runs B on a score, and by how much."""
     (a, a_runs), (b, b_runs) = read_runs(pattern_a, split), read_runs(pattern_b, split)
-    found = paired_bootstrap(a_runs, b_runs, name)
+    result = paired_bootstrap(a_runs, b_runs, score_name)
     relations = not isinstance(a_runs[0][0]["gold"], list)
-    what = {
-        "f1": "micro F1 without None" if relations else "entity F1, micro",
-        "strict-f1": "entity F1, strict IOB2",
-        "accuracy": "row accuracy" if relations else "token accuracy",
-        "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}",
-    }[name]
     if len(a_runs) != len(b_runs):
         print(
             f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the"
             " steadier one"
         )
     width = max(len(a), len(b))
-    print(what)
+    print(score_title(score_name, relations))
     for side, name in (("A", a), ("B", b)):
-        value, seeds = found[side.lower()], found[f"{side.lower()}_seeds"]
+        value, seeds = result[side.lower()], result[f"{side.lower()}_seeds"]
         spread = f" ± {statistics.stdev(seeds):.4f} (n = {len(seeds)})" if len(seeds) > 1 else ""
         print(f"  {side}  {name:<{width}}  {value:.4f}{spread}")
-    units = f"{found['units']} {'photos' if relations else 'posts'}, {found['resamples']} resamples"
-    print(
-        f"  A - B  {found['difference']:+.4f}, 95% interval {found['low']:+.4f} to {found['high']:+.4f},"
-        f" p = {found['p']:.4f} (paired bootstrap over {units})"
-    )
-    if found["low"] <= 0 <= found["high"]:
+    units = f"{result['units']} {'photos' if relations else 'posts'}, {result['resamples']} resamples"
+    print(f"  A - B  {shown_difference(result)}, p = {result['p']:.4f} (paired bootstrap over {units})")
+    if result["low"] <= 0 <= result["high"]:
         print("  the interval holds 0: these posts do not tell A from B")
     if len(a_runs) == len(b_runs) == 1:
         print("  one seed against one seed: what another seed would change is in no part of this interval (a"
               " standard deviation of 0.005 to 0.010 on Twitter-2017); train three of each")  # fmt: skip
     else:
         print("  seeds are averaged, not resampled: the interval is that of other posts, not of other seeds")
+
+
+def shown_difference(result):
+    """A difference of `paired_bootstrap` and its interval, as text."""
+    return f"{result['difference']:+.4f}, 95% interval {result['low']:+.4f} to {result['high']:+.4f}"
+
+
+def print_table(args):
+    """Print the table of many runs, as text, CSV or LaTeX, and draw it where --png asks for a picture."""
+    table = run_table(args.table, args.by or (), args.score, args.baseline)
+    if args.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table.csv_rows())
+    elif args.tex:
+        print(*latex(table.title, *table.cells()), *(f"% {note}" for note in table.notes), sep="\n")
+    else:
+        print(*table.lines(), sep="\n")
+    if args.png:
+        write_figure(table, args.png)
+        print(f"{args.png}: written", file=sys.stderr)
+
+
+def print_ensemble(args):
+    """Print the scores of the mean of several runs' probabilities, beside those of each run."""
+    folders = seeds_of(args.ensemble)
+    if len(folders) < 2:
+        raise ValueError(f"{args.ensemble}: one run; an ensemble is of two or more, as 'runs/NAME-s*'")
+    paths = {seed: predictions_file(folder, args.split) for seed, folder in folders.items()}
+    split = next(iter(paths.values())).stem.removeprefix("predictions-")
+    alone = [read_predictions(path) for path in paths.values()]
+    records = ensemble(list(folders.values()), split, args.device, **places(args))
+    metrics = score(records)
+    seeds = f"{args.ensemble}, seeds {' '.join(map(str, folders))}"
+    print(format_scores(metrics, f"ensemble of {len(folders)} runs, {split} ({seeds})"))
+    values = [main_score(score(run)) for run in alone]
+    print(f"each alone: {' '.join(f'{value:.4f}' for value in values)}, mean {statistics.mean(values):.4f}"
+          f" ± {statistics.stdev(values):.4f}")  # fmt: skip
+    result = paired_bootstrap([records], alone)
+    print(f"ensemble - mean of each alone {shown_difference(result)} (paired bootstrap)")
+    print("one ensemble: what other seeds would change is not in that interval; its use of photos was not"
+          " checked, --image-check is of single runs")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ leaks
 
 
 def print_note_leaks(dataset, split, path):
@@ -110,8 +131,8 @@ def print_note_leaks(dataset, split, path):
 
     what = "gold mentions" if dataset.task == "ner" else "rows whose head and tail both"
     for key, counts in leaks.items():
-        unseen = f", of those not in train {share(counts[split]['unseen'])}" * (dataset.task == "ner")
         train, scored = (share(counts[name]["gold"]) for name in ("train", split))
+        unseen = f", of those not in train {share(counts[split]['unseen'])}" if dataset.task == "ner" else ""
         print(f"{what} stand in {key}: train {train}; {split} {scored}{unseen}")
     print(f"  a language model may have seen these data: where a share is near 1, or higher on {split} than"
           " on train, scores with such notes tell nothing about a model that never saw them")  # fmt: skip
@@ -133,9 +154,9 @@ def print_leaks(name, split, data_dir, images, notes):
         print(f"no photos looked at: {error}")
         folders = []
     ids = dataset.image_ids()
-    found = sum(path is not None for path in find_photos(ids, folders).values())
-    little = "" if found > len(ids) / 2 else ": the photos' column tells little or nothing"
-    print(f"{found} of {len(ids)} photos found{little}")
+    count = sum(path is not None for path in find_photos(ids, folders).values())
+    little = "" if count > len(ids) / 2 else ": the photos' column tells little or nothing"
+    print(f"{count} of {len(ids)} photos found{little}")
     leaks = leak_check(dataset, split, folders)
     if not leaks:
         print(
@@ -151,12 +172,15 @@ def print_leaks(name, split, data_dir, images, notes):
     print(f"{'':<{width}} posts  photo's files    text length")
     for target, leak in leaks.items():
         photo, text = (f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))
-        cells = f"{photo if found else '-':<12}   {text}"
+        cells = f"{photo if count else '-':<12}   {text}"
         print(f"{target:<{width}} {leak['posts']:5d}   {cells}")
     for target, leak in leaks.items():
         if leak["photo"][0] - leak["photo"][1] > 0.55:
             print(f"WARNING: {target!r} can be told from the photo's files without looking at them: AUC"
                   f" {leak['photo'][0]:.3f}, most by {leak['column'][0]}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- runs and files
 
 
 def store(path, scores):
@@ -175,48 +199,151 @@ def store(path, scores):
         print(f"    not stored: {reason}", flush=True)
 
 
+def places(args):
+    """Where the files of a run are now, as `open_run` takes it."""
+    return {key: getattr(args, key) for key in ("data_dir", "features", "notes", "generated")}
+
+
+def score_run(run, split):
+    """Print and store the scores of a run."""
+    path, config = predictions_file(run, split), read_config(run)
+    split = path.stem.removeprefix("predictions-")
+    data = config["data"][split]
+    about = [data["variant"], data["sha256"][:16]]
+    for kind in ("photos", "notes"):
+        if config[f"shuffle_{kind}"]:
+            about.append(f"TRAINED AND SCORED WITH OTHER POSTS' {kind.upper()}")
+    metrics = score(read_predictions(path)) | {"data": data}
+    print(format_scores(metrics, f"{run.name} {split} ({', '.join(about)})"))
+    store(run / f"metrics-{split}.json", metrics)
+
+
+def check_heading(width):
+    """Print the two lines above `check_row`."""
+    print(f"{'':<{width}}   entity F1 (micro without None)   token (row) accuracy, weighted recall")
+    print(f"{'photos shown':<{width}}   true   shuffled      none    true   shuffled      none")
+
+
+def check_runs(args):
+    """Print and store what runs do with true, others' and no photos."""
+    width = max(len(run.name) for run in args.run)
+    check_heading(width + 7)
+    for run in args.run:
+        path, config = predictions_file(run, args.split), read_config(run)
+        split = path.stem.removeprefix("predictions-")
+        check = image_check(run, split, args.shuffles, args.device, **places(args))
+        print(check_row(f"{run.name:<{width}}  {split:<5}", check))
+        print(f"    {verdict(config, check)}", flush=True)
+        if check["photos"]:
+            print(f"    {type_changes(check)}", flush=True)
+        store(run / f"image-check-{split}.json", check)
+
+
+def read_file(path):
+    """The records of a file of predictions; what was changed on reading is printed."""
+    notes = []
+    records = read_predictions(path, notes)
+    for note in notes:
+        print(f"{path}: {note}")
+    return records
+
+
+def check_files(true_path, shuffled_paths, none_path):
+    """Print and store what anybody's model does with true, others' and no photos, from its predictions."""
+    true, none, *shuffled = (read_file(path) for path in (true_path, none_path, *shuffled_paths))
+    answers, gold = {record["id"]: record["predicted"] for record in true}, gold_fingerprint(true)
+    for path, records in zip((none_path, *shuffled_paths), (none, *shuffled), strict=True):
+        others = {record["id"]: record["predicted"] for record in records}
+        if others.keys() != answers.keys() or gold_fingerprint(records) != gold:
+            raise ValueError(f"{path}: not the posts and gold labels of {true_path}; predict the same split")
+        if others == answers:
+            print(f"WARNING: {path}: each answer is that of {true_path}; was the model shown other photos?")
+    photos = len({record.get("image_id") or record["id"] for record in true})
+    check = checked_photos(true, shuffled, none, photos)
+    check_heading(len(true_path.name))
+    print(check_row(true_path.name.ljust(12), check))
+    print(f"    {photo_verdict(check)}")
+    print(f"    {type_changes(check)}")
+    store(true_path.with_name(true_path.name + ".image-check.json"), check)
+
+
+def score_file(path, train):
+    """Print and store the scores of a file of predictions; `train`: its training file, or None."""
+    records = read_file(path)
+    if train:
+        if not all("words" in record and isinstance(record["gold"], list) for record in records):
+            raise ValueError(f"{path}: has no words or no entities, so --train cannot tell mentions apart")
+        notes = []
+        known = mentions(read_ner(train, None, notes))
+        for note in notes:
+            print(f"{train}: {note}")
+        records = [record | {"seen": seen_spans(record["words"], known)} for record in records]
+    metrics = score(records)
+    print(format_scores(metrics, f"{path} (gold {metrics['gold_fingerprint']})"))
+    store(path.with_name(path.name + ".metrics.json"), metrics)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
-    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", nargs="+", type=Path, help="run folders of train.py")
-    what.add_argument("--predictions", type=Path, help="JSON lines as train.py writes, or CoNLL 'word gold"
-                                                       " predicted'")
-    what.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired bootstrap; several"
-        " seeds of each as a quoted pattern, 'runs/NAME-s*'")
-    what.add_argument("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells"
-        " of its labels")
-    add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
-    add("--train", type=Path, help="for --predictions: the training file, to tell mentions seen in it from"
-                                   " others")
-    add("--score", choices=SCORES, help="for --compare: f1 (default) is entity F1, or micro F1 without None")
-    add("--image-check", action="store_true", help="scores with true, shuffled and no photos (runs the"
-                                                   " model)")
-    add("--shuffles", type=bounded(int, 1), help="for --image-check: how many seeded shuffles (default: 3)")
-    add("--data-dir", help="for --image-check: where the data sets are now (default: where the run was"
-                           " trained), and for --leak-check (default: data)")
-    add("--images", help="for --leak-check: folder of the photos, where it is not in a usual place under"
-                         " --data-dir")
-    add("--features", help="for --image-check: where the run's feature file is now")
-    add("--generated", help="for --image-check: where the run's feature file of second pictures is now")
-    add("--notes", help="for --image-check: where the run's notes are now; for --leak-check: notes to look"
-                        " for labels in")
-    add("--device", default=default_device(), help="for --image-check")
+    add = what.add_argument
+    add("--run", nargs="+", type=Path, help="scores of run folders of train.py")
+    add("--predictions", type=Path, metavar="FILE", help="of a file: JSON lines, or 'word gold predicted'")
+    add("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired bootstrap; of seeds 'runs/NAME-s*'")
+    add("--table", nargs="+", metavar="RUNS", help="many runs: seeds averaged, the best on valid marked")
+    add("--ensemble", metavar="RUNS", help="the mean of the probabilities of 'runs/NAME-s*'")
+    add("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells of its labels")
+    add = parser.add_argument
+    add("--split", choices=("test", "valid"), help="of runs and data sets (default: test if there is one)")
+    add("--score", choices=SCORES, help="of --compare, --table (default: f1, of entities or without None)")
+    add("--train", type=Path, metavar="FILE", help="of --predictions: to tell mentions seen in it apart")
+    add = parser.add_argument_group("image check").add_argument
+    add("--image-check", action="store_true", help="--run or --predictions with true, others', no photos")
+    add("--shuffles", type=bounded(int, 1), metavar="N", help="of --run: seeded shuffles (default: 3)")
+    add("--shuffled", nargs="+", type=Path, metavar="FILE", help="of --predictions: made with others' photos")
+    add("--none", type=Path, metavar="FILE", help="of --predictions: made without photos")
+    add = parser.add_argument_group("table").add_argument
+    add("--by", nargs="+", metavar="SETTING", help="swept: mark its best for each of the others"
+        " (default: all)")
+    add("--baseline", metavar="RUNS", help="the gain over these runs, with its interval (default: none)")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument("--csv", action="store_true", help="of --table: print CSV (default: text)")
+    look.add_argument("--tex", action="store_true", help="of --table: print LaTeX (default: text)")
+    look.add_argument("--png", type=Path, metavar="FILE", help="of --table: a picture too (default: none)")
+    add = parser.add_argument_group("where things are (default: where the run was trained)").add_argument
+    add("--data-dir", metavar="DIR", help="of the data sets (default for --leak-check: data)")
+    add("--features", metavar="FILE", help="the run's features")
+    add("--generated", metavar="FILE", help="the run's features of second pictures")
+    add("--notes", metavar="FILE", help="the run's notes; of --leak-check: notes to look for labels in")
+    add("--images", metavar="DIR", help="of --leak-check: the photos (default: as docs/DATA.md says)")
+    add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
     # fmt: on
     args = parser.parse_args(argv)
+    runs_model = (args.run and args.image_check) or args.ensemble
+    files = args.predictions and args.image_check
+    models = "--image-check of a run, --ensemble"
     for name, goes, use in (
-        ("image_check", args.run, "--run: it shows the model other photos"),
-        ("train", args.predictions, "--predictions: a run's own know what train holds"),
-        ("split", not args.predictions, "runs and data sets: --predictions is one file"),
-        ("score", args.compare, "--compare"), ("shuffles", args.image_check, "--image-check"),
-        ("features", args.image_check, "--image-check"), ("generated", args.image_check, "--image-check"),
+        ("image_check", args.run or args.predictions, "--run or --predictions"),
+        ("train", args.predictions and not args.image_check, "--predictions: runs know what train holds"),
+        ("split", not args.predictions and not args.table, "one split of runs and data sets"),
+        ("score", args.compare or args.table, "--compare or --table"),
+        ("shuffles", args.run and args.image_check, "--run and --image-check"),
+        ("shuffled", files, "--image-check --predictions"), ("none", files, "--image-check --predictions"),
+        ("by", args.table, "--table"), ("baseline", args.table, "--table"),
+        ("csv", args.table, "--table"), ("tex", args.table, "--table"), ("png", args.table, "--table"),
+        ("features", runs_model, models), ("generated", runs_model, models),
         ("images", args.leak_check, "--leak-check"),
-        ("notes", args.image_check or args.leak_check, "--image-check or --leak-check"),
-        ("data_dir", args.image_check or args.leak_check, "--image-check or --leak-check"),
+        ("notes", runs_model or args.leak_check, f"{models} or --leak-check"),
+        ("data_dir", runs_model or args.leak_check, f"{models} or --leak-check"),
     ):  # fmt: skip
         if getattr(args, name) and not goes:
             parser.error(f"--{name.replace('_', '-')} goes with {use}")
+    if files and not (args.shuffled and args.none):
+        parser.error("--image-check --predictions FILE needs --shuffled FILE ... and --none FILE")
     args.score, args.shuffles = args.score or "f1", args.shuffles or 3
     return args
 
@@ -225,48 +352,22 @@ def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
     if args.compare:
-        return compare(*args.compare, args.split, args.score)
-    if args.leak_check:
-        return print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
-    if args.predictions:
-        notes = []
-        records = read_predictions(args.predictions, notes)
-        print(*(f"{args.predictions}: {note}\n" for note in notes), sep="", end="")
-        if args.train:
-            if not all("words" in record and isinstance(record["gold"], list) for record in records):
-                raise ValueError(
-                    f"{args.predictions}: has no words or no entities, so --train cannot tell mentions apart"
-                )
-            notes = []
-            known = mentions(read_ner(args.train, None, notes))
-            print(*(f"{args.train}: {note}\n" for note in notes), sep="", end="")
-            records = [record | {"seen": seen_spans(record["words"], known)} for record in records]
-        metrics = score(records)
-        print(format_scores(metrics, f"{args.predictions} (gold {metrics['gold_fingerprint']})"))
-        return store(args.predictions.with_name(args.predictions.name + ".metrics.json"), metrics)
-    width = max(len(run.name) for run in args.run)
-    if args.image_check:
-        print(f"{'':<{width + 7}}   entity F1 (micro without None)   token (row) accuracy, weighted recall")
-        print(f"{'photos shown':<{width + 7}}   true   shuffled      none    true   shuffled      none")
-    for run in args.run:
-        path, config = predictions_file(run, args.split), read_config(run)
-        split = path.stem.removeprefix("predictions-")
-        if args.image_check:
-            now = {key: getattr(args, key) for key in ("data_dir", "features", "notes", "generated")}
-            check = image_check(run, split, args.shuffles, args.device, **now)
-            print(check_row(f"{run.name:<{width}}  {split:<5}", check))
-            print(f"    {verdict(config, check)}", flush=True)
-            if check["photos"]:
-                print(f"    {type_changes(check)}", flush=True)
-            store(run / f"image-check-{split}.json", check)
-            continue
-        made = config["data"][split]
-        metrics = score(read_predictions(path)) | {"data": made}
-        shuffled = ", TRAINED AND SCORED WITH OTHER POSTS' PHOTOS" * bool(config["shuffle_photos"])
-        shuffled += ", TRAINED AND SCORED WITH OTHER POSTS' NOTES" * config["shuffle_notes"]
-        scored = f"{made['variant']}, {made['sha256'][:16]}{shuffled}"
-        print(format_scores(metrics, f"{run.name} {split} ({scored})"))
-        store(run / f"metrics-{split}.json", metrics)
+        compare(*args.compare, args.split, args.score)
+    elif args.table:
+        print_table(args)
+    elif args.ensemble:
+        print_ensemble(args)
+    elif args.leak_check:
+        print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
+    elif args.predictions and args.image_check:
+        check_files(args.predictions, args.shuffled, args.none)
+    elif args.predictions:
+        score_file(args.predictions, args.train)
+    elif args.image_check:
+        check_runs(args)
+    else:
+        for run in args.run:
+            score_run(run, args.split)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from data import NONE
 from parts.notes import EXTRAS, note_text
 from parts.opening import open_run
 from parts.photos import find_photos, open_picture
-from parts.posts import predict_posts, shuffled_photos
+from parts.posts import label_probabilities, predict_posts, record_of, shuffled_photos
 from parts.processes import fit_threads, precision_on
 from parts.scores import entity_spans, gold_fingerprint, mentions, score
 
@@ -69,6 +69,24 @@ def post_counts(records, name, labels):
                 counts = correct, Counter(b for _, b in pairs), Counter(a for a, _ in pairs)
                 rows.append([count[label] for label in labels for count in counts])
     return np.array(rows, float)
+
+
+def score_of(records, name):
+    """The score `name` of one list of predictions."""
+    ner = isinstance(records[0]["gold"], list)
+    sides = [record[key] for record in records for key in ("gold", "predicted")]
+    labels = sorted({label for side in sides for label in (side if ner else [side])})
+    return float(SCORES[name](post_counts(records, name, labels).sum(0)))
+
+
+def score_title(name, relations):
+    """The score `name` in words."""
+    return {
+        "f1": "micro F1 without None" if relations else "entity F1, micro",
+        "strict-f1": "entity F1, strict IOB2",
+        "accuracy": "row accuracy" if relations else "token accuracy",
+        "weighted-f1": f"weighted F1 of {'rows' if relations else 'tokens'}",
+    }[name]
 
 
 def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
@@ -257,15 +275,38 @@ def note_leaks(dataset, split, notes):
     return found
 
 
+# --------------------------------------------------------------------------------------------------- ensemble
+
+
+def ensemble(run_dirs, split, device, **now):
+    """Records of `split` by the mean of the probabilities of several runs of one system, loaded in turn.
+
+    Of a CRF these are marginals, so that each word has the label most probable by itself. `now`: as
+    `open_run` takes it.
+    """
+    sums, known = None, frozenset()
+    for run_dir in run_dirs:
+        model, config, dataset, posts = open_run(run_dir, split, device, **now)
+        fit_threads(model)
+        settings = config["eval_batch_size"], device, precision_on(device, config)
+        of_run = label_probabilities(model, posts, *settings, f"{run_dir.name}")
+        sums = of_run if sums is None else [a + b for a, b in zip(sums, of_run, strict=True)]
+        known |= mentions(dataset.examples["train"])
+    records = []
+    for i, total in enumerate(sums):
+        chance, best = (total / len(run_dirs)).max(-1)
+        records.append(record_of(posts, i, best.tolist(), chance.tolist(), config["labels"], known))
+    return records
+
+
 # ----------------------------------------------------------------------------------------------------- photos
 
 
 def image_check(run_dir, split, shuffles, device, **now):
-    """Scores of a run on `split` with true, shuffled (several seeds) and no photos, and how many there are.
+    """What a run does on `split` with true, shuffled (several seeds) and no photos: `checked_photos`.
 
-    What notes say of a photo is shown with it; a picture generated from the text stays with its post. Returns
-    a plain dict; its "bootstrap" is the `paired_bootstrap` of true against shuffled photos, None where there
-    is no photo to show. `now`: where things lie, as `open_run` takes it.
+    What notes say of a photo is shown with it; a picture generated from the text stays with its post. `now`:
+    where things lie, as `open_run` takes it.
     """
     model, config, dataset, posts = open_run(run_dir, split, device, **now)
     fit_threads(model)
@@ -280,15 +321,23 @@ def image_check(run_dir, split, shuffles, device, **now):
 
     true = run(None, "true")
     if not photos:  # all three are one
-        same = score(true)
-        return {"photos": 0, "true": same, "shuffled": [same] * shuffles, "none": same, "bootstrap": None}
+        return checked_photos(true, [true] * shuffles, true, photos)
     shuffled = [run(swap, f"shuffled ({seed + 1} of {shuffles})") for seed, swap in enumerate(swaps)]
+    return checked_photos(true, shuffled, run(dict.fromkeys(ids), "no"), photos)
+
+
+def checked_photos(true, shuffled, none, photos):
+    """The image check of one model's records: with true photos, with others', a list a shuffle, and with none.
+
+    `photos`: how many there are. Returns a plain dict of scores; its "bootstrap" is the `paired_bootstrap` of
+    true against shuffled photos, None where there is no photo to show.
+    """
     return {
         "photos": photos,
         "true": score(true),
         "shuffled": [score(records) for records in shuffled],
-        "none": score(run(dict.fromkeys(ids), "no")),
-        "bootstrap": paired_bootstrap([true], shuffled),
+        "none": score(none),
+        "bootstrap": paired_bootstrap([true], shuffled) if photos else None,
     }
 
 
@@ -307,20 +356,30 @@ def check_row(name, check):
 
 
 def verdict(config, check):
-    """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
+    """What the image check says of a run, in words."""
     if config["fusion"] == "none" and not check["photos"]:
         return "text only" if config["extra"] == "none" else "text and notes on the post only"
+    words = photo_verdict(check)
+    if check["photos"] > 1:
+        for kind in ("notes", "photos"):
+            if config[f"shuffle_{kind}"]:
+                words = f"trained on shuffled {kind}; {words}"
+    return words
+
+
+def photo_verdict(check):
+    """What the image check says, in words: does the interval of true against shuffled photos hold 0?"""
     if check["photos"] < 2:
         return "fewer than 2 photos: cannot tell"
-    found = check["bootstrap"]
-    said = (
-        "depends on its photos" if found["low"] > 0 else "wrong photos do better" if found["high"] < 0 else
-        "wrong photos do as well, as far as these posts can tell"
-    )  # fmt: skip
-    trained = "trained on shuffled photos; " * bool(config["shuffle_photos"])
-    trained += "trained on shuffled notes; " * bool(config["shuffle_notes"])
-    return (f"{trained}true - shuffled {found['difference']:+.3f}, 95% interval {found['low']:+.3f} to"
-            f" {found['high']:+.3f}: {said}")  # fmt: skip
+    result = check["bootstrap"]
+    if result["low"] > 0:
+        words = "depends on its photos"
+    elif result["high"] < 0:
+        words = "wrong photos do better"
+    else:
+        words = "wrong photos do as well, as far as these posts can tell"
+    return (f"true - shuffled {result['difference']:+.3f}, 95% interval {result['low']:+.3f} to"
+            f" {result['high']:+.3f}: {words}")  # fmt: skip
 
 
 def type_changes(check, fewest=20):

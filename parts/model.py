@@ -68,6 +68,12 @@ class Head(nn.Module):
         best = logits.float().softmax(-1).max(-1)
         return best.indices, best.values
 
+    def probabilities(self, logits, batch):
+        """The probability of every label, [B, W, labels] or [B, labels]; of a CRF the marginals."""
+        if self.crf is not None:
+            return self.crf.marginals(logits, batch["word_starts"] >= 0, self.bias(batch))
+        return logits.float().softmax(-1)
+
 
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
@@ -114,6 +120,10 @@ class Model(nn.Module):
     def answer(self, batch):
         """What `Head.answer` says of a batch."""
         return self.head.answer(self(batch), batch)
+
+    def probabilities(self, batch):
+        """What `Head.probabilities` says of a batch."""
+        return self.head.probabilities(self(batch), batch)
 
 
 # Keys of the photo and of the second picture in a batch: regions -> (their mask, which picture it is).

@@ -98,6 +98,23 @@ def predict_posts(model, posts, labels, batch_size, device, precision, known=(),
     return records
 
 
+def label_probabilities(model, posts, batch_size, device, precision, name=""):
+    """The probability of every label for `Posts`: a post's words [W, labels], or a relation [labels], each.
+
+    As `predict_posts` otherwise; W is no less than the words that the model has a state for.
+    """
+    model.eval()
+    probabilities = [None] * len(posts)
+    bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
+    with bar, torch.inference_mode(), autocast(device, precision):
+        for chosen in length_batches(posts.lengths(), batch_size):
+            of_batch = model.probabilities(to_device(posts.batch(chosen), device)).cpu()
+            for i, of_post in zip(chosen, of_batch, strict=True):
+                probabilities[i] = of_post
+            bar.update(len(chosen))
+    return probabilities
+
+
 def record_of(posts, i, answer, chance, labels, known):
     """What is kept of the prediction for post `i`.
 

@@ -392,4 +392,4 @@ def test_notes_that_cannot_be_looked_into_are_one_line(data_dir, tmp_path, capsy
     for more in (["--run", "x"], ["--predictions", "x"], ["--compare", "x", "y"]):
         with pytest.raises(SystemExit):
             evaluate.main([*more, "--notes", "n.jsonl"])
-        assert "--notes goes with --image-check or --leak-check" in capsys.readouterr().err
+        assert "--notes goes with --image-check of a run, --ensemble or --" in capsys.readouterr().err

@@ -60,6 +60,8 @@ def test_partition_loss_path_and_marginals_are_those_of_enumeration(drawn, biase
     hidden = logits.masked_fill(~mask[..., None], math.nan)  # what stands in a hole is nobody's business
     loss = crf.loss(hidden, mask, labels.masked_fill(~mask, -100), bias)
     best, probability = crf.decode(hidden, mask, bias)
+    marginals = crf.marginals(hidden, mask, bias)
+    torch.testing.assert_close(marginals.sum(-1), mask.float())
     for i, row in enumerate(mask):
         scores = enumerated(crf, logits[i], row, None if bias is None else bias[i])
         log_z = log_sum(scores.values())
@@ -69,6 +71,7 @@ def test_partition_loss_path_and_marginals_are_those_of_enumeration(drawn, biase
         for word, label in enumerate(path):
             share = sum(math.exp(s - log_z) for y, s in scores.items() if y[word] == label)
             assert probability[i][row][word].item() == pytest.approx(share, abs=1e-4)
+            assert marginals[i][row][word, label] == probability[i][row][word]
         assert not best[i][~row].any() and not probability[i][~row].any()
 
 

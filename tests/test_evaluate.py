@@ -6,16 +6,96 @@ import os
 import shutil
 
 import pytest
+import torch
+from test_checks import make_runs
 from test_runs import contents
 from test_train import run
 
 import evaluate
+from parts.checks import ensemble, paired_bootstrap
+from parts.files import write_json, write_json_lines
+from parts.opening import open_run
+from parts.scores import read_predictions, score
 
 
 @pytest.fixture(scope="module")
 def finished(data_dir, encoder_dir, tmp_path_factory):
     flags = ["--data-dir", data_dir, "--text-encoder", encoder_dir, "--fusion", "none", "--epochs", 1]
     return run(flags, tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.mark.parametrize("dataset, split", [("demo", "test"), ("mnre", "valid")])
+def test_an_ensemble_answers_by_the_mean_of_its_runs(data_dir, encoder_dir, tmp_path, capsys, dataset, split):
+    """Against each post by itself, unpadded, through every model; of two alike it is what either answers."""
+    flags = ["--data-dir", data_dir, "--text-encoder", encoder_dir, "--fusion", "none", "--epochs", 1]
+    more = ["--dataset", dataset, "--lr", 1e-3, "--max-len", 8]
+    folders = [run(flags, tmp_path / f"run-s{seed}", *more, "--seed", seed) for seed in (1, 2)]
+    parts = [open_run(folder, split, "cpu") for folder in folders]
+    records, labels = ensemble(folders, split, "cpu"), parts[0][1]["labels"]
+    for i, record in enumerate(records):
+        with torch.no_grad():
+            sides = [model.probabilities(posts.batch([i]))[0] for model, _, _, posts in parts]
+        chance, best = (sum(sides) / 2).max(-1)
+        if dataset == "mnre":
+            assert record["predicted"] == labels[best]
+            assert record["probability"] == pytest.approx(chance.item(), abs=1e-5)
+            continue
+        for label, p, k, mean in zip(record["predicted"], record["probability"], best, chance, strict=False):
+            assert label == ("O" if p is None else labels[k])
+            assert p is None or p == pytest.approx(mean.item(), abs=1e-5)
+    alone = [read_predictions(folder / f"predictions-{split}.jsonl") for folder in folders]
+    assert dataset == "mnre" or any(None in record["probability"] for record in records)  # cut off
+    free = {"predicted": 0, "probability": 0}
+    assert [record | free for record in records] == [record | free for record in alone[0]]
+    capsys.readouterr()
+    evaluate.main(["--ensemble", str(tmp_path / "run-s*"), "--split", split])
+    out, metrics = capsys.readouterr().out, score(records)
+    assert out.startswith(f"ensemble of 2 runs, {split} ({tmp_path / 'run-s*'}, seeds 1 2): ")
+    result = paired_bootstrap([records], alone)
+    assert f"{metrics['token' if dataset == 'demo' else 'row']['accuracy']:.4f}" in out
+    assert f"ensemble - mean of each alone {result['difference']:+.4f}, 95% interval" in out
+    assert "its use of photos was not checked" in out
+
+    twin = shutil.copytree(folders[0], tmp_path / "twin-s3")
+    write_json(twin / "config.json", json.loads((twin / "config.json").read_text()) | {"seed": 3})
+    assert [r["predicted"] for r in ensemble([folders[0], twin], split, "cpu")] == [
+        r["predicted"] for r in alone[0]
+    ]
+    with pytest.raises(ValueError, match="twin-s3: one run; an ensemble is of two or more"):
+        evaluate.main(["--ensemble", str(twin)])
+
+
+def test_anybodys_predictions_are_checked_as_a_run_is(tmp_path, capsys):
+    runs = make_runs("ner", (1, 2, 3, 4), posts=60)
+    files = [tmp_path / name for name in ("true.jsonl", "a.jsonl", "b.jsonl", "none.txt")]
+    for path, records in zip(files, runs, strict=True):
+        write_json_lines(path, records)
+    true, *shuffled, none = map(str, files)
+    evaluate.main(["--image-check", "--predictions", true, "--shuffled", *shuffled, "--none", none])
+    out = capsys.readouterr().out
+    result = paired_bootstrap(runs[:1], runs[1:3])
+    check = json.loads((tmp_path / "true.jsonl.image-check.json").read_text())
+    assert check == {"photos": 20, "true": score(runs[0]), "none": score(runs[3]), "bootstrap": result,
+                     "shuffled": [score(runs[1]), score(runs[2])]}  # fmt: skip
+    assert f"true - shuffled {result['difference']:+.3f}, 95% interval {result['low']:+.3f} to" in out
+    assert "F1 with shuffled photos, by type: LOC" in out and "WARNING" not in out
+
+    flags = ["--image-check", "--predictions", true, "--none", none, "--shuffled"]
+    evaluate.main([*flags, str(files[0])])
+    out = capsys.readouterr().out
+    assert f"WARNING: {files[0]}: each answer is that of" in out and "wrong photos do as well" in out
+    write_json_lines(files[2], runs[2][1:])
+    with pytest.raises(ValueError, match="b.jsonl: not the posts and gold labels of .*true.jsonl"):
+        evaluate.main([*flags, str(files[2])])
+    for more, message in (
+        (flags[:-1], "needs --shuffled FILE ... and --none FILE"),
+        (["--run", "x", "--none", "y"], "--none goes with --image-check --predictions"),
+        ([*flags[:-1], "--shuffled", "x", "--shuffles", "2"], "--shuffles goes with --run and --image-check"),
+        ([*flags[:-1], "--shuffled", "x", "--features", "f"], "--features goes with --image-check of a run"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main(more)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("check", [(), ("--image-check",)])
