@@ -3,17 +3,15 @@
     python demo.py    # data/demo/: {train,valid,test}.txt, images/, captions.txt, {encoder,clip,blip,vilt}/
                       # data/demo-notes/: the same, but notes.jsonl and generated/ for captions.txt
 
-demo: half of the names can be of several types (Jordan the player, the country, the brand), and nothing but
-the scene in the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one
-type whatever the photo shows. So text alone cannot reach a good score, and a good score shows that the photo
-is used.
+demo: half of the names can be of several types (Jordan the player, the country, the brand). Only the scene in
+the photo tells which: a portrait, a landscape, a shop front or a stage. The other names have one type,
+whatever the photo shows. Text alone cannot reach a good score, so a good score shows that the photo is used.
 
-demo-notes: a photo shows what its post's first name is, but a fifth of the photos are another post's, and
-then a name of several types is of its usual one: who knows which photos are wrong can be right, who does not
-is misled. Some names are made up for one post, in letters that no model here knows. Its own photo tells what
-such a name is, and so do a list of names (about_post) and a picture (generated/) made from the text by
-someone who has heard of them. Of a name of several types the picture shows the usual one, and the list says
-none.
+demo-notes: a photo shows what its post's first name is, but a fifth of the photos are another post's. There a
+name of several types has its usual one. A model that knows which photos are wrong can be right; one that does
+not is misled. Some names are made up for one post, in letters that no model here knows. Its own photo tells
+what such a name is; so do a list of names (about_post) and a picture drawn from the text (generated/). Of a
+name of several types the picture shows the usual one, and the list says none.
 """
 
 import argparse
@@ -174,8 +172,8 @@ def build_models(words, folder, width=64, layers=2, image=96, patch=16):
             processor.save_pretrained(folder / name)
         if name != "clip":
             longest = 40 if name == "vilt" else 512
-            wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
-            wrapped.save_pretrained(folder / name)
+            fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
+            fast.save_pretrained(folder / name)
 
 
 def check_folder(folder):
@@ -212,13 +210,13 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
     folder, rng, train_words, captions = Path(folder), random.Random(seed), [], []
     make_folder(folder / "images")
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
-        made = []
+        drawn = []  # posts with their photos
         for i in range(count):
             words, labels, scene = make_post(rng)
-            made.append((words, labels, draw_scene(scene, rng)))
+            drawn.append((words, labels, draw_scene(scene, rng)))
             captions.append(f"{split}_{i:04d}.jpg :{CAPTIONS[scene][i % 2]}")
             train_words += words if split == "train" else []
-        write_split(folder, split, made)
+        write_split(folder, split, drawn)
     write_text(folder / "captions.txt", "\n".join([*captions, ""]))
     caption_words = " ".join(caption for pair in CAPTIONS.values() for caption in pair).split()
     build_models(train_words + caption_words, folder)
@@ -231,21 +229,21 @@ def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
         make_folder(folder / name)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
         wrong = set(rng.sample(range(count), count // 5))
-        made = [make_noted_post(rng, i not in wrong) for i in range(count)]
-        scenes = [names[0][1] for _, _, names in made]
-        photos, shown = [draw_scene(scene, rng) for scene in scenes], list(range(count))
+        drawn = [make_noted_post(rng, i not in wrong) for i in range(count)]
+        scenes = [names[0][1] for _, _, names in drawn]
+        photos, order = [draw_scene(scene, rng) for scene in scenes], list(range(count))
         for i in sorted(wrong):
-            shown[i] = rng.choice([j for j in range(count) if scenes[j] != scenes[i]])
-        write_split(folder, split, [(*post[:2], photos[j]) for post, j in zip(made, shown, strict=True)])
-        for i, (words, _, names) in enumerate(made):
+            order[i] = rng.choice([j for j in range(count) if scenes[j] != scenes[i]])
+        write_split(folder, split, [(*post[:2], photos[j]) for post, j in zip(drawn, order, strict=True)])
+        for i, (words, _, names) in enumerate(drawn):
             usual = AMBIGUOUS.get(names[0][0], names[0][1:])[0]
             picture = draw_scene(usual, random.Random(" ".join(words)))  # the text alone decides on it
             picture.save(folder / "generated" / f"{split}_{i:04d}.jpg", quality=90)
             entities = [name if name in AMBIGUOUS else f"{name} ({KINDS[kind]})" for name, kind in names]
-            caption = CAPTIONS[scenes[shown[i]]][shown[i] % 2]
-            cut = re.split(" (?:of|in front of|under|with|on) ", caption)
+            caption = CAPTIONS[scenes[order[i]]][order[i] % 2]
+            phrases = re.split(" (?:of|in front of|under|with|on) ", caption)
             note = {"id": f"{split}_{i:04d}", "about_post": "; ".join(entities), "about_photo": caption}
-            notes.append(json.dumps(note | {"relevance": int(shown[i] == i), "phrases": cut}))
+            notes.append(json.dumps(note | {"relevance": int(order[i] == i), "phrases": phrases}))
     write_text(folder / "notes.jsonl", "\n".join([*notes, ""]))
     texts = [*TEMPLATES, *AMBIGUOUS, *KINDS.values(), *sum([*PLAIN.values(), *CAPTIONS.values()], ()), "();"]
     build_models(re.findall(r"\w+|[^\w\s]", " ".join(texts)), folder)

@@ -4,14 +4,17 @@
     python write_notes.py --dataset twitter2017 --no-photos --model Qwen/Qwen2.5-3B-Instruct
     python write_notes.py --dataset twitter2017 --endpoint http://localhost:8000/v1 --model MODEL
 
-A note is a JSON line: `id` (`<split>/<id>` where several posts have it); of the keys asked for below those
-with a value of the right kind, or `raw`, the second answer, if neither of two held a JSON object with such a
-key; `with_photo`, whether a photo was in view; `model`; `prompt`, digits of the prompts; `check`, digits of
-the post and the settings. Where the first posts all get no note, none is kept, and what was answered is said.
-The same command goes on where it was stopped. A local model's batches are cut at fixed places, and one that
-lacks a line is answered whole, so that no note depends on where it was stopped; another --batch-size rounds
-otherwise, and may change a word. An endpoint is asked for the missing posts alone, with the key in the
-environment variable OPENAI_API_KEY where that is set.
+A note is a JSON line with these keys:
+    id                   the post's; `<split>/<id>` where several posts have one id
+    about_post, ...      those of the keys asked for below whose value is of the right kind
+    raw                  in their place, the second answer, if neither of two held such a JSON object
+    with_photo           whether a photo was in view
+    model, prompt, check the model; digits of the prompts; digits of the post and the settings
+
+Where the first posts all get no note, none is kept, and the last answer is shown. The same command goes on
+where it was stopped. No note depends on where that was: a local model's batches are cut at fixed places, and
+a batch that lacks a line is answered whole. (Another --batch-size rounds otherwise, and may change a word.)
+An endpoint is asked for the missing posts alone, with the key in the environment variable OPENAI_API_KEY.
 """
 # ruff: noqa: E402 (the prompts stand first)
 
@@ -80,14 +83,14 @@ def fill_prompt(example, photo):
     if isinstance(example, RelationExample):
         head, tail = (" ".join(example.words[slice(*span)]) for span in (example.head, example.tail))
         entities = ENTITIES.format(head=head, tail=tail)
-    return PROMPT.format(post=" ".join(example.words), entities=entities) + PHOTO * photo
+    prompt = PROMPT.format(post=" ".join(example.words), entities=entities)
+    return prompt + PHOTO if photo else prompt
 
 
 def list_posts(dataset, args):
     """The first --limit posts, in the data set's order; FileNotFoundError if not one photo is there."""
-    found = [(split, example) for split, part in dataset.examples.items() for example in part]
-    times, paths, reasons, posts = Counter(example.id for _, example in found), {}, {}, []
-    found = found[: args.limit]
+    examples = [(split, example) for split, part in dataset.examples.items() for example in part]
+    times, paths, reasons, posts = Counter(example.id for _, example in examples), {}, {}, []
     if args.photos:
         names = dataset.image_ids()
         folders = image_folders(args.dataset, args.data_dir, args.images) if names else []
@@ -95,10 +98,10 @@ def list_posts(dataset, args):
         if not any(paths.values()):
             places = ", ".join(map(str, folders)) or "any folder"
             raise FileNotFoundError(f"no photo of {len(names)} is in {places}; add --images or --no-photos")
-    for split, example in found:
-        name, asked = example.image_id, repr((fill_prompt(example, args.photos), args.max_new_tokens))
+    for split, example in examples[: args.limit]:
+        name, settings = example.image_id, repr((fill_prompt(example, args.photos), args.max_new_tokens))
         reason = reasons.get(name, "no such file") if name in paths and paths[name] is None else None
-        check = hashlib.sha256(asked.encode()).hexdigest()[:12]
+        check = hashlib.sha256(settings.encode()).hexdigest()[:12]
         stamp = {"model": args.model, "prompt": DIGITS, "check": check}
         post_id = example.id if times[example.id] == 1 else f"{split}/{example.id}"
         posts.append(Post(post_id, example, paths.get(name), reason, stamp))
@@ -169,31 +172,37 @@ def read_answer(answer, keys):
 
 
 def make_notes(ask, posts):
-    """Posts, asked about together -> [(note, what is to be counted of it, {what: the first reason})]."""
+    """Posts, asked about together -> [(note, names of what is counted of it, {name: the first reason})]."""
     looks = [look(post) for post in posts]
     photos = [photo for photo, _, _ in looks]
     keys = [["about_post"] if photo is None else list(ASKED) for photo in photos]
     chats = [[fill_prompt(posts[i].example, photo is not None)] for i, photo in enumerate(photos)]
     answers = ask(chats, photos)
-    found = [read_answer(*each) for each in zip(answers, keys, strict=True)]
-    again = [i for i, said in enumerate(found) if said is None]
+    objects = [read_answer(*each) for each in zip(answers, keys, strict=True)]
+    again = [i for i, values in enumerate(objects) if values is None]
     more = [[*chats[i], answers[i], AGAIN] for i in again]
     # Not every server takes an empty text.
     more = [chat if chat[1].strip() else [f"{chat[0]}\n\n{AGAIN}"] for chat in more]
     for i, answer in zip(again, ask(more, [photos[i] for i in again]), strict=True):
-        answers[i], found[i] = answer, read_answer(answer, keys[i])
-    made = []
+        answers[i], objects[i] = answer, read_answer(answer, keys[i])
+    notes = []
     for i, (post, (photo, failing, why)) in enumerate(zip(posts, looks, strict=True)):
-        said, raw = found[i] or {}, {"raw": answers[i][:READ]} if found[i] is None else {}
-        if KEYS["phrases"][0](names := said.get("about_post")):  # a list of text
-            said["about_post"] = "; ".join(names)
-        kept = {key: said[key] for key in keys[i] if key in said and KEYS[key][0](said[key])}
-        counted = [key if key in keys[i] else "other keys" for key in said if key not in kept]
-        counted += ["photo"] * (photo is not None) + ["again"] * (i in again) + ["raw"] * bool(raw)
+        values = objects[i] or {}
+        if KEYS["phrases"][0](names := values.get("about_post")):  # a list of text
+            values["about_post"] = "; ".join(names)
+        note = {key: values[key] for key in keys[i] if key in values and KEYS[key][0](values[key])}
+        counts = [key if key in keys[i] else "other keys" for key in values if key not in note]
+        if photo is not None:
+            counts.append("photo")
+        if i in again:
+            counts.append("again")
+        if objects[i] is None:
+            note["raw"] = answers[i][:READ]
+            counts.append("raw")
         reasons = {failing: f"{post.id}: {why}"} if failing else {}
-        note = {"id": post.id} | kept | raw | {"with_photo": photo is not None} | post.stamp
-        made.append((note, [*counted, *reasons], reasons))
-    return made
+        note = {"id": post.id} | note | {"with_photo": photo is not None} | post.stamp
+        notes.append((note, [*counts, *reasons], reasons))
+    return notes
 
 
 def parse_args(argv):
@@ -233,8 +242,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     dataset = load_dataset(args.dataset, args.data_dir)
-    for said in dataset.notes:
-        print(said)
+    for note in dataset.notes:
+        print(note)
     posts, (name, folder) = list_posts(dataset, args), locate(args.dataset, args.data_dir)
     output = args.output or Path(folder) / name / "notes.jsonl"
     counts, first = Counter(), {}
@@ -249,21 +258,21 @@ def main(argv=None):
         batches = [posts[i : i + size] for i in range(0, len(posts), size)][done // size :]
         if args.endpoint:
             ask = Endpoint(args.endpoint, args.model, args.max_new_tokens, args.retries)
-            made = ask.in_turn(lambda batch: make_notes(ask, batch), batches, args.workers)
+            notes = ask.in_turn(lambda batch: make_notes(ask, batch), batches, args.workers)
         else:
             ask = Local(args.model, args.photos, args.max_new_tokens, args.device)
-            made = (make_notes(ask, batch) for batch in batches)
+            notes = (make_notes(ask, batch) for batch in batches)
         bar = progress_bar(len(posts), "post", initial=done)
         lines, usable = [], before > 0  # lines that wait for the first note that can be used
-        with contextlib.closing(made), bar as progress:
+        with contextlib.closing(notes), bar as progress:
             try:
-                for batch in made:
-                    for note, counted, reasons in batch[done % size :]:
+                for batch in notes:
+                    for note, names, reasons in batch[done % size :]:
                         # Half a surrogate pair, in a raw answer, becomes the escape that JSON has for it.
                         line = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
                         lines.append(line + b"\n")
                         usable = usable or not note.keys().isdisjoint(ASKED)
-                        counts.update(counted)
+                        counts.update(names)
                         first = reasons | first
                     if usable:
                         out.write(b"".join(lines))
@@ -285,13 +294,15 @@ def main(argv=None):
                 f" {answer[:300]}; name another --model, --no-photos if it takes none, or a larger"
                 " --max-new-tokens if it thinks first"
             )
-    left = ", ".join(f"{counts[key]} {key}" for key in (*ASKED, "other keys") if counts[key])
-    said = f"{output}: {done - before} posts" + f" after {before} before" * bool(before)
-    said += f", {counts['photo']} with photo; {counts['again']} answers were no JSON and asked again,"
-    said += f" {counts['raw']} kept raw; values left out: {left or 'none'}"
+    wrong = ", ".join(f"{counts[key]} {key}" for key in (*ASKED, "other keys") if counts[key])
+    message = f"{output}: {done - before} posts{f' after {before} before' if before else ''},"
+    message += f" {counts['photo']} with photo; {counts['again']} answers were no JSON and asked again,"
+    message += f" {counts['raw']} kept raw; values left out: {wrong or 'none'}"
     for kind in ("missing", "unreadable"):
-        said += f"; {counts[kind]} photos {kind}" + f" (first: {first.get(kind)})" * bool(counts[kind])
-    print(said, file=sys.stderr)
+        message += f"; {counts[kind]} photos {kind}"
+        if counts[kind]:
+            message += f" (first: {first.get(kind)})"
+    print(message, file=sys.stderr)
     return output
 
 

@@ -51,7 +51,9 @@ def messages(texts, image, listed):
     """A chat as models take it; `image`: the part that is its photo, if any; `listed`: contents are lists."""
     turns = []
     for i, text in enumerate(texts):
-        parts = [image] * (i == 0 and image is not None) + [{"type": "text", "text": text}]
+        parts = [{"type": "text", "text": text}]
+        if i == 0 and image is not None:
+            parts = [image, *parts]
         content = parts if listed or parts[1:] else text
         turns.append({"role": ("user", "assistant")[i % 2], "content": content})
     return turns
@@ -74,8 +76,8 @@ class Local:
             kind = transformers.AutoProcessor if self.sees else transformers.AutoTokenizer
             self.reader = kind.from_pretrained(source, **as_data(source))
         except (OSError, ValueError, ImportError, KeyError) as error:
-            said = f"cannot be loaded ({first_line(error)}); name a chat model of the hub or a local folder"
-            raise ValueError(f"--model {source}: {said}") from None
+            message = f"cannot be loaded ({first_line(error)}); name a chat model of a hub, or a folder"
+            raise ValueError(f"--model {source}: {message}") from None
         if photos and not hasattr(self.reader, "image_processor"):
             raise ValueError(f"--model {source}: reads no photos; add --no-photos, or name a model that does")
         if not self.reader.chat_template:
@@ -112,12 +114,12 @@ class Local:
             prompts = [self.prompt(chats[i], photos[i]) for i in rows]
             more = {} if blind else {"images": [[photos[i]] for i in rows]}
             more["add_special_tokens"] = self.sees and not (bos and prompts[0].startswith(bos))
-            read = self.reader(text=prompts, padding=True, return_tensors="pt", **more)
-            for key, part in read.items():
+            inputs = self.reader(text=prompts, padding=True, return_tensors="pt", **more)
+            for key, part in inputs.items():
                 dtype = self.model.dtype if part.is_floating_point() else part.dtype
-                read[key] = part.to(self.model.device, dtype)
-            made = self.model.generate(**read)[:, read["input_ids"].shape[1] :]
-            texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+                inputs[key] = part.to(self.model.device, dtype)
+            tokens = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = text
         return answers
@@ -171,10 +173,10 @@ def split_url(url):
     except ValueError:  # a port that is no number
         plain = False
     if not plain:
-        shown = "" if re.search("[@?]", url) else f" {url!r}"
+        harmless = "" if re.search("[@?]", url) else f" {url!r}"
         raise ValueError(
-            f"--endpoint{shown}: no address such as http://localhost:8000/v1; user and password do not belong"
-            " there, a key goes into the environment variable OPENAI_API_KEY"
+            f"--endpoint{harmless}: no address such as http://localhost:8000/v1; user and password do not"
+            " belong there, a key goes into the environment variable OPENAI_API_KEY"
         )
     return parts
 
@@ -201,9 +203,9 @@ def read_content(body):
 
 def retry_after(headers):
     """Seconds that a server asks to wait, which it may give as a number or a date; 0 if it does not."""
-    asked = headers.get("Retry-After", "0")
+    wait = headers.get("Retry-After", "0")
     try:
-        return float(asked) if asked.isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
+        return float(wait) if wait.isdecimal() else parsedate_to_datetime(wait).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return 0
 
@@ -240,8 +242,8 @@ class Endpoint:
         self.secrets = sorted(secrets, key=len, reverse=True)  # one may stand in another
         if parts.scheme == "http" and not re.fullmatch(r"localhost|127(\.\d+){3}|::1", parts.hostname):
             what = "the posts and the key" if key else "the posts"
-            said = f"anybody on the way to http://{parts.netloc} can read {what}; use https where it has that"
-            print(f"WARNING: {said}", file=sys.stderr)
+            warning = f"anybody on the way to http://{parts.netloc} can read {what}; use https if it has that"
+            print(f"WARNING: {warning}", file=sys.stderr)
         self.open = urllib.request.build_opener(Stay, Deadline).open
         self.settings = {"temperature": 0, "max_tokens": most}
         self.answers, self.instead, self.mutex = False, "", threading.Lock()  # whether it answered anything
@@ -271,8 +273,8 @@ class Endpoint:
         elif "temperature" in settings and NO_TEMPERATURE.search(words):
             name, other = "temperature", {}
             if name in self.settings:
-                said = "takes no temperature, so that other answers may come another time"
-                tqdm.write(f"WARNING: {self.place} {said}", file=sys.stderr)  # above a bar, if there is one
+                warning = "takes no temperature, so that other answers may come another time"
+                tqdm.write(f"WARNING: {self.place} {warning}", file=sys.stderr)  # above a bar
         else:
             return False
         self.settings = {key: value for key, value in self.settings.items() if key != name} | other
@@ -306,32 +308,32 @@ class Endpoint:
                 settings = self.settings
                 status, name, headers, body = self.send(chat | settings)
             except (OSError, HTTPException, ValueError) as error:  # timeouts and connections
-                said = " ".join(self.clean(str(getattr(error, "reason", error))).split())[:300]
-                said = said or type(error).__name__
+                failure = " ".join(self.clean(str(getattr(error, "reason", error))).split())[:300]
+                failure = failure or type(error).__name__
             else:
-                words, said = self.words(body), f"{status} {self.clean(name)[:100]}"
+                words, failure = self.words(body), f"{status} {self.clean(name)[:100]}"
                 if status < 300:
                     answer = read_content(body)
                     if answer is not None:
                         self.answers, self.instead = True, self.instead if answer else words[:300]
                         return self.clean(answer)
-                    said = "an answer that is no JSON with choices, message and content that is text"
+                    failure = "an answer that is no JSON with choices, message and content that is text"
                     inner = re.search(rb'"code"\s*:\s*"?([45]\d\d)\b', body[:10_000])  # gateways wrap others'
                     status = int(inner[1]) if inner else 200
                 elif status in (400, 422) and self.learn(words, settings):
                     continue
-                said = f"{said}: {words[:300]}" if words else said
+                failure = f"{failure}: {words[:300]}" if words else failure
                 pause = max(pause, retry_after(headers))
                 lasts = (status < 500 and status not in (408, 429)) or b"insufficient_quota" in body
                 final = lasts and status != 200
                 if status in (400, 413, 422) and self.answers_others(texts):
-                    return f"refused: {said}"
+                    return f"refused: {failure}"
             if final or pause > TIMEOUT or attempt > self.retries or self.stopped.wait(pause):
                 break
             attempt += 1
-        said += f", tried {attempt} times" if attempt > 1 else ""
-        said += f", asks to wait {pause:.0f} seconds" if pause > TIMEOUT else ""
-        raise (Refused if lasts else ValueError)(f"{self.place}: {said}")
+        failure += f", tried {attempt} times" if attempt > 1 else ""
+        failure += f", asks to wait {pause:.0f} seconds" if pause > TIMEOUT else ""
+        raise (Refused if lasts else ValueError)(f"{self.place}: {failure}")
 
     def answers_others(self, texts):
         """Whether the server answers at all: a question of no content, if need be, tells."""

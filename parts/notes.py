@@ -56,13 +56,13 @@ def reads_relevance(config):
 
 def check_note(note, keys=tuple(KEYS)):
     """{key: value} of those of `keys` a note has, null is nothing; ValueError for one of a wrong kind."""
-    found = {key: note[key] for key in keys if note.get(key) is not None}
-    for key, value in found.items():
+    values = {key: note[key] for key in keys if note.get(key) is not None}
+    for key, value in values.items():
         fits, wanted = KEYS[key]
         if not fits(value):
             kind = {list: "a list", dict: "an object"}.get(type(value)) or f"{value!r:.60}"
             raise ValueError(f"{key} must be {wanted}, not {kind}; correct it or leave it out")
-    return found
+    return values
 
 
 def read_notes(path):
@@ -163,33 +163,33 @@ class Notes:
 
         One that was written with a photo in view stays with the photo of the row it comes to.
         """
-        named = [row for row in rows if note_text(row["note"], "about_post")]
-        order = np.random.default_rng(seed).permutation(len(named))
-        said = [named[i]["note"]["about_post"] for i in order]
-        for i, other in zip(order, said[1:] + said[:1], strict=True):
-            row, note = named[i], named[i]["note"]
+        owners = [row for row in rows if note_text(row["note"], "about_post")]
+        order = np.random.default_rng(seed).permutation(len(owners))
+        texts = [owners[i]["note"]["about_post"] for i in order]
+        for i, other in zip(order, texts[1:] + texts[:1], strict=True):
+            row, note = owners[i], owners[i]["note"]
             row["note"] = note | {"about_post": other}
             if self.of_photo.get(row["image_id"]) is note:
                 self.of_photo[row["image_id"]] = row["note"]
-        return len(named)
+        return len(owners)
 
     def coverage(self, examples):
         """Lines that say what the notes tell of each split, {split: examples}; ValueError if of no post."""
-        found = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
-        used = {key for keys in found.values() for key in keys} - {None}
-        if not used:
+        ids = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
+        of_posts = {note_id for part in ids.values() for note_id in part} - {None}
+        if not of_posts:
             first = next(iter(self.notes), "none")
             raise ValueError(
                 f"{self.path}: no note is of any post (first id: {first}); is it another data set's?"
             )
-        unused = len(self.notes) - len(used)
-        lines = [f"{self.path}: {len(self.notes)} notes, {unused} of no post here ({self.sha256[:16]})"]
-        for split, keys in found.items():
-            items = [item for note_id in keys if note_id for item in self.notes[note_id].items()]
-            told = [key for key, value in items if value not in ("", [], False) or key == "relevance"]
-            counts = Counter(told)
-            counted = ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key])
-            lines.append(f"{split}: {counted} of {len(keys)} posts")
+        rest = len(self.notes) - len(of_posts)
+        lines = [f"{self.path}: {len(self.notes)} notes, {rest} of no post here ({self.sha256[:16]})"]
+        for split, part in ids.items():
+            items = [item for note_id in part if note_id for item in self.notes[note_id].items()]
+            keys = (key for key, value in items if value not in ("", [], False) or key == "relevance")
+            counts = Counter(keys)
+            keys = ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key])
+            lines.append(f"{split}: {keys} of {len(part)} posts")
         return lines
 
 
@@ -201,13 +201,13 @@ def said_of_photos(path, dataset):
     first = next((line.strip() for _, line in read_lines(path) if line.strip()), "")
     if not first.startswith("{"):
         return by_name(dataset.image_ids(), read_captions(path))
-    notes, found = Notes(path), dict.fromkeys(dataset.image_ids())
+    notes, of_photos = Notes(path), dict.fromkeys(dataset.image_ids())
     for split, examples in dataset.examples.items():
         for example in examples:
             phrases = notes.notes.get(notes.find(example, split), {}).get("phrases")
             if example.image_id is not None and phrases:
-                found[example.image_id] = found[example.image_id] or tuple(phrases)
-    return found
+                of_photos[example.image_id] = of_photos[example.image_id] or tuple(phrases)
+    return of_photos
 
 
 def note_text(note, key):
@@ -217,10 +217,10 @@ def note_text(note, key):
 
 def seen_with(note, of_photo):
     """What is known of a post that is shown a photo: its own note, of the photo's what needed the photo."""
-    kept = {key: value for key, value in note.items() if key not in OF_PHOTO}
-    if kept.get("with_photo"):
-        kept["about_post"] = note_text(of_photo, "about_post")
-    return kept | {key: of_photo[key] for key in OF_PHOTO if key in of_photo}
+    own = {key: value for key, value in note.items() if key not in OF_PHOTO}
+    if own.get("with_photo"):
+        own["about_post"] = note_text(of_photo, "about_post")
+    return own | {key: of_photo[key] for key in OF_PHOTO if key in of_photo}
 
 
 class Segments:
@@ -232,7 +232,7 @@ class Segments:
     def __init__(self, tokenizer, extra, length):
         self.tokenizer, self.keys, self.length = tokenizer, EXTRAS[extra], length
         self.readable = 4096 + 64 * length
-        self.pieces, self.kept = {}, 0  # {text: its sub-tokens}, characters of these texts
+        self.pieces, self.size = {}, 0  # {text: its sub-tokens}, characters of these texts
         self.end = len(special_ends(tokenizer)[1])
         self.middle, self.suffix = pair_ends(tokenizer)
 
@@ -245,10 +245,10 @@ class Segments:
         """The sub-tokens of a text, one more than `length` at most."""
         ids = self.pieces.get(text)
         if ids is None:
-            if self.kept + len(text) > MOST_KEPT:
-                self.pieces, self.kept = {}, 0
+            if self.size + len(text) > MOST_KEPT:
+                self.pieces, self.size = {}, 0
             ids = self.pieces[text] = text_pieces(self.tokenizer, text)[: self.length + 1]
-            self.kept += len(text)
+            self.size += len(text)
         return ids
 
     def __call__(self, row, note):

@@ -99,3 +99,32 @@ def cache_dir(data_dir, tmp_path_factory):
         for kind in backbone_flags(data_dir):
             extract_features.main([str(arg) for arg in fixed + kind])
     return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """The folder of tiny random chat models: vision/ and text/."""
+    from chats import save_models  # here: to import what it needs takes seconds
+
+    root = tmp_path_factory.mktemp("chats")
+    save_models(root)
+    return root
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function (reply) -> `chats.Server`; no key and no proxy is set in the environment."""
+    from chats import Server
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
