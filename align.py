@@ -7,11 +7,12 @@ Torch alone: copy the file and use it.
     losses = loss(text, own_mask, regions, region_mask, photos)    # [B]
 
 text [B, T, D], own_mask [B, T] (True = a sub-token of the post's own), regions [B, R, Dv], region_mask [B, R]
-(True = real), photos [B]: numbers that posts share exactly if they share a photo. Each loss is one number a
-post. A post without photo has 0, is nobody's negative, and what it holds changes nothing; two posts with one
-photo are no negatives of each other. Everything is computed in float32. Under torch.distributed the negatives
-are the posts of all processes, of which each holds a part [rank::processes] of the batch, so that any number
-of processes gives the losses of one.
+(True = real); a mask may be of numbers, None = all are real. photos [B]: numbers that posts share exactly if
+they share a photo. Each loss is one number a post. What is masked changes nothing, NaN included; a post
+without photo has 0, is nobody's negative, and what it holds changes nothing; all of this `Alignment.forward`
+sees to, for a loss of your own too. Two posts with one photo are no negatives of each other. Everything is
+computed in float32. Under torch.distributed the negatives are the posts of all processes, of which each holds
+a part [rank::processes] of the batch, so that any number of processes gives the losses of one.
 """
 
 import torch
@@ -20,9 +21,8 @@ from torch import nn
 
 
 def masked_mean(states, mask):
-    """The mean [B, D] of states [B, N, D] where mask [B, N] is True, 0 without; masked ones may hold NaN."""
-    kept = torch.where(mask[..., None], states, 0)
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    """The mean [B, D] of states [B, N, D] that are zero where mask [B, N] is False; 0 without any."""
+    return states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def projection(width, to):
@@ -74,14 +74,28 @@ def match(scores, allowed, places):
 
 
 class Alignment(nn.Module):
-    """A loss that is computed in float32, in `loss`, of posts that have a photo; see the top of the file."""
+    """What every loss is. One of your own has one method, `loss`; it is made with text_dim and region_dim."""
+
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        """The loss [B] of posts, finite for those without photo, where real [B] is False.
+
+        text and regions, float32, are zero where their bool masks are False; of a post without photo all of
+        own_mask is False.
+        """
+        raise NotImplementedError
 
     def forward(self, text, own_mask, regions, region_mask, photos, classes=None):
+        own_mask, region_mask = (
+            states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            for mask, states in ((own_mask, text), (region_mask, regions))
+        )
         real = region_mask.any(1)
         own_mask = own_mask & real[:, None]
         with torch.autocast(text.device.type, enabled=False):
-            made = self.loss(text.float(), own_mask, regions.float(), region_mask, real, photos, classes)
-        return torch.where(real, made, 0)
+            text = torch.where(own_mask[..., None], text.float(), 0)
+            regions = torch.where(region_mask[..., None], regions.float(), 0)
+            loss = self.loss(text, own_mask, regions, region_mask, real, photos, classes)
+        return torch.where(real, loss, 0)
 
 
 class Contrastive(Alignment):
@@ -122,11 +136,9 @@ class Local(Alignment):
 
     def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ValueError(
-                "the local alignment loss needs all posts in one process: run it without torchrun"
-            )
-        words = F.normalize(self.text(torch.where(own_mask[..., None], text, 0)), dim=-1)  # [B, T, d]
-        places = F.normalize(self.image(torch.where(region_mask[..., None], regions, 0)), dim=-1)  # [B, R, d]
+            raise ValueError("the local alignment loss needs all posts in one process: leave torchrun out")
+        words = F.normalize(self.text(text), dim=-1)  # [B, T, d]
+        places = F.normalize(self.image(regions), dim=-1)  # [B, R, d]
         scores = torch.einsum("itd,jrd->ijtr", words, places) / self.of_regions
         # A photo-less post's row is nobody's: any number will do, as long as it is one.
         hidden = ~region_mask & region_mask.any(1, keepdim=True)
@@ -164,9 +176,8 @@ class Matching(Alignment):
         ahead = (torch.arange(count, device=t.device) - places[:, None]) % count  # 0 for itself
         others = comparable(places, all_real, all_photos) & (ahead > 0)
         following = torch.where(others, ahead, count).argmin(1)
-        found = others.any(1)
         right, wrong = (t * v).sum(-1), (t * all_v[following]).sum(-1)
-        return torch.where(found, F.softplus(-right) + F.softplus(wrong), 0)
+        return torch.where(others.any(1), F.softplus(-right) + F.softplus(wrong), 0)
 
 
 class Supervised(Alignment):

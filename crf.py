@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 NEVER = -1e30  # the log of nothing: as good as -inf in float32, but its gradients are numbers
+IGNORE = -100  # label of a word that has none, as of `F.cross_entropy`
 FEW = 40  # labels: with more, K times the work and room is more than a GPU saves by not waiting
 FAR = 500  # nats between two transitions: the exponential of less is not 0 in float64
 
@@ -107,7 +108,12 @@ class Crf(nn.Module):
         return into.masked_fill(~mask, 0).sum(1) + final.masked_fill(~mask.any(1), 0)
 
     def loss(self, logits, mask, labels, bias=None):
-        """The negative log-likelihood [B] of label sequences [B, W], summed over words; 0 without any."""
+        """The negative log-likelihood [B] of label sequences [B, W], summed over words; 0 without any.
+
+        A word whose label is -100 is a hole, as where the mask is False, of this chain alone: `decode` knows
+        no labels.
+        """
+        mask = mask & (labels != IGNORE)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float().masked_fill(~mask[..., None], 0)
             return self.total(logits, mask, bias) - self.score(logits, mask, labels, bias)

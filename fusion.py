@@ -6,9 +6,9 @@
 All layers share one call, `fusion(text, text_mask, regions, region_mask, return_weights=False)`:
 
     text         [B, T, D]   token states
-    text_mask    [B, T]      True = a real token, False = padding
+    text_mask    [B, T]      True (or not 0) = a real token, False = padding; None = all are real
     regions      [B, R, Dv]  region features of any floating type and scale, in any order
-    region_mask  [B, R]      True = a real region; a row of False is a post without photo
+    region_mask  [B, R]      True = a real region; a row of False is a post without photo; None = all are real
     returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R],
                              averaged over heads and zero for a post without photo (None from layers that
                              have no such weights); read them in eval mode, dropout may act on them in
@@ -20,11 +20,12 @@ A layer that looks at more of a post names it in `reads` and takes it by that na
                              by row; those before them are of the photo as a whole, as a class state is
     generated, generated_mask  [B, R', Dv], [B, R']  a second picture; "without photo" is then without either
 
-Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; the order
-of regions changes nothing, but to a layer that reads `region_grid`; a post without photo, like a padding
-token, leaves as it came in; multiplying all regions by a positive constant changes nothing, as long as
-float16 can hold them (backbones differ a thousandfold in scale); a fresh layer leaves all text as it came in,
-so that training starts from the text encoder's own states.
+Promises of every layer: what padding tokens and masked regions hold changes nothing, NaN included; a post
+without photo, like a padding token, leaves as it came in. `Fusion.forward` keeps these two, whatever a layer
+of your own computes. And: the order of regions changes nothing, but to a layer that reads `region_grid`;
+multiplying all regions by a positive constant changes nothing, as long as float16 can hold them (backbones
+differ a thousandfold in scale): see `RegionStates`; a fresh layer leaves all text as it came in, so that
+training starts from the text encoder's own states: see `start_at_zero`.
 """
 
 import torch
@@ -41,6 +42,11 @@ def unit_length(regions):
     return F.layer_norm(regions.float(), regions.shape[-1:], eps=1e-12) / regions.shape[-1] ** 0.5
 
 
+def as_mask(mask, states):
+    """A mask [B, N] as bool; None: all of the states [B, N, C] are real."""
+    return states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
 def clean(values, mask):
     """`values` [B, N, C] with zeros where `mask` [B, N] is False: nothing there can leak, NaN included."""
     return values.masked_fill(~mask[..., None], 0)
@@ -52,32 +58,22 @@ def masked_softmax(scores, mask):
     return weights.masked_fill(~mask, 0)
 
 
-def where_photo(fused, text, text_mask, region_mask):
-    """`fused` for real tokens of posts with a photo, `text` elsewhere. [B, T, D]"""
-    photo = region_mask.any(1)[:, None] & text_mask  # [B, T]
-    return torch.where(photo[..., None], fused.to(text.dtype), text)
-
-
 def additive_scores(score, left, right):
     """w^T tanh(left + right), w the layer `score` (Bahdanau et al., ICLR 2015): [..., H] twice -> [...].
 
-    The sum inside the tanh is what lets tokens differ: were both scored by one linear map of their
-    concatenation, the token's part would cancel in the softmax over what it looks at, and all would look
-    alike.
+    The sum inside the tanh is what lets tokens differ: were both scored by one linear map, the token's part
+    would cancel in the softmax over what it looks at, and all would look alike.
     """
     return score(torch.tanh(left + right)).squeeze(-1)
 
 
-def attend(attention, words, states, mask, return_weights):
+def attend(attention, words, states, mask, need_weights=False):
     """Words [B, T, D] attend, by an `nn.MultiheadAttention`, to states [B, N, D] where mask [B, N] is True.
 
-    Returns (context [B, T, D], weights [B, T, N] or None). Where a row of the mask has no True, the weights
-    are zero and the context means nothing.
+    Returns (context [B, T, D], weights [B, T, N] or None); they mean nothing where a row has no True.
     """
-    some = mask.any(1)[:, None]  # a row with nothing to attend to would be NaN
-    hidden = ~mask & some
-    context, weights = attention(words, states, states, key_padding_mask=hidden, need_weights=return_weights)
-    return context, (weights * some[..., None] if return_weights else None)
+    hidden = ~mask & mask.any(1, keepdim=True)  # a row with nothing to attend to would be NaN
+    return attention(words, states, states, key_padding_mask=hidden, need_weights=need_weights)
 
 
 def pyramid_levels(regions, region_mask, region_grid):
@@ -109,7 +105,7 @@ def pyramid_levels(regions, region_mask, region_grid):
 
 
 class RegionStates(nn.Module):
-    """Regions at the scale of token states, to be attended to: [B, R, Dv] -> [B, R, D], zero where masked.
+    """Regions at the scale of token states, to be attended to: [B, R, Dv] -> [B, R, D]; zeros stay zeros.
 
     Weights of variance 1 make states of variance 1 out of vectors of length 1. With torch's own start,
     variance 1 / (3 Dv), keys come out at some 0.02: attention then begins exactly uniform, and the gradients
@@ -121,8 +117,8 @@ class RegionStates(nn.Module):
         self.linear = nn.Linear(region_dim, text_dim, bias=False)
         nn.init.normal_(self.linear.weight)
 
-    def forward(self, regions, region_mask):
-        return self.linear(unit_length(clean(regions, region_mask)).to(self.linear.weight.dtype))
+    def forward(self, regions):
+        return self.linear(unit_length(regions).to(self.linear.weight.dtype))
 
 
 def start_at_zero(linear):
@@ -135,20 +131,43 @@ def start_at_zero(linear):
 def check_heads(text_dim, heads):
     """ValueError unless the token states divide evenly among the heads."""
     if heads < 1 or text_dim % heads:
-        states = f"token states of width {text_dim}"
-        raise ValueError(f"{heads} heads do not divide {states}; choose a number that does")
+        raise ValueError(f"{heads} heads do not divide token states of width {text_dim}; choose others")
 
 
 class Fusion(nn.Module):
-    """What every layer is; see the top of the file."""
+    """What every layer is. A layer of your own has one method, `fuse`, and says what it takes and gives."""
 
-    reads = ()  # what it takes of a batch besides text, regions and their masks, by name
+    has_heads = False  # it is made with a number of `heads`, beside text_dim, region_dim and dropout
+    weighs = False  # it gives weights over the regions
+    reads = ()  # what it takes of a batch beside text, regions and their masks, by name
+    soft_tokens = 0  # that it gives the text encoder to read: a layer with some is asked before the encoder
+
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        """(states [B, T, D], weights [B, T, R] or None, if not needed); finite where the masks are False.
+
+        words [B, T, D] and regions [B, R, Dv], float32, are zero there. What `reads` names comes by name.
+        """
+        raise NotImplementedError
+
+    def forward(self, text, text_mask, regions, region_mask, return_weights=False, **more):
+        text_mask, region_mask = as_mask(text_mask, text), as_mask(region_mask, regions)
+        words, regions, photo = clean(text, text_mask), clean(regions, region_mask).float(), region_mask
+        if (second := more.get("generated")) is not None:
+            mask = as_mask(more.get("generated_mask"), second)
+            more |= {"generated": clean(second, mask).float(), "generated_mask": mask}
+            photo = torch.cat((region_mask, mask), 1)  # either will do
+        states, weights = self.fuse(words, text_mask, regions, region_mask, return_weights, **more)
+        shown = photo.any(1, keepdim=True) & text_mask  # [B, T]
+        fused = torch.where(shown[..., None], states.to(text.dtype), text)
+        if not return_weights:
+            return fused
+        return fused, None if weights is None else weights.masked_fill(~region_mask[:, None], 0)
 
 
 class NoFusion(Fusion):
     """Text only: returns the token states as they are. Takes None for the regions and their mask."""
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+    def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()
 
     def forward(self, text, text_mask, regions, region_mask, return_weights=False):
@@ -162,28 +181,27 @@ class Film(Fusion):
     regions; it starts at zero.
     """
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+    def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.generator = start_at_zero(nn.Linear(region_dim, 2 * text_dim))
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        # At unit length the sum is the mean. [B, Dv]
-        pooled = unit_length(clean(regions, region_mask).float().sum(1)).to(text.dtype)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        pooled = unit_length(regions.sum(1)).to(words.dtype)  # [B, Dv]; at unit length the sum is the mean
         delta, beta = self.generator(self.dropout(pooled))[:, None].chunk(2, -1)  # [B, 1, D] each
-        fused = where_photo((1 + delta) * clean(text, text_mask) + beta, text, text_mask, region_mask)
-        return (fused, None) if return_weights else fused
+        return (1 + delta) * words + beta, None
 
 
 class Attention(Fusion):
     """Additive attention of each token over the regions, a gated residual (Bahdanau et al., ICLR 2015).
 
-    Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r), the `additive_scores`.
+    Weights: softmax over r of w^T tanh(W_h h_t + W_v v_r), the `additive_scores`; v: the `RegionStates`.
     Context c_t = sum_r weight_tr W_c v_r, W_c zero at the start; output h_t + sigmoid(W_g [h_t; c_t]) * c_t.
-    v: the `RegionStates`. One head, `heads` is not used.
     """
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+    weighs = True
+
+    def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()
         hidden = max(32, text_dim // 4)
         self.regions = RegionStates(region_dim, text_dim)
@@ -194,16 +212,14 @@ class Attention(Fusion):
         self.gate = nn.Linear(2 * text_dim, text_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = self.regions(regions, region_mask), clean(text, text_mask)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        image = self.regions(regions)
         scores = additive_scores(self.score, self.token(words)[:, :, None], self.region(image)[:, None])
         weights = masked_softmax(scores, region_mask[:, None])  # [B, T, R]
-        # The weights sum to 1, so projecting the weighted regions is projecting the regions and weighting
-        # them after.
+        # The weights sum to 1: the projection of what is weighted is the weighted sum of projections.
         context = self.dropout(self.context(weights.to(image.dtype) @ image))  # [B, T, D]
         gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
-        fused = where_photo(words + gate * context, text, text_mask, region_mask)
-        return (fused, weights) if return_weights else fused
+        return words + gate * context, weights
 
 
 class CrossAttention(Fusion):
@@ -213,6 +229,8 @@ class CrossAttention(Fusion):
     are zero at the start. The residual path is free of norms, so that a post with photo and one without reach
     the head on the same scale.
     """
+
+    has_heads = weighs = True
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
@@ -227,12 +245,11 @@ class CrossAttention(Fusion):
         )  # fmt: skip
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = self.regions(regions, region_mask), clean(text, text_mask)
-        context, weights = attend(self.attention, words, image, region_mask, return_weights)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        image = self.regions(regions)
+        context, weights = attend(self.attention, words, image, region_mask, need_weights)
         x = words + self.dropout(context)
-        fused = where_photo(x + self.dropout(self.feed_forward(self.norm(x))), text, text_mask, region_mask)
-        return (fused, weights) if return_weights else fused
+        return x + self.dropout(self.feed_forward(self.norm(x))), weights
 
 
 class Bimodal(Fusion):
@@ -245,6 +262,8 @@ class Bimodal(Fusion):
     = sigmoid(W_z [x_v; x_t]), unit = z tanh(W_v x_v) + (1 - z) tanh(W_t x_t), W_v and W_t zero at the start.
     The unit is added to the token. Regions: the `RegionStates`.
     """
+
+    has_heads = weighs = True
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
@@ -260,8 +279,8 @@ class Bimodal(Fusion):
         self.gate = nn.Linear(2 * text_dim, text_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = self.regions(regions, region_mask), clean(text, text_mask)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        image = self.regions(regions)
 
         def split(states):  # [B, N, D] -> [B, heads, N, D / heads]
             return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -270,27 +289,28 @@ class Bimodal(Fusion):
         affinity = query @ key.mT / query.shape[-1] ** 0.5  # [B, heads, T, R]
         to_regions = masked_softmax(affinity, region_mask[:, None, None])
         to_tokens = masked_softmax(affinity.mT, text_mask[:, None, None])  # [B, heads, R, T]
-        said = self.dropout(to_tokens) @ split(self.token_value(words))  # [B, heads, R, D / heads]
-        context = self.dropout(to_regions) @ (split(self.region_value(image)) + said)
+        of_text = self.dropout(to_tokens) @ split(self.token_value(words))  # [B, heads, R, D / heads]
+        context = self.dropout(to_regions) @ (split(self.region_value(image)) + of_text)
         context = context.transpose(1, 2).flatten(-2)  # [B, T, D]
         z = torch.sigmoid(self.gate(torch.cat((context, words.to(context.dtype)), -1)))
         unit = z * torch.tanh(self.image_unit(context)) + (1 - z) * torch.tanh(self.token_unit(words))
-        fused = where_photo(words + self.dropout(unit), text, text_mask, region_mask)
-        return (fused, to_regions.mean(1)) if return_weights else fused
+        return words + self.dropout(unit), to_regions.mean(1)
 
 
 class CoAttention(Fusion):
     """Adaptive co-attention (Zhang et al., AAAI 2018): words look at regions, what they saw looks at words.
 
-    Over the regions v, `RegionStates`: a = softmax over r of w^T tanh(A h_t + B v_r), seen u_t = sum_r a_tr C
-    v_r. Over the tokens: b = softmax over j of w'^T tanh(A' h_j + B' u_t), said k_t = sum_j b_tj h_j. Gated
-    fusion: m = g tanh(W u) + (1 - g) tanh(W' k), g = sigmoid(G [tanh(W u); tanh(W' k)]). Filter: s =
-    sigmoid(F [h; m]); output h + O (s * tanh(M m)), O zero at the start. Two things are not as published:
-    scores are `additive_scores`, not of a concatenation, and the filtered m is added to the token, not handed
-    to the tagger beside it. One head, `heads` is not used.
+    Over the regions v, `RegionStates`: a = softmax over r of w^T tanh(A h_t + B v_r), u_t = sum_r a_tr C v_r.
+    Over the tokens: b = softmax over j of w'^T tanh(A' h_j + B' u_t), k_t = sum_j b_tj h_j. Gated fusion: m =
+    g tanh(W u) + (1 - g) tanh(W' k), g = sigmoid(G [tanh(W u); tanh(W' k)]). Filter: s = sigmoid(F [h; m]);
+    output h + O (s * tanh(M m)), O zero at the start. Two things are not as published: scores are
+    `additive_scores`, not of a concatenation, and the filtered m is added to the token, not handed to the
+    tagger beside it. One head.
     """
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+    weighs = True
+
+    def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()
         hidden = max(32, text_dim // 4)
         self.regions = RegionStates(region_dim, text_dim)
@@ -305,22 +325,20 @@ class CoAttention(Fusion):
         self.output = start_at_zero(nn.Linear(text_dim, text_dim, bias=False))  # a closed filter adds nothing
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        image, words = self.regions(regions, region_mask), clean(text, text_mask)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        image = self.regions(regions)
         scores = additive_scores(self.score, self.token(words)[:, :, None], self.region(image)[:, None])
         weights = masked_softmax(scores, region_mask[:, None])  # [B, T, R]
-        seen = self.region_value(weights.to(image.dtype) @ image)  # [B, T, D]
-        scores = additive_scores(
-            self.back_score, self.back_token(words)[:, None], self.back_seen(seen)[:, :, None]
-        )
-        said = masked_softmax(scores, text_mask[:, None]).to(words.dtype) @ words  # [B, T, T] @ [B, T, D]
-        of_image, of_text = torch.tanh(self.image_unit(seen)), torch.tanh(self.token_unit(said))
+        visual = self.region_value(weights.to(image.dtype) @ image)  # [B, T, D]
+        back_words, back_visual = self.back_token(words)[:, None], self.back_seen(visual)[:, :, None]
+        scores = additive_scores(self.back_score, back_words, back_visual)  # [B, T, T]
+        textual = masked_softmax(scores, text_mask[:, None]).to(words.dtype) @ words  # [B, T, T] @ [B, T, D]
+        of_image, of_text = torch.tanh(self.image_unit(visual)), torch.tanh(self.token_unit(textual))
         gate = torch.sigmoid(self.gate(torch.cat((of_image, of_text), -1)))
         mixed = gate * of_image + (1 - gate) * of_text
-        kept = torch.sigmoid(self.filter(torch.cat((words, mixed.to(words.dtype)), -1)))
-        added = self.output(kept * torch.tanh(self.memory(mixed)))
-        fused = where_photo(words + self.dropout(added), text, text_mask, region_mask)
-        return (fused, weights) if return_weights else fused
+        share = torch.sigmoid(self.filter(torch.cat((words, mixed.to(words.dtype)), -1)))
+        added = self.output(share * torch.tanh(self.memory(mixed)))
+        return words + self.dropout(added), weights
 
 
 class Pyramid(Fusion):
@@ -334,6 +352,7 @@ class Pyramid(Fusion):
     ValueError without `region_grid`.
     """
 
+    has_heads = weighs = True
     reads = ("region_grid",)
 
     def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
@@ -344,56 +363,51 @@ class Pyramid(Fusion):
         self.whole = start_at_zero(nn.Linear(text_dim, text_dim))
         self.cells = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
         self.places = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
-        start_at_zero(self.cells.out_proj)
-        start_at_zero(self.places.out_proj)
+        for attention in (self.cells, self.places):
+            start_at_zero(attention.out_proj)
         self.token = nn.Linear(text_dim, hidden)
         self.level = nn.Linear(text_dim, hidden, bias=False)
         self.score = nn.Linear(hidden, 1, bias=False)
         self.gate = nn.Linear(2 * text_dim, text_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False, region_grid=None):
+    def fuse(self, words, text_mask, regions, region_mask, need_weights, region_grid=None):
         if region_grid is None:
             raise ValueError("the pyramid pools places and needs region_grid [B, 2], their rows and columns")
         values, masks = zip(*pyramid_levels(regions, region_mask, region_grid), strict=True)
-        states = self.regions(torch.cat(values, 1), torch.cat(masks, 1))  # [B, 1 + 9 + R, D]
+        states = self.regions(torch.cat(values, 1))  # [B, 1 + 9 + R, D]
         whole, cells, places = states.split([mask.shape[1] for mask in masks], 1)
-        words = clean(text, text_mask)
         of_whole = self.whole(whole).expand(-1, words.shape[1], -1)
-        of_cells, _ = attend(self.cells, words, cells, masks[1], False)
-        of_places, weights = attend(self.places, words, places, masks[2], return_weights)
+        of_cells, _ = attend(self.cells, words, cells, masks[1])
+        of_places, weights = attend(self.places, words, places, masks[2], need_weights)
         contexts = torch.stack((of_whole, of_cells, of_places), 2)  # [B, T, 3, D]
         scores = additive_scores(self.score, self.token(words)[:, :, None], self.level(contexts))  # [B, T, 3]
-        has = torch.stack([mask.any(1) for mask in masks], -1)  # [B, 3]
-        alpha = masked_softmax(scores, has[:, None])
+        alpha = masked_softmax(scores, torch.stack([mask.any(1) for mask in masks], -1)[:, None])
         context = self.dropout((alpha.to(contexts.dtype)[:, :, None] @ contexts).squeeze(2))  # [B, T, D]
         gate = torch.sigmoid(self.gate(torch.cat((words, context.to(words.dtype)), -1)))
-        fused = where_photo(words + gate * context, text, text_mask, region_mask)
-        return (fused, weights * alpha[..., 2:]) if return_weights else fused
+        return words + gate * context, weights * alpha[..., 2:] if need_weights else None
 
 
 class Saliency(Fusion):
     """Text-guided recombination of regions, in the manner of MINIGE (Kong, Liu et al. 2025).
 
     Of a photo and, with pictures=2, a second picture `generated` from the text; the sum is bounded as in
-    MAG (Rahman et al., ACL 2020).
+    MAG (Rahman et al., ACL 2020). Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W
+    v_r)); weights: softmax over r of (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is
+    weighed for the whole post, the rest by each token for itself. c_t = sum_r weight_tr v_r + h_t; its share
+    LeakyReLU(U [c_t; h_t]) * M c_t, U and M of each picture its own, M zero at the start; a missing picture's
+    share is 0. Output h_t + min(bound |h_t| / |H_t|, 1) H_t with H the sum of the shares: no token moves by
+    more than `bound` of its own length. v: the `RegionStates`, the same for both pictures. Weights returned
+    are those over the photo. One head.
 
-    Scores S_tr = Q h_t . v_r / sqrt(D), saliency q_r = sigmoid(w^T tanh(W v_r)); weights: softmax over r of
-    (1 - q_r) S_tr + q_r mean_t S_tr, so what stands out in a picture is weighed for the whole post, the rest
-    by each token for itself. c_t = sum_r weight_tr v_r + h_t; its share LeakyReLU(U [c_t; h_t]) * M c_t, U
-    and M of each picture its own, M zero at the start; a missing picture's share is 0. Output h_t + min(bound
-    |h_t| / |H_t|, 1) H_t with H the sum of the shares: no token moves by more than `bound` of its own length.
-    v: the `RegionStates`, the same for both pictures. Weights returned are those over the photo. One head,
-    `heads` is not used.
-
-    Published: no Q, and bound .1. Both were tried in the toy task of tests/test_fusion.py, where a token has
-    to find the one region that it asks for: in steps 100 to 150 of training 0.29 of the answers are right
-    without Q and without a bound (chance: 0.25), with Q 0.82 at bound .1, 0.89 at .2, 1.00 at .5.
+    Published: no Q, and bound .1. In the toy task of tests/test_fusion.py, where a token has to find the one
+    region that it asks for (chance: 0.25), 0.29 are right without Q; with it 0.82 at bound .1, 1.00 at .5.
     """
 
+    weighs = True
     reads = ("generated", "generated_mask")
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1, pictures=1, bound=0.5):
+    def __init__(self, text_dim, region_dim, dropout=0.1, pictures=1, bound=0.5):
         super().__init__()
         hidden = max(32, text_dim // 4)
         self.bound = bound
@@ -406,45 +420,31 @@ class Saliency(Fusion):
 
     def look(self, words, text_mask, regions, region_mask):
         """(c [B, T, D], weights [B, T, R]) of one picture."""
-        image = self.regions(regions, region_mask)
+        image = self.regions(regions)
         scores = self.query(words) @ image.mT / words.shape[-1] ** 0.5  # [B, T, R]
         overall = clean(scores, text_mask).sum(1, keepdim=True) / text_mask.sum(1).clamp(min=1)[:, None, None]
         salient = torch.sigmoid(self.salient(image)).mT  # [B, 1, R]
         weights = masked_softmax((1 - salient) * scores + salient * overall, region_mask[:, None])
         return weights.to(image.dtype) @ image + words, weights
 
-    def forward(
-        self, text, text_mask, regions, region_mask, return_weights=False, generated=None, generated_mask=None
-    ):
-        pictures, words = [(regions, region_mask)], clean(text, text_mask)
+    def fuse(self, words, text_mask, regions, region_mask, need_weights, generated=None, generated_mask=None):
+        pictures, added, weights = [(regions, region_mask)], 0, []
         if generated is not None:
             pictures.append((generated, generated_mask))
         if len(pictures) > len(self.gates):
             raise ValueError("a saliency layer for one picture was given two; make it with pictures=2")
-        added, weights = 0, []
         for (picture, mask), gate, share in zip(pictures, self.gates, self.shares, strict=False):
             context, looked = self.look(words, text_mask, picture, mask)
             part = F.leaky_relu(gate(torch.cat((context, words.to(context.dtype)), -1))) * share(context)
             added = added + part.masked_fill(~mask.any(1)[:, None, None], 0)
             weights.append(looked)
         added = self.dropout(added).float()
-        lengths, own = (
-            torch.linalg.vector_norm(states.float(), dim=-1, keepdim=True) for states in (added, words)
-        )
-        scale = (self.bound * own / lengths.clamp(min=1e-12)).clamp(max=1)  # [B, T, 1]
-        fused = where_photo(
-            words + scale * added, text, text_mask, torch.cat([mask for _, mask in pictures], 1)
-        )
-        return (fused, weights[0]) if return_weights else fused
+        length, own = (torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True) for x in (added, words))
+        scale = (self.bound * own / length.clamp(min=1e-12)).clamp(max=1)  # [B, T, 1]
+        return words + scale * added, weights[0]
 
 
 FUSIONS = {
-    "film": Film,
-    "attention": Attention,
-    "cross-attention": CrossAttention,
-    "bimodal": Bimodal,
-    "co-attention": CoAttention,
-    "pyramid": Pyramid,
-    "saliency": Saliency,
-    "none": NoFusion,
-}
+    "film": Film, "attention": Attention, "cross-attention": CrossAttention, "bimodal": Bimodal,
+    "co-attention": CoAttention, "pyramid": Pyramid, "saliency": Saliency, "none": NoFusion,
+}  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fusion import RegionStates, check_heads, clean, start_at_zero, unit_length
+from fusion import Fusion, RegionStates, attend, check_heads, clean, start_at_zero, unit_length
 
 
 class Relevance(nn.Module):
@@ -32,20 +32,21 @@ class Relevance(nn.Module):
         with torch.autocast(text.device.type, enabled=False):
             t = clean(text.float(), own_mask).sum(1) / own_mask.sum(1, keepdim=True).clamp(min=1)
             # At unit length, which `RegionStates` brings it to, the sum is the mean.
-            v = unit_length(clean(regions, region_mask)).sum(1, keepdim=True)
-            v = self.image(v, region_mask.any(1, keepdim=True)).squeeze(1)
+            v = self.image(unit_length(clean(regions, region_mask)).sum(1))
             return self.score(torch.cat((t, v, t * v), -1)).squeeze(-1)
 
     @staticmethod
     def loss(logits, given, region_mask):
         """Binary cross entropy [B] with the relevances `given` [B]; 0 where none is (-1), or no photo."""
         known = (given >= 0) & region_mask.any(1)
-        made = F.binary_cross_entropy_with_logits(logits, given.clamp(min=0), reduction="none")
-        return torch.where(known, made, 0)
+        loss = F.binary_cross_entropy_with_logits(logits, given.clamp(min=0), reduction="none")
+        return torch.where(known, loss, 0)
 
 
-class Prefix(nn.Module):
+class Prefix(Fusion):
     """Soft tokens that tell a text encoder what the photo shows, to be read with the words.
+
+    It is asked before the encoder, so its call is another than that of the layers of fusion.py.
 
     In the manner of ICKA (Zeng et al., ESWA 2024), of which no equation is public. E: the word embeddings of
     the whole input, N: layer norm without parameters. X = MHA(query N(E), key and value `RegionStates`); soft
@@ -59,41 +60,41 @@ class Prefix(nn.Module):
     not all of them take.
     """
 
-    count = 4  # of the soft tokens
+    has_heads = weighs = True
+    soft_tokens = 4
 
     def __init__(self, embedding_dim, region_dim, heads=8, dropout=0.1):
         super().__init__()
         check_heads(embedding_dim, heads)
         self.regions = RegionStates(region_dim, embedding_dim)
         self.look = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
-        self.queries = nn.Parameter(torch.randn(self.count, embedding_dim))
+        self.queries = nn.Parameter(torch.randn(self.soft_tokens, embedding_dim))
         self.gather = nn.MultiheadAttention(embedding_dim, heads, dropout, batch_first=True)
 
     def forward(self, embeddings, mask, own_mask, regions, region_mask, return_weights=False):
-        """(embeddings [B, T + count, E], their mask, weights of X over regions [B, T, R] if asked, or None).
+        """(embeddings [B, T + soft_tokens, E], their mask, weights of X over regions [B, T, R] or None).
 
         Of word embeddings [B, T, E], mask [B, T] of all real tokens, which stand first, own_mask [B, T] of
         the post's own, regions [B, R, Dv], region_mask [B, R]. Without photo, or a token of its own, a post's
         soft tokens are zero and masked.
         """
-        photo, own = region_mask.any(1, keepdim=True), own_mask.any(1, keepdim=True)  # [B, 1]
-        embeddings = clean(embeddings, mask)
-        image, width = self.regions(regions, region_mask), embeddings.shape[-1:]
-        # A row with nothing to attend to would be NaN; its result is not used, here and below.
-        hidden, asked = ~region_mask & photo, F.layer_norm(embeddings, width)
-        seen, weights = self.look(asked, image, image, key_padding_mask=hidden, need_weights=return_weights)
-        seen, queries = F.layer_norm(seen, width), self.queries.expand(len(mask), -1, -1)
-        made, _ = self.gather(queries, seen, seen, key_padding_mask=~own_mask & own, need_weights=False)
-        made = queries + F.layer_norm(made, width)
+        embeddings, image = clean(embeddings, mask), self.regions(clean(regions, region_mask))
+        width, queries = embeddings.shape[-1:], self.queries.expand(len(mask), -1, -1)
+        seen, weights = attend(
+            self.look, F.layer_norm(embeddings, width), image, region_mask, return_weights
+        )
+        context, _ = attend(self.gather, queries, F.layer_norm(seen, width), own_mask)
+        tokens = queries + F.layer_norm(context, width)  # [B, soft_tokens, E]
         lengths = embeddings.norm(dim=-1).masked_fill(~own_mask, 0)  # [B, T]
         length = lengths.sum(1) / own_mask.sum(1).clamp(min=1)  # [B]
-        made = (F.normalize(made, dim=-1) * length[:, None, None]).to(embeddings.dtype)
+        tokens = (F.normalize(tokens, dim=-1) * length[:, None, None]).to(embeddings.dtype)
         # Behind the last token of each post.
-        place = mask.sum(1, keepdim=True) + torch.arange(self.count, device=mask.device)  # [B, count]
-        shown, whole = (photo & own).expand_as(place), F.pad(embeddings, (0, 0, 0, self.count))
-        whole = whole.scatter(1, place[..., None].expand_as(made), clean(made, shown))
-        whole_mask = F.pad(mask, (0, self.count)).scatter(1, place, shown)
-        return whole, whole_mask, weights * photo[..., None] if return_weights else None
+        place = mask.sum(1, keepdim=True) + torch.arange(self.soft_tokens, device=mask.device)
+        shown = (region_mask.any(1, keepdim=True) & own_mask.any(1, keepdim=True)).expand_as(place)
+        whole = F.pad(embeddings, (0, 0, 0, self.soft_tokens))
+        whole = whole.scatter(1, place[..., None].expand_as(tokens), clean(tokens, shown))
+        whole_mask = F.pad(mask, (0, self.soft_tokens)).scatter(1, place, shown)
+        return whole, whole_mask, weights.masked_fill(~region_mask[:, None], 0) if return_weights else None
 
 
 class PhotoBias(nn.Module):
@@ -111,9 +112,8 @@ class PhotoBias(nn.Module):
         self.transitions = start_at_zero(nn.Linear(width, labels * labels, bias=False))
 
     def forward(self, regions, region_mask):
-        # At unit length the sum is the mean. [B, 1, Dv]
-        pooled = clean(regions, region_mask).float().sum(1, keepdim=True)
-        states = torch.tanh(self.image(pooled, region_mask.any(1, keepdim=True)))
+        pooled = clean(regions, region_mask).float().sum(1)  # [B, Dv]; at unit length the sum is the mean
+        states = torch.tanh(self.image(pooled))
         return self.transitions(states).float().view(-1, self.labels, self.labels)
 
 
@@ -131,9 +131,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x, mask):
-        # A row with nothing to attend to would be NaN; its result is not used.
-        hidden = ~mask & mask.any(1, keepdim=True)
-        y = self.norms[0](x + self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0])
+        y = self.norms[0](x + attend(self.attention, x, x, mask)[0])
         return self.norms[1](y + self.linear(y))
 
 
@@ -178,9 +176,9 @@ class Bottleneck(nn.Module):
         pictures: (regions [B, R, Dv], mask [B, R]) each; a post without has zeros and no divergence of it.
         """
         codes, kl = self.text(clean(text, text_mask), text_mask)
-        made = []
+        image_codes = []
         for regions, mask in pictures:
-            states, more = self.image(self.regions(regions, mask), mask)
-            made.append(states)
-            kl = kl + more
-        return torch.where(text_mask[..., None], codes.to(text.dtype), text), made, kl
+            states, divergence = self.image(self.regions(clean(regions, mask)), mask)
+            image_codes.append(states)
+            kl = kl + divergence
+        return torch.where(text_mask[..., None], codes.to(text.dtype), text), image_codes, kl

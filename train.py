@@ -82,7 +82,7 @@ def make_parser(description):
         help="train on this share of its posts, drawn with --seed")
 
     add = parser.add_argument_group("the photo").add_argument
-    add("--fusion", choices=[*FUSIONS, "prefix"], help="none = text only; prefix: soft tokens of the photo"
+    add("--fusion", choices=FUSIONS, help="none = text only; prefix: soft tokens of the photo"
         " that the text encoder reads; default: film. blip and vilt bring their own")
     add("--heads", type=bounded(int, 1),
         help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
@@ -382,7 +382,7 @@ def run(args, stack):
                 torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
             count = int(labels[chosen].sum())
             with autocast(device, args.precision):
-                _, losses = parallel(to_device(batch, device), losses=True)  # {name: [B]}
+                losses = parallel(to_device(batch, device), return_losses=True).losses
             summed, norm = train_step(model, losses, optimizer, scheduler, weight, count, len(chosen), args)
             loss_sum, labelled = loss_sum + summed, labelled + count
             first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))

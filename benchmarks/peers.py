@@ -231,7 +231,7 @@ def first_losses(posts, ours, model):
     """(ours, theirs): the loss of the first posts, dropout off."""
     rows = posts.rows["train"][: posts.settings.batch_size]
     batch, theirs = posts.collate(rows), posts.peer_collator()([token_labels(row) for row in rows])
-    _, losses = ours.eval()(to_device(batch, posts.device), losses=True)
+    losses = ours.eval()(to_device(batch, posts.device), return_losses=True).losses
     own = ours.total([losses["labels"].sum()], int((batch["labels"] != IGNORE).sum()), len(rows))
     return own.item(), model.eval()(**to_device(theirs, posts.device)).loss.item()
 
@@ -488,7 +488,7 @@ def profile(args):
         lap("collate, Python")
         batch = to_device(batch, args.device)
         with autocast(args.device, settings.precision):
-            _, losses = ours.model(batch, losses=True)
+            losses = ours.model(batch, return_losses=True).losses
         total = ours.model.total([losses["labels"].sum()], words, len(chosen))
         lap("forward, loss")
         total.backward()

@@ -174,7 +174,7 @@ class Training:
         words, posts = int((batch["labels"] != IGNORE).sum()), len(batch["labels"])
         batch = to_device(batch, self.device)
         with autocast(self.device, "float32" if self.device == "cpu" else "bfloat16"):
-            _, losses = self.model(batch, losses=True)
+            losses = self.model(batch, return_losses=True).losses
         self.model.total([losses[name].sum() for name in self.model.loss_weights], words, posts).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -203,7 +203,7 @@ def fusion(args, place):
     """A step with each fusion over the same step without; and what a step waits for its data."""
     posts, config = Posts(args, place), RobertaConfig()
     encoder, labels = text_encoder(config), posts.dataset.labels  # one encoder for all: half the memory
-    names = dict.fromkeys(("none", *FUSIONS))
+    names = [name for name, layer in FUSIONS.items() if not layer.soft_tokens]
     trained = {name: Training(encoder, name, labels, args.device) for name in names}
     trained["crf"] = Training(encoder, "none", labels, args.device, decoder="crf")
     rounds = 24 if args.device == "cpu" else 200

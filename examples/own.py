@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from align import ALIGNMENTS, Alignment, masked_mean  # noqa: E402
-from fusion import FUSIONS, Fusion, RegionStates, where_photo  # noqa: E402
+from fusion import FUSIONS, Fusion, RegionStates  # noqa: E402
 from parts.console import command_line  # noqa: E402
 from parts.systems import PRESETS  # noqa: E402
 
@@ -25,15 +25,14 @@ from parts.systems import PRESETS  # noqa: E402
 class Add(Fusion):
     """The mean region, added to each token."""
 
-    def __init__(self, text_dim, region_dim, heads=8, dropout=0.1):
+    def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()
         self.image = RegionStates(region_dim, text_dim)
         self.gate = torch.nn.Parameter(torch.zeros(text_dim))  # begin as text only
 
-    def forward(self, text, text_mask, regions, region_mask, return_weights=False):
-        mean = self.image(regions, region_mask).sum(1) / region_mask.sum(1, keepdim=True).clamp(min=1)
-        fused = where_photo(text + (self.gate * mean)[:, None], text, text_mask, region_mask)
-        return (fused, None) if return_weights else fused
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        mean = self.image(regions).sum(1) / region_mask.sum(1, keepdim=True).clamp(min=1)
+        return words + (self.gate * mean)[:, None], None
 
 
 class Near(Alignment):

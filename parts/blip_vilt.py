@@ -26,11 +26,11 @@ class Blip(Model):
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
 
-    def states(self, batch, return_weights, losses):
+    def states(self, batch, return_weights, return_losses):
         # Masking is not enough: where everything is masked the softmax is uniform, and transformers 5.23
         # drops this mask on the way. States of zero say nothing whatever the weights.
         states = clean(batch["regions"].float(), batch["region_mask"])
-        made = self.encoder(
+        output = self.encoder(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             encoder_hidden_states=states,
@@ -38,9 +38,9 @@ class Blip(Model):
             output_attentions=return_weights,
         )
         if not return_weights:
-            return made.last_hidden_state, None
-        weights = torch.stack(made.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
-        return made.last_hidden_state, weights
+            return output.last_hidden_state, None, {}
+        weights = torch.stack(output.cross_attentions).mean((0, 2)) * batch["region_mask"][:, None]
+        return output.last_hidden_state, weights, {}
 
 
 class Vilt(Model):
@@ -86,18 +86,18 @@ class Vilt(Model):
         states = torch.cat((cls, states + places.squeeze(2).mT), 1)
         return clean(embeddings.dropout(states), with_cls(mask))
 
-    def states(self, batch, return_weights, losses):
+    def states(self, batch, return_weights, return_losses):
         mask = with_cls(batch["region_mask"])
-        made = self.encoder(
+        output = self.encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_mask=mask.long(),
             image_embeds=self.embed(batch["regions"], batch["region_mask"], batch["region_grid"]),
             output_attentions=return_weights,
         )  # fmt: skip
         length = batch["input_ids"].shape[1]
+        states = output.last_hidden_state[:, :length]
         if not return_weights:
-            return made.last_hidden_state[:, :length], None
-        weights = torch.stack(made.attentions).mean((0, 2))[:, :length, length + 1 :]
-        return made.last_hidden_state[:, :length], weights
+            return states, None, {}
+        return states, torch.stack(output.attentions).mean((0, 2))[:, :length, length + 1 :], {}
 
 
 def with_cls(mask):

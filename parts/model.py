@@ -1,5 +1,7 @@
 """Text encoder + fusion + head: what all systems are, and the one that reads cached regions."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +11,8 @@ from crf import Crf
 from encoding import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
 from stages import Bottleneck, PhotoBias, Prefix, Relevance
+
+FUSIONS["prefix"] = Prefix  # a fusion to choose, though it is asked before the encoder
 
 # Options that the configuration of an older run lacks, with the values that mean "not used".
 LEFT_OUT = {
@@ -75,6 +79,14 @@ class Head(nn.Module):
         return logits.float().softmax(-1)
 
 
+class Output(NamedTuple):
+    """What a model gives for a batch."""
+
+    logits: torch.Tensor  # those of `Head`
+    weights: torch.Tensor | None  # of each token over the regions [B, T, R]; None if not asked for, or none
+    losses: dict  # {name: [B]}, those of `loss_weights`, 0 where one does not apply; empty if not asked for
+
+
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
@@ -82,30 +94,27 @@ class Model(nn.Module):
     region_dim, features_made, and what `LEFT_OUT` lists.
     """
 
-    # Of what `forward` gives as losses, "labels" first. They count by the word, all others by the post.
+    # Of the losses, "labels" first. They count by the word, all others by the post.
     loss_weights = {"labels": 1.0}
 
-    def states(self, batch, return_weights, losses):
-        """States [B, T, D] of a batch of `Posts`, and each token's attention to the regions [B, T, R].
+    def states(self, batch, return_weights, return_losses):
+        """(states [B, T, D] of a batch of `Posts`, weights, losses but that of the labels) of an `Output`.
 
-        The attention is None where it is not asked for or there is none, and zero for a post without photo.
-        `losses`: a dict for losses [B] of a system's own, by name, or None: they are not asked for. The
-        states of a post without photo, and without a second picture, depend on no image state at all.
+        The weights are zero for a post without photo. The states of a post without photo, and without a
+        second picture, depend on no image state at all.
         """
         raise NotImplementedError
 
-    def forward(self, batch, return_weights=False, losses=False):
-        """Logits (see `Head`); and the attention of `states`, if asked, or the losses {name: [B]}.
+    def forward(self, batch, return_weights=False, return_losses=False):
+        """The `Output` for a batch of `Posts`.
 
         Losses are made in here because DistributedDataParallel sees no parameter that is used elsewhere.
-        Each is 0 where it does not apply.
         """
-        losses = {} if losses else None
-        states, weights = self.states(batch, return_weights, losses)
+        states, weights, losses = self.states(batch, return_weights, return_losses)
         logits = self.head(states, batch)
-        if losses is not None:
-            return logits, {"labels": self.head.loss(logits, batch)} | losses
-        return (logits, weights) if return_weights else logits
+        if not return_losses:
+            return Output(logits, weights, {})
+        return Output(logits, weights, {"labels": self.head.loss(logits, batch)} | losses)
 
     def total(self, sums, words, posts):
         """The number to minimise, of `sums` of the losses over posts, in the order of `loss_weights`.
@@ -119,7 +128,7 @@ class Model(nn.Module):
 
     def answer(self, batch):
         """What `Head.answer` says of a batch."""
-        return self.head.answer(self(batch), batch)
+        return self.head.answer(self(batch).logits, batch)
 
     def probabilities(self, batch):
         """What `Head.probabilities` says of a batch."""
@@ -142,16 +151,20 @@ class TextRegions(Model):
     def __init__(self, encoder, config):
         super().__init__()
         config, width = LEFT_OUT | config, encoder.config.hidden_size
-        layer, region_dim = config["fusion"], config["region_dim"]
-        sizes = config["heads"], config["dropout"]
+        layer, region_dim = FUSIONS[config["fusion"]], config["region_dim"]
+        heads, dropout = config["heads"], config["dropout"]
+        more = {"heads": heads} if layer.has_heads else {}
         self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
-        if layer == "prefix":
-            self.prefix = Prefix(encoder.get_input_embeddings().weight.shape[1], region_dim, *sizes)
+        if layer.soft_tokens:
+            embedding_dim = encoder.get_input_embeddings().weight.shape[1]
+            self.prefix = layer(embedding_dim, region_dim, dropout=dropout, **more)
+            layer, more = FUSIONS["none"], {}
         if config["bottleneck"]:
-            self.bottleneck, region_dim = Bottleneck(width, region_dim, *sizes), width
+            self.bottleneck, region_dim = Bottleneck(width, region_dim, heads, dropout), width
             self.loss_weights = self.loss_weights | {"bottleneck": config["bottleneck"]}
-        pictures = {"pictures": 2} if config["generated"] else {}
-        self.fusion = FUSIONS["none" if layer == "prefix" else layer](width, region_dim, *sizes, **pictures)
+        if config["generated"]:
+            more["pictures"] = 2
+        self.fusion = layer(width, region_dim, dropout=dropout, **more)
         self.align = nn.ModuleDict({name: ALIGNMENTS[name](width, region_dim) for name in config["align"]})
         self.loss_weights = self.loss_weights | config["align"]
         if config["relevance"] != "none":
@@ -164,8 +177,8 @@ class TextRegions(Model):
     def read(self, batch, return_weights):
         """The encoder's states [B, T, D] and, with a `Prefix` and if asked, its weights, else None."""
         if self.prefix is None:
-            made = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            return made.last_hidden_state, None
+            output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            return output.last_hidden_state, None
         embeddings = self.encoder.get_input_embeddings()(batch["input_ids"])
         mask, photos = batch["attention_mask"].bool(), (batch["regions"], batch["region_mask"])
         embeddings, mask, weights = self.prefix(embeddings, mask, batch["own_mask"], *photos, return_weights)
@@ -178,50 +191,47 @@ class TextRegions(Model):
         Before a pyramid `local` is that over the photo's two finer scales instead. `given` [B]: the relevance
         of each post, -1 = none; the photo has one, not a second picture.
         """
-        losses, own_mask = {}, batch["own_mask"]
-        keys = [(name, *more) for name, more in PICTURES.items() if name in batch]
-        shown = [[batch[key] for key in picture] for picture in keys]
+        losses, pictures = {}, []
+        for name, (mask, photos) in PICTURES.items():
+            if name in batch and self.align:
+                regions = unit_length(clean(batch[name], batch[mask]))
+                pictures.append((regions, batch[mask], batch[photos]))
         for name, alignment in self.align.items():
-            pictures, classes = shown, None
+            targets, classes = pictures, None
             if name == "local" and "region_grid" in self.fusion.reads:
                 levels = pyramid_levels(batch["regions"], batch["region_mask"], batch["region_grid"])
-                pictures = [(*level, batch["photo_row"]) for level in levels[1:]]
+                targets = [(unit_length(regions), mask, batch["photo_row"]) for regions, mask in levels[1:]]
             elif name == "supervised":
-                regions, mask, photos = shown[0]
-                pictures = [(regions, mask & (given >= 0)[:, None], photos)]
+                regions, mask, photos = pictures[0]
+                targets = [(regions, mask & (given >= 0)[:, None], photos)]
                 classes = (given >= self.median).long()
-            over = [
-                alignment(text, own_mask, unit_length(clean(regions.float(), mask)), mask, photos, classes)
-                for regions, mask, photos in pictures
-            ]
-            losses[name] = sum(over) / len(over)
+            parts = [alignment(text, batch["own_mask"], *target, classes) for target in targets]
+            losses[name] = sum(parts) / len(parts)
         return losses
 
-    def states(self, batch, return_weights, losses):
-        text, weights = self.read(batch, return_weights)
+    def states(self, batch, return_weights, return_losses):
+        losses, (text, weights) = {}, self.read(batch, return_weights)
         # No token of a second segment reaches the fusion.
         mask = batch.get("text_mask", batch["attention_mask"]).bool()
 
         if self.bottleneck is not None:  # its codes take the place of text states and regions
-            pictures = [name for name in PICTURES if name in batch]
-            looked_at = [(batch[name], batch[PICTURES[name][0]]) for name in pictures]
-            text, codes, divergence = self.bottleneck(text, mask, *looked_at)
-            batch = batch | dict(zip(pictures, codes, strict=True))
-            if losses is not None:
-                losses["bottleneck"] = divergence
+            names = [name for name in PICTURES if name in batch]
+            pictures = [(batch[name], batch[PICTURES[name][0]]) for name in names]
+            text, codes, losses["bottleneck"] = self.bottleneck(text, mask, *pictures)
+            batch = batch | dict(zip(names, codes, strict=True))
 
         given = batch.get("relevance")
         if given is None:  # of no post
             given = torch.full((len(text),), -1.0, device=text.device)
-        if losses is not None and self.align:
+        if return_losses:
             losses |= self.aligned(text, batch, given)
 
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         regions = batch.get("regions"), batch.get("region_mask")
         fused = self.fusion(text, mask, *regions, return_weights, **more)
         if return_weights:
-            fused, looked = fused
-            weights = looked if self.prefix is None else weights  # with a prefix the encoder has looked
+            fused, of_layer = fused
+            weights = of_layer if self.prefix is None else weights  # with a prefix the encoder has looked
 
         if self.relevance is not None:
             logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
@@ -229,8 +239,8 @@ class TextRegions(Model):
             share = torch.where(batch["region_mask"].any(1), share, 1)  # no photo whose share it could be
             # Not text + share * (fused - text): that is not exactly `fused` at 1.
             fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
-            if losses is not None and "relevance" in self.loss_weights:
+            if "relevance" in self.loss_weights:
                 losses["relevance"] = self.relevance.loss(logits, given, batch["region_mask"])
-        return fused, weights
+        return fused, weights, losses
 
 

@@ -11,7 +11,7 @@ import torch
 
 from encoding import encode
 from features import FeatureCache
-from fusion import FUSIONS
+from fusion import FUSIONS, Fusion
 from parts.datasets import DATASETS, load_dataset
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
@@ -20,7 +20,6 @@ from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
 from parts.systems import SYSTEMS
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
-from stages import Prefix
 
 # ---------------------------------------------------------------------------------------------- for a new run
 
@@ -56,8 +55,8 @@ def open_inputs(args, device):
         args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task, args.dropout
     )
     check_length(args, encoder, tokenizer)
-    if args.fusion == "prefix":
-        check_soft_tokens(encoder, tokenizer, args.text_encoder, Prefix.count)
+    if soft_tokens := FUSIONS.get(args.fusion, Fusion).soft_tokens:
+        check_soft_tokens(encoder, tokenizer, args.text_encoder, soft_tokens)
     rows = {}
     for split, examples in dataset.examples.items():
         rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
@@ -109,9 +108,10 @@ def open_features(args, dataset):
             f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name"
             " another"
         )
-    if args.fusion == "pyramid" and cache.num_regions.any() and not cache.grid.any():
+    places = "region_grid" in FUSIONS.get(args.fusion, Fusion).reads
+    if places and cache.num_regions.any() and not cache.grid.any():
         raise ValueError(
-            f"--fusion pyramid: {args.model}'s regions are no places in a photo; choose another --fusion"
+            f"--fusion {args.fusion}: {args.model}'s regions are no places in a photo; choose another --fusion"
         )
     made_from = made.get("made_from", "an unknown folder")
     print(f"features   {args.features}: {cache.views} views, made from {made_from}")
@@ -145,10 +145,10 @@ def open_features(args, dataset):
 
 def check_length(args, encoder, tokenizer, extra=0):
     """ValueError if the encoder has too few positions for a post, `extra` of notes and soft tokens."""
-    longest, soft = longest_input(encoder, tokenizer), Prefix.count * (args.fusion == "prefix")
+    longest, soft = longest_input(encoder, tokenizer), FUSIONS.get(args.fusion, Fusion).soft_tokens
     if args.max_len + extra + soft > longest:
         asked = [f"--max-len {args.max_len}"] + [f"--extra-len {args.extra_len}"] * bool(extra)
-        asked += [f"the {soft} soft tokens of --fusion prefix"] * bool(soft)
+        asked += [f"the {soft} soft tokens of --fusion {args.fusion}"] * bool(soft)
         raise ValueError(f"{' and '.join(asked)}: {args.text_encoder} takes {longest} in all")
 
 
@@ -183,7 +183,7 @@ def open_generated(args, dataset, cache):
     ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
     """
     if not args.generated:
-        if "generated" in getattr(FUSIONS.get(args.fusion), "reads", ()):
+        if "generated" in FUSIONS.get(args.fusion, Fusion).reads:
             print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from data import NerExample, RelationExample
 from encoding import encode, length_batches, to_device
+from fusion import FUSIONS
 from parts.captions import phrases_of
 from parts.console import progress_bar
 from parts.datasets import load_dataset
@@ -24,7 +25,6 @@ from parts.processes import autocast, precision_on
 QUALITY = 70  # of the thumbnails, as JPEG: some 10 kB a photo
 PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
 MISSING = "no such file"
-NO_WEIGHTS = ("none", "film")  # fusions in which a word does not weigh regions
 
 
 def seen_part(width, height, resizing):
@@ -86,7 +86,8 @@ def open_regions(run, config, records, features):
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
-    if config["fusion"] in NO_WEIGHTS or config["shuffle_photos"]:
+    layer = FUSIONS.get(config["fusion"])  # None: blip and vilt weigh regions themselves
+    if (layer and not layer.weighs) or config["shuffle_photos"]:
         return None
     photos = [record["image_id"] for record in records]
     cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])
@@ -151,9 +152,7 @@ def attention(model, config, posts, device):
     for chosen in progress_bar(len(batches), "batch", True, iterable=batches, desc="attention"):
         batch = to_device(posts.batch(chosen), device)
         with torch.inference_mode(), autocast(device, precision_on(device, config)):
-            _, weights = model(batch, return_weights=True)
-        if weights is None:  # a fusion of one's own may weigh nothing
-            return {}
+            weights = model(batch, return_weights=True).weights
         for i, weight in zip(chosen, weights.float().cpu(), strict=True):  # [T, R]
             photo, row = posts.shown(i)
             if not cache.has_photo(photo):

@@ -300,7 +300,7 @@ def load_run(run_dir, device="cpu"):
             read_bytes(path)
             if path.stat().st_size > MOST_OF_ENCODER[1]:
                 raise ValueError(f"{path}: over {MOST_OF_ENCODER[1]:,} bytes, so no tokenizer's; restore it")
-    for key, known in (("model", SYSTEMS), ("fusion", (None, "prefix", *FUSIONS))):
+    for key, known in (("model", SYSTEMS), ("fusion", (None, *FUSIONS))):
         if config[key] not in known:
             raise ValueError(
                 f"{run_dir}: its {key}, {config[key]!r:.60}, is not known here; call the script that"

@@ -7,7 +7,7 @@ class.
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion import FUSIONS
+from fusion import FUSIONS, Fusion
 from parts.blip_vilt import Blip, Vilt
 from parts.model import TextRegions
 from parts.notes import reads_relevance
@@ -79,8 +79,9 @@ def mistake(args, task, system, regions):
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
     if args.fusion and not regions:
         return f"{named}: {args.model} has a fusion of its own and no other; leave it out"
-    headless = args.fusion in (None, "none", "film", "attention", "co-attention", "saliency")
-    if args.heads and headless and not args.bottleneck:
+    layer = FUSIONS.get(args.fusion, Fusion)  # of blip and vilt none
+    behind = args.fusion not in (None, "none") and not layer.soft_tokens
+    if args.heads and not layer.has_heads and not args.bottleneck:
         return f"--heads: {args.fusion or args.model} has none to choose; leave it out"
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
@@ -98,16 +99,16 @@ def mistake(args, task, system, regions):
         return f"--decoder visual-crf: {named} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
         return f"--align: {named} has no cached regions to align; leave it out, or --align none"
-    if args.bottleneck and args.fusion in (None, "none", "prefix"):
+    if args.bottleneck and not behind:
         return f"--bottleneck: {named} takes no codes of regions; leave it out"
-    readers = [name for name, layer in FUSIONS.items() if "generated" in layer.reads]
-    if args.generated and args.fusion not in readers:
+    if args.generated and "generated" not in layer.reads:
+        readers = [name for name, row in FUSIONS.items() if "generated" in row.reads]
         choice = f"choose --fusion {' or '.join(readers)}, or leave it out"
         return f"--generated: {named} reads no second picture; {choice}"
     if args.relevance != "none" and args.generated:
         said = "it says how much of the photo is used, not of a second picture"
         return f"--relevance and --generated: {said}; leave one out"
-    if args.relevance != "none" and args.fusion in (None, "none", "prefix"):
+    if args.relevance != "none" and not behind:
         return f"--relevance: {named} has no layer behind the encoder to weigh; leave it out"
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
         return "--relevance-loss: it teaches what --notes give; add --notes FILE --relevance given"

@@ -55,6 +55,10 @@ def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
             other["regions"].grad.isfinite().all()
             and all(p.grad.isfinite().all() for p in loss.parameters())
         )
+    numbers = {key: given[key].long() for key in ("own_mask", "region_mask")}
+    assert torch.equal(loss(**given | numbers), wanted)
+    ones = {key: torch.ones_like(mask).bool() for key, mask in numbers.items()}
+    assert torch.equal(loss(**given | dict.fromkeys(ones)), loss(**given | ones))  # None: all are real
     wide = {key: F.pad(given[key], (0, 0, 0, 3) if given[key].ndim == 3 else (0, 3), value=0) for key in
             ("text", "own_mask", "regions", "region_mask")}  # fmt: skip
     torch.testing.assert_close(loss(**given | wide), wanted, rtol=1e-5, atol=1e-6)

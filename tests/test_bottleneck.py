@@ -226,7 +226,7 @@ def parts(data_dir, cache_dir, encoder_dir):
     return build, given
 
 
-@pytest.mark.parametrize("fusion", [name for name in FUSIONS if name != "none"])
+@pytest.mark.parametrize("fusion", [name for name in FUSIONS if name not in ("none", "prefix")])
 def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(parts, fusion):
     build, given = parts
     model, _ = build(fusion, None)
@@ -234,7 +234,7 @@ def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(parts, fusion):
     assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1}
     if "regions" in dict(model.fusion.named_children()):
         assert model.fusion.regions.linear.in_features == 64  # of the codes, not of the photo
-    logits, losses = model(given, losses=True)
+    logits, _, losses = model(given, return_losses=True)
     text = model.encoder(
         input_ids=given["input_ids"], attention_mask=given["attention_mask"]
     ).last_hidden_state
@@ -250,7 +250,7 @@ def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(parts, fusion):
 def test_alignment_reads_codes_of_both_pictures(parts):
     build, given = parts
     model, _ = build(align={"matching": 0.9})
-    _, losses = model(given, losses=True)
+    losses = model(given, return_losses=True).losses
     mask = given["attention_mask"].bool()
     both = [(given["regions"], given["region_mask"]), (given["generated"], given["generated_mask"])]
     text = model.encoder(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
@@ -270,14 +270,13 @@ def test_without_any_picture_the_answer_depends_on_none(parts):
     build, given = parts
     model, _ = build()
     hidden = given | {key: torch.zeros_like(given[key]) for key in ("region_mask", "generated_mask")}
-    expected, real = model(hidden), given["word_starts"] >= 0
+    expected, real = model(hidden).logits, given["word_starts"] >= 0
     for key in ("regions", "generated"):
         hidden[key] = torch.full_like(given[key], math.nan)
-    assert torch.equal(model(hidden)[real], expected[real]) and expected[real].isfinite().all()
+    assert torch.equal(model(hidden).logits[real], expected[real]) and expected[real].isfinite().all()
     for shown in ("region_mask", "generated_mask"):  # either of them tells
-        assert (model(given | {shown: torch.zeros_like(given[shown])}) - expected)[real].abs().amax(
-            -1
-        ).min() > 1e-4
+        made = model(given | {shown: torch.zeros_like(given[shown])}).logits
+        assert (made - expected)[real].abs().amax(-1).min() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -288,7 +287,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_shown(parts, hidden):
     build, given = parts
     model, _ = build(align={"matching": 0.9}, decoder="crf")
     shown = given | {key: torch.zeros_like(given[key]) for key in hidden}
-    _, losses = model.train()(shown, losses=True)
+    losses = model.train()(shown, return_losses=True).losses
     model.total([losses[name].sum() for name in model.loss_weights], 30, 8).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())

@@ -96,6 +96,18 @@ def test_the_gradient_is_marginals_less_gold_and_reaches_every_parameter(way):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 1e-3, name
 
 
+@pytest.mark.parametrize("labels", [K, 103])  # from 101 labels on -100 would be one of them, from the end
+def test_a_word_without_a_label_is_a_hole(labels):
+    crf, mask = random_crf(1, labels), torch.rand(4, 7) < 0.8
+    logits, gold = torch.randn(4, 7, labels), torch.randint(labels, mask.shape)
+    known = torch.rand(4, 7) < 0.6
+    known[0] = False  # a post without any label
+    loss = crf.loss(logits, mask, gold.where(known, -100))
+    assert torch.equal(loss, crf.loss(logits, mask & known, gold)) and loss[0] == 0
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        crf.loss(logits, mask, gold.where(known, labels))  # no label at all
+
+
 def test_a_new_one_is_a_softmax_of_each_word():
     torch.manual_seed(2)
     crf, logits, mask, labels = Crf(5), torch.randn(4, 7, 5), torch.rand(4, 7) < 0.7, torch.randint(5, (4, 7))

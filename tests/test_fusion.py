@@ -7,18 +7,37 @@ import torch
 import torch.nn.functional as F
 
 import fusion as layers
-from fusion import FUSIONS, pyramid_levels
+from fusion import FUSIONS, Fusion, pyramid_levels
 
 D, DV, HEADS = 24, 20, 4
 HEAD_SLICES = [slice(start, start + D // HEADS) for start in range(0, D, D // HEADS)]
-TRAINED = [name for name in FUSIONS if name != "none"]
+NAMES = [name for name, layer in FUSIONS.items() if not layer.soft_tokens]
+TRAINED = [name for name in NAMES if name != "none"]
+HEADED = ["cross-attention", "bimodal", "pyramid"]
 WEIGHTED = ["attention", "cross-attention", "bimodal", "co-attention", "pyramid", "saliency"]
 ORDERED = ["pyramid"]  # these read where a region lies, so its order says something
 GARBAGE = [1, 1e4, 1e30, math.inf, math.nan]  # 1e30 is finite in float32, its square is not
 
 # A fresh film is text only, a fresh bias often zero: noise on the parameters shows what the start would hide.
-CASES = [(name, noise) for name in FUSIONS for noise in (0, 0.3) if name in TRAINED or not noise]
+CASES = [(name, noise) for name in NAMES for noise in (0, 0.3) if name in TRAINED or not noise]
 every_case = pytest.mark.parametrize("name, noise", CASES)
+
+
+class Careless(Fusion):
+    """A layer of one's own that knows of no mask; it answers in another type, and weighs all alike."""
+
+    weighs = True
+
+    def __init__(self, text_dim, region_dim):
+        super().__init__()
+        self.linear = torch.nn.Linear(region_dim, text_dim)
+
+    def fuse(self, words, text_mask, regions, region_mask, need_weights):
+        states = words + words.sum(1, keepdim=True) + self.linear(regions.sum(1))[:, None]
+        return states.double(), torch.ones(*words.shape[:2], regions.shape[1])
+
+
+every_case_and_ones_own = pytest.mark.parametrize("name, noise", [*CASES, ("careless", 0)])
 
 
 def grid_of(region_mask):
@@ -31,16 +50,19 @@ def grid_of(region_mask):
 def build(name, *args, **more):
     """A layer that takes the four arguments of all; one that reads a grid is given `grid_of` the mask."""
     torch.manual_seed(0)
-    fusion = FUSIONS[name](*args, **more)
+    fusion = (FUSIONS | {"careless": Careless})[name](*args, **more)
+
+    def add_grid(_, args, more):
+        return args, {"region_grid": grid_of(layers.as_mask(args[3], args[2]))} | more
+
     if "region_grid" in fusion.reads:
-        fusion.register_forward_pre_hook(
-            lambda _, args, more: (args, {"region_grid": grid_of(args[3])} | more), with_kwargs=True
-        )
+        fusion.register_forward_pre_hook(add_grid, with_kwargs=True)
     return fusion
 
 
 def make(name, noise=0.3):
-    fusion = build(name, D, DV, heads=HEADS).eval()
+    more = {"heads": HEADS} if name in HEADED else {}
+    fusion = build(name, D, DV, **more).eval()
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += noise * torch.randn_like(parameter)
@@ -79,7 +101,7 @@ def same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@every_case
+@every_case_and_ones_own
 @pytest.mark.parametrize("scale", GARBAGE)
 def test_padding_changes_nothing_and_stays(name, noise, scale):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
@@ -94,7 +116,7 @@ def test_padding_changes_nothing_and_stays(name, noise, scale):
     same(gradients(fusion, spoilt, text_mask, regions, region_mask), expected)
 
 
-@every_case
+@every_case_and_ones_own
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("scale", GARBAGE)
 def test_masked_regions_change_nothing(name, noise, dtype, scale):
@@ -119,7 +141,7 @@ def test_order_of_regions_changes_nothing(name, noise):
         close(weights, expected_weights[..., order])
 
 
-@every_case
+@every_case_and_ones_own
 @pytest.mark.parametrize("training", [False, True])
 def test_no_photo_leaves_text_as_it_came(name, noise, training):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise).train(training), batch()
@@ -129,7 +151,7 @@ def test_no_photo_leaves_text_as_it_came(name, noise, training):
     assert torch.equal(fusion(text, text_mask, regions, torch.zeros_like(region_mask)), text)
 
 
-@every_case
+@every_case_and_ones_own
 def test_no_photo_gives_finite_gradients(name, noise):
     fusion, (text, text_mask, regions, region_mask) = make(name, noise).train(), batch()
     assert all(
@@ -139,6 +161,16 @@ def test_no_photo_gives_finite_gradients(name, noise):
     of_text, *others = gradients(fusion, text, text_mask, regions, torch.zeros_like(region_mask))
     assert torch.equal(of_text, 2 * text * text_mask[..., None])
     assert not any(gradient.any() for gradient in others)  # NaN counts as any
+
+
+@every_case_and_ones_own
+def test_masks_may_be_numbers_and_none_means_all_are_real(name, noise):
+    fusion, (text, text_mask, regions, region_mask) = make(name, noise), batch()
+    expected = fusion(text, text_mask, regions, region_mask, return_weights=True)
+    same(fusion(text, text_mask.long(), regions, 7 * region_mask.int(), return_weights=True), expected)
+    ones = torch.ones_like(text_mask), torch.ones_like(region_mask)
+    expected = fusion(text, ones[0], regions, ones[1], return_weights=True)
+    same(fusion(text, None, regions, None, return_weights=True), expected)
 
 
 @every_case
@@ -238,7 +270,7 @@ def test_a_fresh_layer_does_not_weigh_all_regions_alike(name):
     assert entropy.max() < 0.9999 and entropy.min() > 0.9
 
 
-def find_asked_region(name, steps, width, region_dim=128, heads=8, size=32, things=8):
+def find_asked_region(name, steps, width, region_dim=128, size=32, things=8):
     """Accuracy by step of a layer and a linear head that learn to read the one region a token asks for.
 
     A photo has 49 regions, each showing one of 8 things in one of 4 colours; a token names the thing that a
@@ -248,7 +280,7 @@ def find_asked_region(name, steps, width, region_dim=128, heads=8, size=32, thin
     shapes, colours, asks = (
         torch.randn(things, region_dim), torch.randn(4, region_dim), torch.randn(things, width)
     )
-    layer, head = build(name, width, region_dim, heads, dropout=0.0), torch.nn.Linear(width, 4)
+    layer, head = build(name, width, region_dim, dropout=0.0), torch.nn.Linear(width, 4)
     parameters, rows, correct = [*layer.parameters(), *head.parameters()], torch.arange(size), []
     optimizer = torch.optim.AdamW(parameters, lr=1.1e-3, weight_decay=0.01)  # as train.py trains a fusion
     for _ in range(steps):
@@ -577,9 +609,11 @@ def two_pictures(noise=0.3, **more):
     return fusion, given | {"generated": second, "generated_mask": second_mask}
 
 
-def test_no_layer_reads_more_than_it_says():
+def test_every_layer_says_what_it_reads_takes_and_gives():
     read = {name: layer.reads for name, layer in FUSIONS.items() if layer.reads}
     assert read == {"saliency": ("generated", "generated_mask"), "pyramid": ("region_grid",)}
+    assert [name for name in NAMES if FUSIONS[name].has_heads] == HEADED
+    assert [name for name in NAMES if FUSIONS[name].weighs] == WEIGHTED
 
 
 @pytest.mark.parametrize("bound", [0, 0.1, 0.5])
@@ -644,6 +678,7 @@ def test_masked_content_of_a_second_picture_changes_nothing(scale):
         for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))
     }
     same(fusion(**given | spoilt, return_weights=True), expected)
+    same(fusion(**given | {"generated_mask": given["generated_mask"].long()}, return_weights=True), expected)
     order = torch.tensor([2, 0, 1])
     turned = {key: given[key][:, order] for key in ("generated", "generated_mask")}
     close(fusion(**given | turned), expected[0])
@@ -668,7 +703,7 @@ def test_heads_must_divide_text_dim(name):
         FUSIONS[name](D, DV, heads=5)
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(name, dtype):
     fusion, (text, text_mask, regions, region_mask) = make(name), batch()

@@ -67,7 +67,7 @@ def test_text_only_is_transformers_token_classifier(encoder_dir, data_dir):
     reference.classifier.load_state_dict(model.head.linear.state_dict())
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     with torch.no_grad():
-        logits = model(collate(rows, tokenizer.pad_token_id))
+        logits = model(collate(rows, tokenizer.pad_token_id)).logits
         for i, example in enumerate(dataset.examples["test"]):
             given = tokenizer(list(example.words), is_split_into_words=True, return_tensors="pt")
             expected = reference(**given).logits[0]
@@ -82,7 +82,7 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
     dataset = load_dataset("mnre", data_dir)
     model, tokenizer = make(encoder_dir, dataset, "none")
     rows, _ = encode(tokenizer, dataset.examples["valid"], dataset.labels, 128)
-    logits = model(collate(rows, tokenizer.pad_token_id))
+    logits = model(collate(rows, tokenizer.pad_token_id)).logits
     assert logits.shape == (8, len(dataset.labels))
     for row, found in zip(rows, logits, strict=True):
         ids = torch.tensor([row["input_ids"]])
@@ -105,17 +105,17 @@ def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [example.image_id for example in examples]
     pad = tokenizer.pad_token_id
-    logits = model(collate(rows, pad) | cache.read(photos))
+    logits = model(collate(rows, pad) | cache.read(photos)).logits
     without, text_only = (
-        model(collate(rows, pad) | cache.read([None] * len(rows))), make(encoder_dir, dataset, "none")[0]
+        model(collate(rows, pad) | cache.read([None] * len(rows))).logits, make(encoder_dir, dataset, "none")[0]
     )
     text_only.head.load_state_dict(model.head.state_dict())
     for i, row in enumerate(rows):
-        alone = model(collate([row], pad) | cache.read(photos[i : i + 1]))[0]
+        alone = model(collate([row], pad) | cache.read(photos[i : i + 1])).logits[0]
         together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     # No photo is exactly text only.
-    torch.testing.assert_close(without, text_only(collate(rows, pad)), rtol=0, atol=0)
+    torch.testing.assert_close(without, text_only(collate(rows, pad)).logits, rtol=0, atol=0)
     real = collate(rows, pad)["labels"] >= 0
     assert (fusion == "none") == bool(torch.equal(logits[real], without[real]))
 
@@ -129,7 +129,7 @@ def test_a_word_without_a_piece_has_no_say(encoder_dir, data_dir):
     (row,), counts = encode(tokenizer, [odd], dataset.labels, 128)
     assert counts["words_without_piece"] == 1 and row["word_starts"][-1] == -1 and row["labels"][-1] == -100
     with torch.no_grad():
-        logits = model(collate([row], tokenizer.pad_token_id))
+        logits = model(collate([row], tokenizer.pad_token_id)).logits
     assert logits.shape[1] == len(odd.words) and logits.isfinite().all()
 
 
@@ -161,7 +161,7 @@ def test_byte_level_bpe_encoder(tmp_path, data_dir):
             "regions": torch.zeros(24, 1, 2048, dtype=torch.float16),
             "region_mask": torch.ones(24, 1).bool(),
         }
-        assert model(batch).isfinite().all()
+        assert model(batch).logits.isfinite().all()
 
 
 @torch.no_grad()
@@ -509,7 +509,7 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
     # The markers' new rows.
     reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    logits = model(collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples]))
+    logits = model(collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples])).logits
     for row, example, found in zip(rows, examples, logits, strict=True):
         pixels = processor(open_photo(data_dir, example.image_id), return_tensors="pt")["pixel_values"]
         states = reference(input_ids=torch.tensor([row["input_ids"]]), pixel_values=pixels).question_embeds
@@ -531,7 +531,7 @@ def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
     processor = AutoImageProcessor.from_pretrained(folder)
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
     batch = collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples])
-    logits = model(batch)
+    logits = model(batch).logits
     # All at once, padded as transformers pads words and pixels; then each post alone.
     photos = processor([open_photo(data_dir, e.image_id) for e in examples], return_tensors="pt")
     text = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -580,9 +580,9 @@ def test_batched_equals_single_for_every_system(data_dir, cache_dir, dataset, sy
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
     photos = [None if i % 3 == 2 else example.image_id for i, example in enumerate(examples)]
     with torch.no_grad():
-        logits, weights = model(collate(rows, pad) | cache.read(photos), return_weights=True)
+        logits, weights, _ = model(collate(rows, pad) | cache.read(photos), return_weights=True)
         for i, row in enumerate(rows):
-            alone = model(collate([row], pad) | cache.read(photos[i : i + 1]))[0]
+            alone = model(collate([row], pad) | cache.read(photos[i : i + 1])).logits[0]
             together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
             real = weights[i, : len(row["input_ids"])]
@@ -602,19 +602,19 @@ def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dat
     rows, _ = encode(tokenizer, examples, dataset.labels, 40)
     batch = collate(rows, tokenizer.pad_token_id) | cache.read([e.image_id for e in examples])
     real = batch["labels"] >= 0
-    shown = model(batch)[real]
+    shown = model(batch).logits[real]
     batch["region_mask"] = torch.zeros_like(batch["region_mask"])
     batch["region_grid"] = torch.zeros_like(batch["region_grid"])
-    expected = model(batch)[real]
+    expected = model(batch).logits[real]
     assert expected.isfinite().all() and (shown != expected).any(-1).all()
     torch.manual_seed(0)
     if system == "vilt":
         batch["regions"] = torch.randint_like(batch["regions"], 256)
     else:
         batch["regions"] = torch.full_like(batch["regions"], float("nan"))
-    assert torch.equal(model(batch)[real], expected)
+    assert torch.equal(model(batch).logits[real], expected)
     batch["regions"] = batch["regions"].float().nan_to_num(1).requires_grad_()
-    model(batch)[real].sum().backward()
+    model(batch).logits[real].sum().backward()
     assert not batch["regions"].grad.any()
 
 

@@ -280,7 +280,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
             len(phrases),
         )
         with torch.inference_mode():
-            _, weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True)
+            weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True).weights
         values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8)
         values = values.reshape(-1, len(phrases)) / 255
         for k, start in enumerate(row["word_starts"]):

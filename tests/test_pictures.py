@@ -145,7 +145,7 @@ def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
     batch = replace(shown, generated=None).batch(range(8), hidden=[True] * 8)
     with torch.inference_mode():
         plain, own, other = (
-            model(batch | part) for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1]))
+            model(batch | part).logits for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1]))
         )
     here = torch.tensor([i not in ABSENT for i in ids])
     first = batch["word_starts"][:, :1] >= 0

@@ -268,7 +268,7 @@ def test_maps_are_what_a_word_weighs(runs, tmp_path, name, data_dir):
         maps = posts[example.id]["maps"]
         height, width = cache.grid[cache.rows[example.image_id]].tolist()
         with torch.inference_mode():
-            _, weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True)
+            weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True).weights
         starts = row["word_starts"] if "word_starts" in row else [row["head_index"], row["tail_index"]]
         values = np.frombuffer(base64.b64decode(maps["bytes"]), np.uint8).reshape(len(starts), height, width)
         assert (maps["rows"], maps["columns"]) == (height, width)  # small grids are not averaged

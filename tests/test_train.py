@@ -119,12 +119,12 @@ def test_the_loop_trains_and_logs_whatever_losses_a_system_has(flags, tmp_path, 
         loss_weights = {"labels": 1.0, "small": 0.5}
         seen, small = [], []
 
-        def forward(self, batch, return_weights=False, losses=False):
-            if not losses:
-                return super().forward(batch, return_weights)
-            logits, made = super().forward(batch, losses=True)
-            self.seen.append((made["labels"].detach(), (batch["labels"] >= 0).sum(1)))
-            return logits, made | {"small": logits[:, 0, 0].square()}
+        def forward(self, batch, return_weights=False, return_losses=False):
+            output = super().forward(batch, return_weights, return_losses)
+            if return_losses:
+                self.seen.append((output.losses["labels"].detach(), (batch["labels"] >= 0).sum(1)))
+                output.losses["small"] = output.logits[:, 0, 0].square()
+            return output
 
         def total(self, sums, words, posts):
             made = super().total(sums, words, posts)
@@ -154,9 +154,9 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
     seen, fusion = [], model.TextRegions
 
     class Watched(fusion):
-        def forward(self, batch, return_weights=False, losses=False):
-            made = super().forward(batch, return_weights, losses)
-            if losses:
+        def forward(self, batch, return_weights=False, return_losses=False):
+            output = super().forward(batch, return_weights, return_losses)
+            if return_losses:
                 with torch.no_grad():
                     was = self.training
                     text = self.eval().encoder(
@@ -166,12 +166,12 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
                     regions = unit_length(clean(batch["regions"].float(), batch["region_mask"]))
                     given = (text, batch["own_mask"], regions, batch["region_mask"], batch["photo_row"])
                     seen.append(
-                        {name: (alignment(*given), made[1][name]) for name, alignment in self.align.items()}
+                        {name: (alignment(*given), output.losses[name]) for name, alignment in self.align.items()}
                     )
                     for row, own in zip(batch["input_ids"], batch["own_mask"], strict=True):
                         special = torch.isin(row, torch.tensor([0, 2, 3]))  # [PAD], [CLS], [SEP]
                         assert torch.equal(own, ~special)
-            return made
+            return output
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SYSTEMS, "bert-resnet50", replace(SYSTEMS["bert-resnet50"], model=Watched))
@@ -240,7 +240,7 @@ def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
     recorded = read_predictions(folder / "predictions-test.jsonl")
     batch = posts.batch(range(len(posts)))
     with torch.inference_mode():
-        best, probability = loaded.head.crf.decode(loaded(batch), batch["word_starts"] >= 0)
+        best, probability = loaded.head.crf.decode(loaded(batch).logits, batch["word_starts"] >= 0)
     for record, labels, chance in zip(recorded, best.tolist(), probability.tolist(), strict=True):
         reached = [p is not None for p in record["probability"]]
         said = [config["labels"][k] if ok else "O" for k, ok in zip(labels, reached, strict=False)]
@@ -260,8 +260,8 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     batch = posts.batch(range(len(posts)))
     with torch.inference_mode():
         bias = model.head.photo_bias(batch["regions"], batch["region_mask"])
-        best, _ = model.head.crf.decode(model(batch), batch["word_starts"] >= 0, bias)
-        _, attended = model(batch, return_weights=True)
+        best, _ = model.head.crf.decode(model(batch).logits, batch["word_starts"] >= 0, bias)
+        attended = model(batch, return_weights=True).weights
     for labels, record in zip(best, recorded, strict=True):
         assert record["predicted"] == [config["labels"][k] for k in labels[: len(record["words"])]]
     assert bias.any()
@@ -294,7 +294,7 @@ def test_words_are_aligned_with_both_finer_scales_of_a_pyramid(data_dir, cache_d
     photos = [*[example.image_id for example in examples[1:]], None]
     batch = collate(rows, tokenizer.pad_token_id) | cache.read(photos)
     with torch.no_grad():
-        _, losses = made(batch, losses=True)
+        losses = made(batch, return_losses=True).losses
         given = {key: batch[key] for key in ("input_ids", "attention_mask")}
         text = made.encoder(**given).last_hidden_state
         regions, real = batch["regions"].float(), batch["region_mask"]
