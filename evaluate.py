@@ -8,6 +8,7 @@
     python evaluate.py --predictions theirs.txt
     python evaluate.py --image-check --predictions true.jsonl --shuffled a.jsonl b.jsonl --none none.jsonl
     python evaluate.py --leak-check twitter2017 --notes notes.jsonl
+    python evaluate.py --photo-probe twitter2017 --features FILE
 """
 
 if __name__ == "__main__":
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 
 from data import read_ner
+from features import FeatureCache
 from parts.checks import FEWEST, SCORES, check_row, checked_photos, ensemble, image_check, leak_check
 from parts.checks import note_leaks, paired_bootstrap, photo_verdict, score_title, type_changes, verdict
 from parts.console import bounded, command_line, dataset_name
@@ -180,6 +182,31 @@ def print_leaks(name, split, data_dir, images, notes):
                   f" {leak['photo'][0]:.3f}, most by {leak['column'][0]}")  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------ photo probe
+
+
+def print_probe(args):
+    """Print what linear models on frozen states answer from the text, the photo and both."""
+    from parts.probe import photo_probe, probe_verdict  # scikit-learn takes a second to load
+
+    dataset, cache = load_dataset(args.photo_probe, args.data_dir or "data"), FeatureCache(args.features)
+    split = args.split or ("test" if "test" in dataset.examples else "valid")
+    cache.require(dataset.image_ids(), dataset.name)
+    source = args.text_encoder or "bert-base-uncased"
+    result = photo_probe(dataset, cache, source, split, args.device)
+    what = "gold mentions, their types" if dataset.task == "ner" else "pairs, their relations"
+    print(f"{dataset.name} {split}: {result['units']} {what}; {result['photos']} with a photo;"
+          f" {result['lost']} left out, beyond what {source} reads")  # fmt: skip
+    print(f"accuracy of a linear model on frozen states, its penalty chosen on valid ({cache.path})")
+    print(f"  always train's most frequent answer  {result['majority']:.4f}")
+    titles = {"photo": "photo", "text": "text", "both": "text and photo", "control": "text and another's photo"}
+    for name, title in titles.items():
+        print(f"  {title:<36} {result[name]:.4f}")
+    for name, title in (("gain", "photo over text"), ("control_gain", "another's photo over text")):
+        print(f"  {title:<26} {shown_difference(result[name])}")
+    print(f"  {probe_verdict(result)}")
+
+
 # ------------------------------------------------------------------------------------------- runs and files
 
 
@@ -297,10 +324,13 @@ def parse_args(argv):
     add("--table", nargs="+", metavar="RUNS", help="many runs: seeds averaged, the best on valid marked")
     add("--ensemble", metavar="RUNS", help="the mean of the probabilities of 'runs/NAME-s*'")
     add("--leak-check", type=dataset_name, metavar="DATASET", help="what metadata alone tells of its labels")
+    add("--photo-probe", type=dataset_name, metavar="DATASET",
+        help="whether photos tell more than the text, before any training (minutes)")
     add = parser.add_argument
     add("--split", choices=("test", "valid"), help="of runs and data sets (default: test if there is one)")
     add("--score", choices=SCORES, help="of --compare, --table (default: f1, of entities or without None)")
     add("--train", type=Path, metavar="FILE", help="of --predictions: to tell mentions seen in it apart")
+    add("--text-encoder", help="of --photo-probe: hub name or local folder (default: bert-base-uncased)")
     add = parser.add_argument_group("image check").add_argument
     add("--image-check", action="store_true", help="--run or --predictions with true, others', no photos")
     add("--shuffles", type=bounded(int, 1), metavar="N", help="of --run: seeded shuffles (default: 3)")
@@ -335,15 +365,19 @@ def parse_args(argv):
         ("shuffled", files, "--image-check --predictions"), ("none", files, "--image-check --predictions"),
         ("by", args.table, "--table"), ("baseline", args.table, "--table"),
         ("csv", args.table, "--table"), ("tex", args.table, "--table"), ("png", args.table, "--table"),
-        ("features", runs_model, models), ("generated", runs_model, models),
+        ("features", runs_model or args.photo_probe, f"{models} or --photo-probe"),
+        ("generated", runs_model, models), ("text_encoder", args.photo_probe, "--photo-probe"),
         ("images", args.leak_check, "--leak-check"),
         ("notes", runs_model or args.leak_check, f"{models} or --leak-check"),
-        ("data_dir", runs_model or args.leak_check, f"{models} or --leak-check"),
+        ("data_dir", runs_model or args.leak_check or args.photo_probe,
+         f"{models}, --leak-check or --photo-probe"),
     ):  # fmt: skip
         if getattr(args, name) and not goes:
             parser.error(f"--{name.replace('_', '-')} goes with {use}")
     if files and not (args.shuffled and args.none):
         parser.error("--image-check --predictions FILE needs --shuffled FILE ... and --none FILE")
+    if args.photo_probe and not args.features:
+        parser.error("--photo-probe needs --features FILE, of extract_features.py")
     args.score, args.shuffles = args.score or "f1", args.shuffles or 3
     return args
 
@@ -359,6 +393,8 @@ def main(argv=None):
         print_ensemble(args)
     elif args.leak_check:
         print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
+    elif args.photo_probe:
+        print_probe(args)
     elif args.predictions and args.image_check:
         check_files(args.predictions, args.shuffled, args.none)
     elif args.predictions:
