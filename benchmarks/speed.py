@@ -143,12 +143,12 @@ class Posts:
         self.batches = length_batches(self.lengths, BATCH, np.random.default_rng(0))
 
     def batch(self, number, notes=None, generated=False):
-        """CPU batch `number` of an epoch, as train.py makes it; with `Notes`, with second pictures."""
+        """CPU batch `number` of an epoch, as train.py makes it; with `PostNotes`, with second pictures."""
         chosen = self.batches[number]
         photos = [self.dataset.examples["train"][i].image_id for i in chosen]
         rows = [self.rows["train"][i] for i in chosen]
         if notes:
-            rows = [notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)]
+            rows = [notes.shown(row, i, photo) for row, i, photo in zip(rows, chosen, photos, strict=True)]
         batch = collate(rows, self.tokenizer.pad_token_id) | self.cache.read(photos)
         return batch | (self.cache.read_generated(photos) if generated else {})
 
@@ -250,15 +250,14 @@ def systems(args, place):
             note = {"id": example.image_id, "about_post": said, "about_photo": said, "relevance": 0.5}
             file.write(json.dumps(note) + "\n")
     told, plain = ("tia", "icka"), Training(encoder, "none", posts.dataset.labels, args.device)
-    notes = Notes(path, posts.tokenizer, "post", 128)
-    notes.attach(posts.rows["train"], examples, "train")
+    notes = Notes(path, posts.tokenizer, "post", 128).of(examples, "train")
     cases = {"none": (plain, None, False), "notes": (plain, notes, False)}
     for name, preset in PRESETS.items():
         more = {key: value for key, value in preset.items() if key not in ("model", "fusion", "batch_size")}
         notes = None
         if name in told:
             notes = Notes(path, posts.tokenizer, preset["extra"], 128, relevance=name == "tia")
-            notes.attach(posts.rows["train"], examples, "train")
+            notes = notes.of(examples, "train")
         more |= {"notes": notes and str(path), "relevance_median": 0.5, "generated": name == "minige" or None}
         training = Training(encoder, preset["fusion"], posts.dataset.labels, args.device, **more)
         cases[name] = training, notes, name == "minige"

@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,64 +92,85 @@ def read_notes(path):
 
 
 class Notes:
-    """The notes of a data set's posts, as second segments: [CLS] post [SEP] note [SEP] and the like.
+    """A notes file, read as a run reads it.
 
-    The form is the tokenizer's own for two texts, all token types 0. `extra`: one of `EXTRAS`, which texts
-    are taken; `length`: sub-tokens of them, at most, the rest is cut; `relevance`: whether rows get that of
-    their photo. `attach` gives rows of `encode` their notes, `shown` makes the row that the model is given.
-    Without a tokenizer they can be found and counted, and no row made. FileNotFoundError or ValueError if the
-    file cannot be read.
+    `extra`: one of `EXTRAS`, which texts become second segments; `length`: sub-tokens of them, at most, the
+    rest is cut; `relevance`: whether posts get that of their photo. Without a tokenizer notes can be found
+    and counted, and no segment made. FileNotFoundError or ValueError if the file cannot be read.
     """
 
     def __init__(self, path, tokenizer=None, extra="none", length=0, relevance=False):
-        self.path, self.extra, self.relevance = Path(path), extra, relevance
+        self.path, self.relevance, self.segments = Path(path), relevance, None
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"no notes file {path}; make it with write_notes.py, or name another with --notes"
             )
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
-        read = tokenizer is not None and extra != "none"
-        self.segments = Segments(tokenizer, extra, length) if read else None
-        for note in self.notes.values() if read else ():  # one character more tells that a text is cut
-            for key in EXTRAS["both"]:
-                note |= {key: note_text(note, key)[: self.segments.readable + 1]} if key in note else {}
-        self.of_photo = {}
+        if tokenizer is not None and extra != "none":
+            self.segments = Segments(tokenizer, extra, length)
+            for note in self.notes.values():
+                for key in EXTRAS["both"]:
+                    if key in note:  # one character more tells that a text is cut
+                        note[key] = note_text(note, key)[: self.segments.readable + 1]
 
     def find(self, example, split):
         """The id of the note of an example, None if there is none."""
         keys = f"{split}/{example.id}", example.id, example.image_id
         return next((key for key in keys if key in self.notes), None)
 
-    def attach(self, rows, examples, split):
-        """Give each row its post's `note` and `image_id`.
+    def of(self, examples, split):
+        """The `PostNotes` of the examples of a split."""
+        photos = [example.image_id for example in examples]
+        of_post = [self.notes.get(self.find(example, split), {}) for example in examples]
+        return PostNotes(self, photos, of_post, self.of_photos(photos, of_post))
 
-        Of posts that share a photo, the photo's is the first note of it, one with a text before one with a
-        relevance.
-        """
-        for row, example in zip(rows, examples, strict=True):
-            row |= {"note": self.notes.get(self.find(example, split), {}), "image_id": example.image_id}
-            before = self.of_photo.get(example.image_id, {})
-            if example.image_id is not None and (not before or self.tells(row["note"]) > self.tells(before)):
-                self.of_photo[example.image_id] = row["note"]
-
-    def known(self, row, photo):
-        """The note of a row's post, where it is shown `photo`, an image id or None for no photo."""
-        note = row["note"]
-        of_photo = {} if photo is None else note if photo == row["image_id"] else self.of_photo[photo]
-        return seen_with(note, of_photo)
-
-    def shown(self, row, photo):
-        """A row of `encode` with what is `known` of its post."""
-        note = self.known(row, photo)
-        if self.relevance and "relevance" in note:
-            row = row | {"relevance": note["relevance"]}
-        return self.segments(row, note) if self.segments else row
+    def of_photos(self, photos, of_post):
+        """{image id: its note}: of posts that share it the first that `tells` most."""
+        of_photo = {}
+        for photo, note in zip(photos, of_post, strict=True):
+            before = of_photo.get(photo, {})
+            if photo is not None and (not before or self.tells(note) > self.tells(before)):
+                of_photo[photo] = note
+        return of_photo
 
     def tells(self, note):
         """(whether second segments read what was written with the photo in view, whether rows' relevance)."""
-        read = (key for key in EXTRAS[self.extra] if note_text(note, key))
-        text = any(key in OF_PHOTO or note.get("with_photo") for key in read)
+        keys = self.segments.keys if self.segments else ()
+        text = any(note_text(note, key) and (key in OF_PHOTO or note.get("with_photo")) for key in keys)
         return text, self.relevance and "relevance" in note
+
+    def coverage(self, examples):
+        """Lines that say what the notes tell of each split, {split: examples}; ValueError if of no post."""
+        ids = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
+        used = {note_id for of_split in ids.values() for note_id in of_split} - {None}
+        if not used:
+            first = next(iter(self.notes), "none")
+            raise ValueError(
+                f"{self.path}: no note is of any post (first id: {first}); is it another data set's?"
+            )
+        unused = len(self.notes) - len(used)
+        lines = [f"{self.path}: {len(self.notes)} notes, {unused} of no post here ({self.sha256[:16]})"]
+        for split, of_split in ids.items():
+            items = [item for note_id in of_split if note_id for item in self.notes[note_id].items()]
+            keys = (key for key, value in items if value not in ("", [], False) or key == "relevance")
+            counts = Counter(keys)
+            texts = ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key])
+            lines.append(f"{split}: {texts} of {len(of_split)} posts")
+        return lines
+
+
+@dataclass(frozen=True)
+class PostNotes:
+    """The notes of some posts, in their order, and what of them a post is shown: it goes by the photo.
+
+    `file`: the `Notes` they are from; `photos`: the posts' own image ids; `of_post`: a note each, {} for
+    none; `of_photo` {image id: note}, of all photos that a post may be shown.
+    """
+
+    file: Notes
+    photos: list
+    of_post: list
+    of_photo: dict
 
     def has_photo(self, image_id):
         """Whether the second segments say anything that was written with this photo in view.
@@ -156,41 +178,44 @@ class Notes:
         A relevance alone is nothing to be shown: it says how much of a photo's regions is used, if there are
         any.
         """
-        return self.tells(self.of_photo.get(image_id, {}))[0]
+        return self.file.tells(self.of_photo.get(image_id, {}))[0]
 
-    def shuffle(self, rows, seed):
-        """Give each row that has an `about_post` another's, by one random cycle: a control. Returns how many.
+    def known(self, i, photo):
+        """The note of post `i`, where it is shown `photo`, an image id or None for no photo."""
+        of_photo = {}
+        if photo is not None:
+            of_photo = self.of_post[i] if photo == self.photos[i] else self.of_photo[photo]
+        return seen_with(self.of_post[i], of_photo)
 
-        One that was written with a photo in view stays with the photo of the row it comes to.
+    def shown(self, row, i, photo):
+        """The row of `encode` of post `i`, with what is `known` of it where it is shown `photo`.
+
+        A second segment has the tokenizer's own form for two texts, [CLS] post [SEP] note [SEP] and the like.
         """
-        owners = [row for row in rows if note_text(row["note"], "about_post")]
-        order = np.random.default_rng(seed).permutation(len(owners))
-        texts = [owners[i]["note"]["about_post"] for i in order]
-        for i, other in zip(order, texts[1:] + texts[:1], strict=True):
-            row, note = owners[i], owners[i]["note"]
-            row["note"] = note | {"about_post": other}
-            if self.of_photo.get(row["image_id"]) is note:
-                self.of_photo[row["image_id"]] = row["note"]
-        return len(owners)
+        note = self.known(i, photo)
+        if self.file.relevance and "relevance" in note:
+            row = row | {"relevance": note["relevance"]}
+        return self.file.segments(row, note) if self.file.segments else row
 
-    def coverage(self, examples):
-        """Lines that say what the notes tell of each split, {split: examples}; ValueError if of no post."""
-        ids = {split: [self.find(example, split) for example in posts] for split, posts in examples.items()}
-        of_posts = {note_id for part in ids.values() for note_id in part} - {None}
-        if not of_posts:
-            first = next(iter(self.notes), "none")
-            raise ValueError(
-                f"{self.path}: no note is of any post (first id: {first}); is it another data set's?"
-            )
-        rest = len(self.notes) - len(of_posts)
-        lines = [f"{self.path}: {len(self.notes)} notes, {rest} of no post here ({self.sha256[:16]})"]
-        for split, part in ids.items():
-            items = [item for note_id in part if note_id for item in self.notes[note_id].items()]
-            keys = (key for key, value in items if value not in ("", [], False) or key == "relevance")
-            counts = Counter(keys)
-            keys = ", ".join(f"{key} of {counts[key]}" for key in KEYS if counts[key])
-            lines.append(f"{split}: {keys} of {len(part)} posts")
-        return lines
+    def part(self, chosen):
+        """Those of some of the posts, by their numbers."""
+        photos, of_post = ([side[i] for i in chosen] for side in (self.photos, self.of_post))
+        return replace(self, photos=photos, of_post=of_post)
+
+    def with_text(self):
+        """The numbers of the posts that have an `about_post`."""
+        return [i for i, note in enumerate(self.of_post) if note_text(note, "about_post")]
+
+    def shuffled(self, seed):
+        """Each post that has an `about_post` gets another's, by one random cycle: a control.
+
+        One that was written with a photo in view stays with the photo of the post it comes to.
+        """
+        givers, of_post = self.with_text(), list(self.of_post)
+        order = [givers[i] for i in np.random.default_rng(seed).permutation(len(givers))]
+        for taker, giver in zip(order, order[1:] + order[:1], strict=True):
+            of_post[taker] = of_post[taker] | {"about_post": self.of_post[giver]["about_post"]}
+        return replace(self, of_post=of_post, of_photo=self.file.of_photos(self.photos, of_post))
 
 
 def said_of_photos(path, dataset):
@@ -201,13 +226,13 @@ def said_of_photos(path, dataset):
     first = next((line.strip() for _, line in read_lines(path) if line.strip()), "")
     if not first.startswith("{"):
         return by_name(dataset.image_ids(), read_captions(path))
-    notes, of_photos = Notes(path), dict.fromkeys(dataset.image_ids())
+    notes, phrases = Notes(path), dict.fromkeys(dataset.image_ids())
     for split, examples in dataset.examples.items():
         for example in examples:
-            phrases = notes.notes.get(notes.find(example, split), {}).get("phrases")
-            if example.image_id is not None and phrases:
-                of_photos[example.image_id] = of_photos[example.image_id] or tuple(phrases)
-    return of_photos
+            of_post = notes.notes.get(notes.find(example, split), {}).get("phrases")
+            if example.image_id is not None and of_post:
+                phrases[example.image_id] = phrases[example.image_id] or tuple(of_post)
+    return phrases
 
 
 def note_text(note, key):

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from encoding import encode
 from features import FeatureCache
 from fusion import FUSIONS, Fusion
 from parts.datasets import DATASETS, load_dataset
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
-from parts.posts import Posts, cut_train, shuffled_photos
+from parts.posts import cut_train, make_posts, shuffled_photos
 from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
 from parts.systems import SYSTEMS
@@ -37,8 +36,8 @@ def open_inputs(args, device):
         cut_train(dataset, args.train_share, args.seed)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
-        made = prints[split]
-        print(f"{split:<10} {len(examples)} posts, {made['variant']} ({made['sha256'][:16]})")
+        of_file = prints[split]
+        print(f"{split:<10} {len(examples)} posts, {of_file['variant']} ({of_file['sha256'][:16]})")
     for note in dataset.notes:
         print(f"           {note}")
 
@@ -50,34 +49,29 @@ def open_inputs(args, device):
             features.keep_on(device)
             print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
 
-    # The text encoder, and the posts as it reads them.
+    # The text encoder, and what others say of the posts.
     encoder, tokenizer = load_text_encoder(
         args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task, args.dropout
     )
     check_length(args, encoder, tokenizer)
     if soft_tokens := FUSIONS.get(args.fusion, Fusion).soft_tokens:
         check_soft_tokens(encoder, tokenizer, args.text_encoder, soft_tokens)
-    rows = {}
-    for split, examples in dataset.examples.items():
-        rows[split], counts = encode(tokenizer, examples, dataset.labels, args.max_len)
-        if any(counts.values()):
-            said = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
-            print(f"           {split}: {said}")
+    notes = open_notes(args, dataset, tokenizer, encoder)
 
-    # What others say of them, and all of it together.
-    notes = open_notes(args, dataset, rows, tokenizer, encoder)
-    median = median_relevance(args, dataset, rows, notes, cache) if notes and notes.relevance else None
-    posts = {
-        split: Posts(examples, rows[split], tokenizer.pad_token_id, cache, notes, generated)
-        for split, examples in dataset.examples.items()
-    }
+    # All of it together.
+    posts, config = {}, vars(args) | {"labels": dataset.labels}
+    for split, examples in dataset.examples.items():
+        posts[split], cuts = make_posts(config, tokenizer, examples, split, cache, notes, generated)
+        if any(cuts.values()):
+            counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in cuts.items())
+            print(f"           {split}: {counts}")
+    check_segments(args, posts)
+    median = median_relevance(args, posts) if notes and notes.relevance else None
     if args.shuffle_photos:
-        for part in posts.values():
-            ids = [example.image_id for example in part.examples]
-            part.swap = shuffled_photos(ids, cache, args.seed, notes)
+        posts = {split: shuffle_photos(part, args.seed) for split, part in posts.items()}
         if not any(posts["train"].swap.values()):
-            said = "of no post of train there is a photo, or a note on one, to shuffle"
-            raise ValueError(f"--shuffle-photos: {said}; leave it out")
+            raise ValueError("--shuffle-photos: of no post of train there is a photo, or a note on one, to"
+                             " shuffle; leave it out")  # fmt: skip
         print("photos     SHUFFLED: each post is shown another's, in every split")
 
     facts = {
@@ -94,6 +88,12 @@ def open_inputs(args, device):
     return dataset, encoder, tokenizer, posts, facts
 
 
+def shuffle_photos(posts, seed):
+    """`Posts`, each shown another's photo."""
+    ids = [example.image_id for example in posts.examples]
+    return posts.showing(shuffled_photos(ids, posts.cache, seed, posts.notes))
+
+
 def open_features(args, dataset):
     """The feature cache, None for text only; how many posts have a photo is said on the console."""
     if args.fusion == "none":
@@ -102,10 +102,10 @@ def open_features(args, dataset):
         raise ValueError(f"no post of {dataset.name} names a photo; --fusion none trains on the text alone")
     cache = FeatureCache(args.features)
     cache.require(dataset.image_ids(), dataset.name)
-    made, backbone = cache.attrs, SYSTEMS[args.model].backbone
-    if made["backbone"] != backbone:
+    attrs, backbone = cache.attrs, SYSTEMS[args.model].backbone
+    if attrs["backbone"] != backbone:
         raise ValueError(
-            f"{args.features}: made with --backbone {made['backbone']}, {args.model} needs {backbone}; name"
+            f"{args.features}: made with --backbone {attrs['backbone']}, {args.model} needs {backbone}; name"
             " another"
         )
     places = "region_grid" in FUSIONS.get(args.fusion, Fusion).reads
@@ -113,7 +113,7 @@ def open_features(args, dataset):
         raise ValueError(
             f"--fusion {args.fusion}: {args.model}'s regions are no places in a photo; choose another --fusion"
         )
-    made_from = made.get("made_from", "an unknown folder")
+    made_from = attrs.get("made_from", "an unknown folder")
     print(f"features   {args.features}: {cache.views} views, made from {made_from}")
     if backbone not in WORDED:
         try:
@@ -122,22 +122,19 @@ def open_features(args, dataset):
             if args.images:
                 raise
             paths = {}
-        if not cache.photo_bytes.any():
-            print("           made by an earlier version, which kept no photo's size: not compared with the"
-                  " photos here")  # fmt: skip
         if absent := cache.compare_photos(paths):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing"
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
         cache.point_out_alike()
-    if made["parameters"]:
-        of = f"{backbone} (weights {made['weights']})"
-        print(f"frozen     {made['parameters']:,} parameters of {of}, in that file")
-    what = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
+    if attrs["parameters"]:
+        print(f"frozen     {attrs['parameters']:,} parameters of {backbone} (weights {attrs['weights']}), in"
+              " that file")  # fmt: skip
+    kind = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)
-        print(f"           {split}: {with_photo} of {len(examples)} posts have {what}")
+        print(f"           {split}: {with_photo} of {len(examples)} posts have {kind}")
         if not with_photo:
-            print(f"WARNING    no post of {split} has {what}: its scores are those of text only")
+            print(f"WARNING    no post of {split} has {kind}: its scores are those of text only")
     if args.augment and cache.views == 1 and backbone not in WORDED:
         print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
     return cache
@@ -145,26 +142,31 @@ def open_features(args, dataset):
 
 def check_length(args, encoder, tokenizer, extra=0):
     """ValueError if the encoder has too few positions for a post, `extra` of notes and soft tokens."""
-    longest, soft = longest_input(encoder, tokenizer), FUSIONS.get(args.fusion, Fusion).soft_tokens
-    if args.max_len + extra + soft > longest:
-        asked = [f"--max-len {args.max_len}"] + [f"--extra-len {args.extra_len}"] * bool(extra)
-        asked += [f"the {soft} soft tokens of --fusion {args.fusion}"] * bool(soft)
-        raise ValueError(f"{' and '.join(asked)}: {args.text_encoder} takes {longest} in all")
+    longest, soft_tokens = longest_input(encoder, tokenizer), FUSIONS.get(args.fusion, Fusion).soft_tokens
+    parts = [f"--max-len {args.max_len}"]
+    if extra:
+        parts.append(f"--extra-len {args.extra_len}")
+    if soft_tokens:
+        parts.append(f"the {soft_tokens} soft tokens of --fusion {args.fusion}")
+    if args.max_len + extra + soft_tokens > longest:
+        raise ValueError(f"{' and '.join(parts)}: {args.text_encoder} takes {longest} in all")
 
 
-def median_relevance(args, dataset, rows, notes, cache):
+def median_relevance(args, posts):
     """The median of the relevances of train's posts with a photo, for --align supervised; None without it.
 
-    How many are given is said on the console. ValueError if none of train is, or if the median parts nothing.
+    `posts`: {split: `Posts`}. How many are given is said on the console. ValueError if none of train is, or
+    if the median parts nothing.
     """
-    for split in dataset.examples:
-        known = [notes.known(row, row["image_id"]) for row in rows[split] if cache.has_photo(row["image_id"])]
-        given = [note["relevance"] for note in known if "relevance" in note]
-        rest = {"given": "that of the others is predicted", "predicted": "that of all is predicted"}
-        print(f"           {split}: relevance given of {len(given)} of {len(known)} posts with a photo,"
+    rest = {"given": "that of the others is predicted", "predicted": "that of all is predicted"}
+    for split, part in posts.items():
+        notes = [part.notes.known(i, photo) for i, photo in enumerate(part.notes.photos)
+                 if part.cache.has_photo(photo)]  # fmt: skip
+        relevances = [note["relevance"] for note in notes if "relevance" in note]
+        print(f"           {split}: relevance given of {len(relevances)} of {len(notes)} posts with a photo,"
               f" {rest.get(args.relevance, 'the others take no part in supervised alignment')}")  # fmt: skip
         if split == "train":
-            of_train = np.float32(given)  # as batches have them
+            of_train = np.float32(relevances)  # as batches have them
     supervised = "supervised" in args.align
     if not len(of_train) and (supervised or args.relevance == "given" or args.extra == "none"):
         raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the"
@@ -193,9 +195,9 @@ def open_generated(args, dataset, cache):
         )
     generated = FeatureCache(args.generated)
     generated.require(dataset.image_ids(), dataset.name)
-    made = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
+    attrs = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
     for key in ("backbone", "region width", "weights_sha256", "img_size"):
-        here, wanted = (side.get(key, "unknown") for side in made)
+        here, wanted = (side.get(key, "unknown") for side in attrs)
         if here != wanted:
             raise ValueError(
                 f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one"
@@ -211,8 +213,8 @@ def open_generated(args, dataset, cache):
     return generated
 
 
-def open_notes(args, dataset, rows, tokenizer, encoder):
-    """The `Notes` of the data set, attached to its encoded `rows`, None without; the console says what of.
+def open_notes(args, dataset, tokenizer, encoder):
+    """The `Notes` of --notes, None without; what they tell of each split is said on the console.
 
     ValueError if they do not fit the data set, or the encoder: its longest input, or that it reads left to
     right.
@@ -225,24 +227,27 @@ def open_notes(args, dataset, rows, tokenizer, encoder):
     notes = Notes(args.notes, tokenizer, args.extra, args.extra_len, reads_relevance(vars(args)))
     if notes.segments:
         check_length(args, encoder, tokenizer, notes.segments.longest)
-    for i, line in enumerate(notes.coverage(dataset.examples)):
-        print(f"{'           ' if i else 'notes      '}{line}")
-    for split, examples in dataset.examples.items():
-        notes.attach(rows[split], examples, split)
-        if args.shuffle_notes and notes.shuffle(rows[split], args.seed) < 2 and split == "train":
+    first, *lines = notes.coverage(dataset.examples)
+    print(f"notes      {first}", *lines, sep="\n           ")
+    return notes
+
+
+def check_segments(args, posts):
+    """Say how many of {split: `Posts`} have a second segment; ValueError if there are none to shuffle."""
+    for split, part in posts.items():
+        if args.shuffle_notes and split == "train" and len(part.notes.with_text()) < 2:
             raise ValueError("--shuffle-notes: fewer than 2 posts of train have an about_post in"
                              f" {args.notes}; leave it out")  # fmt: skip
-        if notes.segments is None:
+        if args.extra == "none":
             continue
-        shown = [notes.shown(row, row["image_id"]) for row in rows[split]]
-        with_note, cut = (sum(bool(row.get(key)) for row in shown) for key in ("text_length", "note_cut"))
-        said = f", {cut} of them cut to --extra-len {args.extra_len}" * bool(cut)
-        print(f"           {split}: {with_note} of {len(examples)} posts have a second segment{said}")
+        rows = [part.shown(i)[1] for i in range(len(part))]
+        with_note, cut = (sum(bool(row.get(key)) for row in rows) for key in ("text_length", "note_cut"))
+        cuts = f", {cut} of them cut to --extra-len {args.extra_len}" if cut else ""
+        print(f"           {split}: {with_note} of {len(part)} posts have a second segment{cuts}")
         if not with_note:
             print(f"WARNING    no post of {split} has a second segment: its scores are those without notes")
     if args.shuffle_notes:
         print("notes      SHUFFLED: each post is given what was said of another, in every split")
-    return notes
 
 
 # ------------------------------------------------------------------------------------------ of a finished run
@@ -260,24 +265,21 @@ def dataset_now(config, data_dir=None):
     return name, data_dir or config["data_dir"]
 
 
-def run_notes(config, tokenizer, rows, examples, split, path=None):
-    """The `Notes` of a run, attached to encoded `rows` of `examples` as in training; None if it read none.
+def run_notes(config, tokenizer, path=None):
+    """The `Notes` of a run as it read them, None if it read none; `path`: where they are now.
 
-    `path`: where they are now. ValueError if they have changed.
+    ValueError if they have changed.
     """
     if config["notes"] is None:
         if path:
             raise ValueError(f"--notes {path}: the run read none; leave it out")
         return None
-    more = config["extra"], config["extra_len"], reads_relevance(config)
-    notes = Notes(path or config["notes"], tokenizer, *more)
+    path = path or config["notes"]
+    notes = Notes(path, tokenizer, config["extra"], config["extra_len"], reads_relevance(config))
     if notes.sha256 != (wanted := config["notes_sha256"]):
         raise ValueError(
             f"{notes.path}: not the notes the run was trained with ({wanted[:16]}); restore them"
         )
-    notes.attach(rows, examples, split)
-    if config["shuffle_notes"]:
-        notes.shuffle(rows, config["seed"])
     return notes
 
 
@@ -303,20 +305,18 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, g
     dataset = load_dataset(*dataset_now(config, data_dir))
     if config["train_share"] < 1:
         cut_train(dataset, config["train_share"], config["seed"])
-    made = config["data"][split]
-    if dataset.fingerprints().get(split, {}).get("sha256") != made["sha256"]:
+    stored = config["data"][split]
+    if split not in dataset.files or dataset.fingerprints()[split]["sha256"] != stored["sha256"]:
         raise ValueError(
-            f"{made['file']}: not the file of {run_dir} any more ({made['sha256'][:16]}); restore it"
+            f"{stored['file']}: not the file of {run_dir} any more ({stored['sha256'][:16]}); restore it"
         )
-    examples = dataset.examples[split]
-    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
-    posts = Posts(examples, rows, tokenizer.pad_token_id)
-    photos = [example.image_id for example in examples]
-    if config["fusion"] != "none":
-        posts.cache = run_cache(run_dir, config, "features", features, photos, dataset.name)
     if generated and not config["generated"]:
         raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
-    if config["generated"]:
-        posts.generated = run_cache(run_dir, config, "generated", generated, photos, dataset.name)
-    posts.notes = run_notes(config, tokenizer, rows, examples, split, notes)
+    examples, caches = dataset.examples[split], {"features": None, "generated": None}
+    photos = [example.image_id for example in examples]
+    for name, path in (("features", features), ("generated", generated)):
+        if config[f"{name}_made"]:
+            caches[name] = run_cache(run_dir, config, name, path, photos, dataset.name)
+    notes = run_notes(config, tokenizer, notes)
+    posts, _ = make_posts(config, tokenizer, examples, split, caches["features"], notes, caches["generated"])
     return model, config, dataset, posts

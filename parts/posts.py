@@ -1,39 +1,38 @@
 """A split of a data set as a model sees it, with photos, notes and second pictures; and the answers for it.
 
+    posts, cuts = make_posts(config, tokenizer, examples, "train", cache, notes)
     batch = posts.batch([0, 1, 2])
     records = predict_posts(model, posts, labels, batch_size, device, precision)
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from encoding import collate, length_batches, to_device
+from encoding import collate, encode, length_batches, to_device
 from features import FeatureCache
 from parts.console import progress_bar
-from parts.notes import Notes
+from parts.notes import PostNotes
 from parts.processes import autocast
 from parts.scores import seen_spans
 
 
-@dataclass
+@dataclass(frozen=True)
 class Posts:
     """The posts of one split with all that is shown with them.
 
     `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `FeatureCache` of the photos and
-    that of second pictures; `notes`: the `Notes` that are attached to the rows; each None where there is
-    none. `swap`: {image id: the one to show in its place, None for no photo}; None: each post is shown its
-    own photo.
+    that of second pictures; `notes`: the `PostNotes`; each None where there is none. `swap`: {image id: the
+    one to show in its place, None for no photo}; None: each post is shown its own photo.
     """
 
     examples: list
     rows: list
     pad_id: int
     cache: FeatureCache | None = None
-    notes: Notes | None = None
+    notes: PostNotes | None = None
     generated: FeatureCache | None = None
     swap: dict | None = None
 
@@ -42,12 +41,13 @@ class Posts:
 
     def showing(self, swap):
         """The same posts with other photos."""
-        return dataclasses.replace(self, swap=swap)
+        return replace(self, swap=swap)
 
     def part(self, chosen):
         """Some of the posts, by their numbers."""
         rows, examples = ([side[i] for i in chosen] for side in (self.rows, self.examples))
-        return dataclasses.replace(self, rows=rows, examples=examples)
+        notes = self.notes.part(chosen) if self.notes else None
+        return replace(self, rows=rows, examples=examples, notes=notes)
 
     def shown(self, i, hidden=False):
         """(id of the photo that post `i` is shown, or None; its row, with the notes that go with it)."""
@@ -56,7 +56,7 @@ class Posts:
             photo = self.swap[photo]
         if hidden:
             photo = None
-        return photo, self.notes.shown(self.rows[i], photo) if self.notes else self.rows[i]
+        return photo, self.notes.shown(self.rows[i], i, photo) if self.notes else self.rows[i]
 
     def lengths(self):
         """Sub-tokens of each post, notes included: posts of like length share a batch."""
@@ -78,6 +78,19 @@ class Posts:
             ids = [self.examples[i].image_id if pictures else None for i in chosen]
             batch |= self.generated.read_generated(ids, second_views)
         return batch
+
+
+def make_posts(config, tokenizer, examples, split="", cache=None, notes=None, generated=None):
+    """(`Posts` of examples as a run of `config` reads them, {what was cut off: how often}).
+
+    `notes`: the `Notes` that it reads; `split`: whose they are looked up.
+    """
+    rows, cuts = encode(tokenizer, examples, config["labels"], config["max_len"])
+    if notes is not None:
+        notes = notes.of(examples, split)
+        if config["shuffle_notes"]:
+            notes = notes.shuffled(config["seed"])
+    return Posts(examples, rows, tokenizer.pad_token_id, cache, notes, generated), cuts
 
 
 def predict_posts(model, posts, labels, batch_size, device, precision, known=(), name=""):
@@ -126,9 +139,9 @@ def record_of(posts, i, answer, chance, labels, known):
         record["photo"] = photo is not None and posts.cache.has_photo(photo)
     if posts.generated is not None:
         record["generated"] = posts.generated.has_photo(example.image_id)
-    if posts.notes is not None and posts.notes.segments:
+    if posts.notes is not None and posts.notes.file.segments:
         record["extra"] = "text_length" in row
-    if posts.notes is not None and posts.notes.relevance:
+    if posts.notes is not None and posts.notes.file.relevance:
         record["relevance"] = row.get("relevance")  # the one given, None where none is
     if "word_starts" not in row:
         record |= {"head": list(example.head), "tail": list(example.tail), "gold": example.label}
@@ -147,8 +160,8 @@ def shuffled_photos(image_ids, cache, seed, notes=None):
     Works on photos, not posts: rows that share a photo share the wrong one. A photo is what cache or notes
     have of one. An id without a photo keeps having none; a lone photo has no other to change with.
     """
-    known = [source for source in (cache, notes) if source is not None]
-    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in known)]
+    sources = [source for source in (cache, notes) if source is not None]
+    with_photo = [i for i in dict.fromkeys(image_ids) if any(source.has_photo(i) for source in sources)]
     order = [with_photo[i] for i in np.random.default_rng(seed).permutation(len(with_photo))]
     return {image_id: None for image_id in image_ids} | dict(zip(order, order[1:] + order[:1], strict=True))
 
@@ -156,5 +169,5 @@ def shuffled_photos(image_ids, cache, seed, notes=None):
 def cut_train(dataset, share, seed):
     """Keep a share of a data set's training posts, drawn by the seed, in their order."""
     posts = dataset.examples["train"]
-    drawn = np.random.default_rng(seed).permutation(len(posts))[: math.ceil(share * len(posts))]
-    dataset.examples["train"] = [posts[i] for i in sorted(drawn)]
+    order = np.random.default_rng(seed).permutation(len(posts))
+    dataset.examples["train"] = [posts[i] for i in sorted(order[: math.ceil(share * len(posts))])]

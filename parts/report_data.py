@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data import NerExample, RelationExample
-from encoding import encode, length_batches, to_device
+from encoding import length_batches, to_device
 from fusion import FUSIONS
 from parts.captions import phrases_of
 from parts.console import progress_bar
@@ -19,7 +19,7 @@ from parts.datasets import load_dataset
 from parts.notes import EXTRAS, note_text, said_of_photos
 from parts.opening import dataset_now, run_cache, run_notes
 from parts.photos import find_photos, thumbnail
-from parts.posts import Posts
+from parts.posts import make_posts
 from parts.processes import autocast, precision_on
 
 QUALITY = 70  # of the thumbnails, as JPEG: some 10 kB a photo
@@ -130,13 +130,13 @@ def posts_of(config, tokenizer, records, split, cache, path):
         RelationExample(r["id"], r["image_id"], tuple(r["words"]), tuple(r["head"]), tuple(r["tail"]), label)
         for r in records
     ]  # fmt: skip
-    rows, _ = encode(tokenizer, examples, config["labels"], config["max_len"])
-    notes = run_notes(config, tokenizer, rows, examples, split, path)
-    swap = {example.image_id: None for example in examples} if config["shuffle_photos"] else None
-    posts = Posts(examples, rows, tokenizer.pad_token_id, cache, notes, swap=swap)
+    notes = run_notes(config, tokenizer, path)
+    posts, _ = make_posts(config, tokenizer, examples, split, cache, notes)
+    if config["shuffle_photos"]:
+        posts = posts.showing(dict.fromkeys(example.image_id for example in examples))
     if notes is None:
         return posts, [{}] * len(posts)
-    known = [notes.known(row, posts.shown(i)[0]) for i, row in enumerate(rows)]
+    known = [posts.notes.known(i, posts.shown(i)[0]) for i in range(len(posts))]
     keys = EXTRAS[config["extra"]]
     return posts, [{key: text for key in keys if (text := note_text(note, key))} for note in known]
 

@@ -1,5 +1,6 @@
 """Notes: what a file may hold, the tokenizer's own form for two texts; what is the photo's goes with it."""
 
+import copy
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ from parts.datasets import load_dataset
 from parts.model import LEFT_OUT
 from parts.notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from parts.opening import open_run, run_notes
-from parts.posts import Posts, predict_posts, shuffled_photos
+from parts.posts import Posts, make_posts, predict_posts, shuffled_photos
 from parts.scores import read_predictions, score
 from parts.systems import SYSTEMS
 from parts.text_encoder import load_text_encoder
@@ -196,8 +197,8 @@ def test_of_a_long_text_no_more_is_kept_or_split_than_can_be_read(tokenizer, not
 
     rows, _ = encode(tokenizer, [example], dataset.labels, 128)
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
-    notes.attach(rows, [example], "test")
-    for row in (notes.shown(rows[0], example.image_id), segments(rows[0], {"about_post": long})):
+    of_post = notes.of([example], "test")
+    for row in (of_post.shown(rows[0], 0, example.image_id), segments(rows[0], {"about_post": long})):
         start = len(row["input_ids"]) - 12 - len(segments.suffix)
         whole = split(tokenizer, long[:999], add_special_tokens=False)["input_ids"]
         assert row["note_cut"] and row["input_ids"][start:][:12] == whole[:12]
@@ -271,24 +272,24 @@ def test_what_was_written_with_the_photo_in_view_moves_and_hides_with_it(
     dataset, _ = noted
     path = write(tmp_path / "n.jsonl", [note | {"with_photo": with_photo} for note in notes_of(dataset)])
     tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
-    notes, examples = Notes(path, tokenizer, extra, 128), dataset.examples["test"]
+    file, examples = Notes(path, tokenizer, extra, 128), dataset.examples["test"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    notes.attach(rows, examples, "test")
-    said = {example.image_id: notes.notes[example.id] for example in examples}
+    notes = file.of(examples, "test")
+    said = {example.image_id: file.notes[example.id] for example in examples}
     swap = shuffled_photos(list(said), None, 0, notes)
     moves = with_photo or extra != "post"
     assert all(notes.has_photo(image_id) == moves for image_id in said)
     assert all(swap[i] != i and (swap[i] is not None) == moves for i in said)
 
     def ids(row, texts):
-        return notes.segments(row, dict(zip(("about_post", "about_photo"), texts, strict=True)))["input_ids"]
+        return file.segments(row, dict(zip(("about_post", "about_photo"), texts, strict=True)))["input_ids"]
 
-    for row, example in zip(rows, examples, strict=True):
+    for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
         own, other = said[example.image_id], said[swap[example.image_id] or example.image_id]
         post, photo = own["about_post"], own["about_photo"]
-        assert notes.shown(row, example.image_id)["input_ids"] == ids(row, (post, photo))
-        assert notes.shown(row, None)["input_ids"] == ids(row, ("" if with_photo else post, ""))
-        shown = notes.shown(row, swap[example.image_id] or example.image_id)["input_ids"]
+        assert notes.shown(row, i, example.image_id)["input_ids"] == ids(row, (post, photo))
+        assert notes.shown(row, i, None)["input_ids"] == ids(row, ("" if with_photo else post, ""))
+        shown = notes.shown(row, i, swap[example.image_id] or example.image_id)["input_ids"]
         assert shown == ids(row, (other["about_post"] if with_photo else post, other["about_photo"]))
 
 
@@ -303,16 +304,14 @@ def test_relevance_and_phrases_go_with_the_photo_too():
 def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
     dataset, path = noted
     tokenizer = AutoTokenizer.from_pretrained(encoder_dir)
-    notes, examples = Notes(path, tokenizer, "both", 128), dataset.examples["train"]
-    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    notes.attach(rows, examples, "train")
-    del rows[0]["note"]["about_post"]  # it neither takes nor gives
-    for i, row in enumerate(rows[1:]):
-        row["note"]["about_post"] = str(i)
-    before = [row["note"] for row in rows]
-    notes.shuffle(rows, 5)
-    after = [row["note"] for row in rows]
-    assert after[0] == before[0]
+    notes = Notes(path, tokenizer, "both", 128).of(dataset.examples["train"], "train")
+    del notes.of_post[0]["about_post"]  # it neither takes nor gives
+    for i, note in enumerate(notes.of_post[1:]):
+        note["about_post"] = str(i)
+    unchanged = copy.deepcopy(notes.of_post)
+    shuffled = notes.shuffled(5)
+    before, after = notes.of_post, shuffled.of_post
+    assert before == unchanged and after[0] == before[0]
     order = {a["about_post"]: b["about_post"] for a, b in zip(before[1:], after[1:], strict=True)}
     place, seen = "0", set()
     while place not in seen:
@@ -320,7 +319,7 @@ def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
         place = order[place]
     assert len(seen) == len(before) - 1  # one cycle, so nobody keeps its own
     assert [note["about_photo"] for note in after] == [note["about_photo"] for note in before]
-    assert all(notes.of_photo[row["image_id"]] is row["note"] for row in rows)
+    assert all(shuffled.of_photo[photo] is note for photo, note in zip(notes.photos, after, strict=True))
 
 
 def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
@@ -331,17 +330,13 @@ def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
     )
     counts = []
     for shuffle in (False, True):
-        notes, examples = (
-            Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "post", 128), dataset.examples["train"]
-        )
-        rows, _ = encode(notes.segments.tokenizer, examples, dataset.labels, 128)
-        notes.attach(rows, examples, "train")
-        assert not shuffle or notes.shuffle(rows, 0) == 24
-        hidden, seen = (
-            [notes.shown(row, photo and row["image_id"]) for row in rows] for photo in (None, True)
-        )
-        counts.append([sum("text_length" in row for row in made) for made in (hidden, seen)])
-        assert sum(notes.has_photo(row["image_id"]) for row in rows) == 12
+        tokenizer, examples = AutoTokenizer.from_pretrained(encoder_dir), dataset.examples["train"]
+        config = {"labels": dataset.labels, "max_len": 128, "shuffle_notes": shuffle, "seed": 0}
+        posts, _ = make_posts(config, tokenizer, examples, "train", notes=Notes(path, tokenizer, "post", 128))
+        sides = [[posts.shown(i, hidden)[1] for i in range(24)] for hidden in (True, False)]
+        counts.append([sum("text_length" in row for row in rows) for rows in sides])
+        assert sum(posts.notes.has_photo(example.image_id) for example in examples) == 12
+        assert len(posts.notes.with_text()) == 24
     assert counts == [[12, 24]] * 2
 
 
@@ -354,8 +349,7 @@ def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_f
         tmp_path / "n.jsonl",
         [{"id": examples[0].id, "about_post": "x"}, {"id": examples[1].id, "about_photo": "a hoop"}],
     )
-    notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "photo", 128)
-    notes.attach([{}, {}], examples, "train")
+    notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "photo", 128).of(examples, "train")
     assert (
         notes.has_photo(examples[0].image_id)
         and notes.of_photo[examples[0].image_id]["about_photo"] == "a hoop"
@@ -401,8 +395,8 @@ def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir
     more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
     model, config, dataset, shown = open_run(folder, "valid", "cpu")
-    examples, rows = shown.examples, shown.rows
-    assert [row["note"]["about_post"] for row in rows] == [
+    examples = shown.examples
+    assert [note["about_post"] for note in shown.notes.of_post] == [
         f"valid {example.words[0]}" for example in examples
     ]
     again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
@@ -413,7 +407,7 @@ def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir
     )
     post = {"words": list(examples[0].words), "head": list(examples[0].head), "tail": list(examples[0].tail)}
     answer = predict.Predictor(folder, "cpu", "random")(
-        post | rows[0]["note"] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")}
+        post | shown.notes.of_post[0] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")}
     )
     assert answer["photo"] and "note" not in answer and answer["relation"] in dataset.labels
 
@@ -439,8 +433,8 @@ def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs)
         (shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])
     ):
         changed = [
-            notes.segments(row, seen_with(row["note"], notes.of_photo.get(swap[row["image_id"]], {})))
-            for row in rows
+            notes.file.segments(row, seen_with(note, notes.of_photo.get(swap[photo], {})))
+            for row, note, photo in zip(rows, notes.of_post, ids, strict=True)
         ]
         again = predict_posts(
             model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32"
@@ -463,7 +457,7 @@ def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
     _, path = noted
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(path.read_bytes())
-    assert open_run(runs["film"], "test", "cpu", notes=moved)[-1].notes.path == moved
+    assert open_run(runs["film"], "test", "cpu", notes=moved)[-1].notes.file.path == moved
     moved.write_text(moved.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="not the notes the run was trained with"):
         open_run(runs["film"], "test", "cpu", notes=moved)
@@ -499,15 +493,15 @@ def test_new_posts_bring_their_notes(runs, noted):
 def test_the_control_is_trained_and_scored_on_the_notes_of_others(
     noted, data_dir, encoder_dir, cache_dir, tmp_path, capsys
 ):
-    """The control trains on what `Notes.shuffle` says, and is scored so again."""
+    """The control trains on what `PostNotes.shuffled` says, and is scored so again."""
     _, path = noted
     more = ("--fusion", "none", "--notes", path, "--extra", "post")
     folder = train_run(
         tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes"
     )
     model, config, _, shown = open_run(folder, "test", "cpu")
-    own = [shown.notes.notes[example.id]["about_post"] for example in shown.examples]
-    moved = [row["note"]["about_post"] != said for row, said in zip(shown.rows, own, strict=True)]
+    own = [shown.notes.file.notes[example.id]["about_post"] for example in shown.examples]
+    moved = [note["about_post"] != text for note, text in zip(shown.notes.of_post, own, strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
     again = predict_posts(model, shown, config["labels"], 12, "cpu", "float32")
     assert [r["predicted"] for r in again] == [
@@ -522,7 +516,7 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(
     (name, found) = evaluate.read_runs(str(tmp_path / "run-*"), "test")
     assert name == "run-s1" and len(found) == 1
     with pytest.raises(ValueError, match="--notes .*: the run read none; leave it out"):
-        run_notes({"notes": None}, None, [], [], "test", "n.jsonl")
+        run_notes({"notes": None}, None, "n.jsonl")
     # Another text under the same name is another system to the tables.
     argv = [str(a) for a in (
         "--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,

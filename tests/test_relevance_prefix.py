@@ -25,7 +25,7 @@ from parts.datasets import load_dataset
 from parts.files import write_json_lines
 from parts.model import TextRegions
 from parts.notes import Notes, Segments
-from parts.posts import predict_posts, shuffled_photos
+from parts.posts import make_posts, predict_posts, shuffled_photos
 from parts.run_files import load_run, read_config
 from parts.runs import system_settings
 from parts.scores import read_predictions, score
@@ -620,30 +620,27 @@ def test_relevance_moves_and_hides_with_the_photo(demo_notes, encoder_dir, extra
     dataset, path = demo_notes
     tokenizer, examples = load_tokenizer(encoder_dir), dataset.examples["test"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    notes = Notes(path, tokenizer, extra, 128, relevance=True)
-    notes.attach(rows, examples, "test")
-    said = [notes.notes[example.id].get("relevance") for example in examples]
+    notes = Notes(path, tokenizer, extra, 128, relevance=True).of(examples, "test")
+    said = [note.get("relevance") for note in notes.of_post]
     assert sum(r is None for r in said) == 2
 
     def shown(photos):
-        batch = collate([notes.shown(row, photo) for row, photo in zip(rows, photos, strict=True)], 0)
+        shown = [notes.shown(row, i, photo) for i, (row, photo) in enumerate(zip(rows, photos, strict=True))]
+        batch = collate(shown, 0)
         return batch["relevance"].tolist() if "relevance" in batch else None
 
     ids = [example.image_id for example in examples]
     wanted = torch.tensor([-1 if r is None else r for r in said])
     assert (
         shown(ids) == wanted.tolist()
-        and collate([notes.shown(rows[1], ids[1])], 0)["relevance"].dtype == torch.float32
+        and collate([notes.shown(rows[1], 1, ids[1])], 0)["relevance"].dtype == torch.float32
     )
     assert shown(ids[3:] + ids[:3]) == wanted.roll(-3).tolist()
     assert shown([None] * 8) is None
     assert shown([None] * 4 + ids[4:]) == [-1] * 4 + wanted[4:].tolist()
-    assert "relevance" not in collate([Notes.shown(notes, rows[0], ids[0])], 0)  # of a post without one
-    plain = Notes(path, tokenizer, "post", 128)
-    plain.attach(rows, examples, "test")
-    assert "relevance" not in collate(
-        [plain.shown(row, photo) for row, photo in zip(rows, ids, strict=True)], 0
-    )
+    assert "relevance" not in collate([notes.shown(rows[0], 0, ids[0])], 0)  # of a post without one
+    notes = Notes(path, tokenizer, "post", 128).of(examples, "test")
+    assert shown(ids) is None
     # A relevance is nothing to be shown: of photos without features none is dealt out.
     assert not any(notes.has_photo(image_id) for image_id in ids)
 
@@ -660,10 +657,9 @@ def test_of_rows_that_share_a_photo_a_text_goes_before_a_relevance_and_that_befo
     for extra, one, other, kept in cases:
         path = tmp_path / "n.jsonl"
         write_json_lines(path, [{"id": first.id} | one, {"id": second.id} | other])
-        notes, rows = Notes(path, tokenizer, extra, 128, relevance=True), [{}, {}]
-        notes.attach(rows, [first, second], "train")
-        assert notes.of_photo[first.image_id] is rows[kept]["note"]
-        assert [notes.known(row, first.image_id).get("relevance") for row in rows] == [
+        notes = Notes(path, tokenizer, extra, 128, relevance=True).of([first, second], "train")
+        assert notes.of_photo[first.image_id] is notes.of_post[kept]
+        assert [notes.known(i, first.image_id).get("relevance") for i in range(2)] == [
             one.get("relevance"),
             other.get("relevance"),
         ]
@@ -754,14 +750,14 @@ class Photos:
 
 def median_of(dataset, notes_file, tokenizer, absent, *more):
     args = train.parse_args(["--dataset", "demo", "--notes", str(notes_file), *more])
-    rows = {
-        split: encode(tokenizer, examples, dataset.labels, 128)[0]
+    notes, config = (
+        Notes(notes_file, tokenizer, args.extra, 128, relevance=True), vars(args) | {"labels": dataset.labels}
+    )
+    posts = {
+        split: make_posts(config, tokenizer, examples, split, Photos(absent), notes)[0]
         for split, examples in dataset.examples.items()
     }
-    notes = Notes(notes_file, tokenizer, args.extra, 128, relevance=True)
-    for split, examples in dataset.examples.items():
-        notes.attach(rows[split], examples, split)
-    return opening.median_relevance(args, dataset, rows, notes, Photos(absent))
+    return opening.median_relevance(args, posts)
 
 
 def test_the_median_is_of_posts_with_a_photo(

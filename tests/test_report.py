@@ -296,7 +296,7 @@ def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path
     page_of(runs[name], tmp_path / "page.html")
     split, records = predictions(runs[name])
     posts = opening.open_run(runs[name], split, "cpu")[-1]
-    answered = [posts.notes.shown(row, e.image_id) for row, e in zip(posts.rows, posts.examples, strict=True)]
+    answered = [posts.shown(i)[1] for i in range(len(posts))]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")
     looked_at, answered = (
