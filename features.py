@@ -350,22 +350,77 @@ def refuse_other_settings(path, settings):
     return attrs, columns
 
 
-class FeatureCache:
+class Regions:
+    """Regions of photos, one row a photo, as arrays; batches read from them.
+
+    Attributes: `rows` {image id: row}, `regions` [N, V, R, D] and of them `shape`, `status` [N], `num_regions`
+    [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row by
+    row; regions before them (BLIP's class token) are of the photo as a whole.
+    """
+
+    resident = None  # all regions on a device, where they are kept on one
+
+    def check(self, rows, views):
+        """Called before views of rows are read: ValueError if one is damaged."""
+
+    @property
+    def views(self):
+        return self.shape[1]
+
+    @property
+    def region_dim(self):
+        return self.shape[3]
+
+    def has_photo(self, image_id):
+        """Whether the photo was there and readable; None is no photo."""
+        return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
+
+    def read(self, photos, views=None):
+        """What a batch holds of its photos, image ids or None for none; `views`: which to read, default 0.
+
+        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows,
+        columns), photo_row [B], which photo it is, -1 for none.
+        """
+        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
+        views = np.zeros(len(photos), int) if views is None else np.asarray(views)
+        shown = np.array([photo is not None for photo in photos])
+        self.check(rows[shown], views[shown])
+        real = shown & (self.status[rows] == OK)
+        mask = np.arange(self.shape[2]) < np.where(real, self.num_regions[rows], 0)[:, None]
+        grid = np.where(real[:, None], self.grid[rows], 0)
+        about = {"region_mask": mask, "region_grid": grid, "photo_row": np.where(real, rows, -1)}
+        about = {key: torch.from_numpy(values) for key, values in about.items()}
+        if self.resident is None:
+            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]
+            values = flat.take(rows * self.views + views, 0)  # numpy's fastest way to copy rows
+            if not real.all():
+                values[~real] = 0
+            return {"regions": torch.from_numpy(values)} | about
+        device = self.resident.device
+        how = {"device": device, "non_blocking": device.type == "cuda"}  # elsewhere as in `to_device`
+        about = {key: value.to(**how) for key, value in about.items()}  # a few kB
+        rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
+        return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
+
+    def read_generated(self, photos, views=None):
+        """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
+        batch = self.read(photos, views)
+        names = {"regions": "generated", "region_mask": "generated_mask", "photo_row": "generated_row"}
+        return {name: batch[key] for key, name in names.items()}
+
+
+class FeatureCache(Regions):
     """Read side of a feature file made by extract_features.py.
 
     The regions are contiguous in the file, so they are mapped into memory at their offset: nothing is copied
     before it is asked for, the pages are shared by all processes, and reading is safe under fork and spawn
     alike. A view is compared with its checksum when it is first read.
 
-    Attributes: `attrs` (how the file was made), `shape` (N, V, R, D), `rows` {image id: row}, `status` [N],
-    `num_regions` [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand
-    for, row by row; regions before them (BLIP's class token) are of the photo as a whole. `boxes`: [] or, of
-    a file of boxes, which part of its photo each region is, [N, R, 4] left, top, right, bottom in shares of
-    it, and labels [N, R], bytes.
+    Attributes beside those of `Regions`: `attrs` (how the file was made); `boxes`: [] or, of a file of boxes,
+    which part of its photo each region is, [N, R, 4] left, top, right, bottom in shares of it, and labels
+    [N, R], bytes.
     Raises FileNotFoundError or ValueError when the file is absent, unfinished, truncated or no feature file.
     """
-
-    resident = None  # all regions on a device, from `keep_on` on
 
     def __init__(self, path):
         self.path = Path(path)
@@ -413,18 +468,6 @@ class FeatureCache:
     def __reduce__(self):
         return FeatureCache, (self.path,)  # a worker opens the file: a pickled map would carry all its bytes
 
-    @property
-    def views(self):
-        return self.shape[1]
-
-    @property
-    def region_dim(self):
-        return self.shape[3]
-
-    def has_photo(self, image_id):
-        """Whether the photo was there and readable; None is no photo."""
-        return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
-
     def whole(self, row, views=slice(None)):
         """Whether a row is as it was written, of finite numbers, with no more places than regions."""
         regions, count = self.regions[row, views], self.num_regions[row]
@@ -434,6 +477,14 @@ class FeatureCache:
         shares = not of_boxes or bool(((of_boxes[0] >= 0) & (of_boxes[0] <= 1)).all())
         same = row_crc32(regions, *about, *of_boxes) == self.crc32[row, views].tolist()
         return bool(same and fits and shares and finite(regions))
+
+    def check(self, rows, views):
+        new = ~self.checked[rows, views]
+        # Of missing photos too: their status may be damaged.
+        for row, view in zip(rows[new], views[new], strict=True):
+            if not self.whole(row, slice(view, view + 1)):
+                raise self.damaged(row, f"view {view}")
+            self.checked[row, view] = True
 
     def damaged(self, row, view):
         """The error for a row that is not `whole`."""
@@ -494,41 +545,3 @@ class FeatureCache:
         refuse_other_photos(self.path, self.attrs, self.ids, self.photo_bytes, paths)
         made_of = [image_id for image_id, size in zip(self.ids, self.photo_bytes, strict=True) if size > 0]
         return sum(paths.get(image_id) is None for image_id in made_of)
-
-    def read(self, photos, views=None):
-        """What a batch holds of its photos, image ids or None for none; `views`: which to read, default 0.
-
-        regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows,
-        columns), photo_row [B], which photo it is, -1 for none.
-        """
-        rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
-        views = np.zeros(len(photos), int) if views is None else np.asarray(views)
-        shown = np.array([photo is not None for photo in photos])
-        checked = self.checked[rows, views]
-        # Of missing photos too: their status may be damaged.
-        for i in () if checked.all() else np.flatnonzero(shown & ~checked):
-            if not self.whole(rows[i], slice(views[i], views[i] + 1)):
-                raise self.damaged(rows[i], f"view {views[i]}")
-            self.checked[rows[i], views[i]] = True
-        real = shown & (self.status[rows] == OK)
-        mask = np.arange(self.shape[2]) < np.where(real, self.num_regions[rows], 0)[:, None]
-        grid = np.where(real[:, None], self.grid[rows], 0)
-        about = {"region_mask": mask, "region_grid": grid, "photo_row": np.where(real, rows, -1)}
-        about = {key: torch.from_numpy(values) for key, values in about.items()}
-        if self.resident is None:
-            flat = np.asarray(self.regions).reshape(-1, *self.shape[2:])  # [N * V, R, D]
-            values = flat.take(rows * self.views + views, 0)  # numpy's fastest way to copy rows
-            if not real.all():
-                values[~real] = 0
-            return {"regions": torch.from_numpy(values)} | about
-        device = self.resident.device
-        how = {"device": device, "non_blocking": device.type == "cuda"}  # elsewhere as in `to_device`
-        about = {key: value.to(**how) for key, value in about.items()}  # a few kB
-        rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
-        return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
-
-    def read_generated(self, photos, views=None):
-        """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
-        made = self.read(photos, views)
-        names = {"regions": "generated", "region_mask": "generated_mask", "photo_row": "generated_row"}
-        return {name: made[key] for key, name in names.items()}

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import NONE, NerExample, RelationExample
-from features import UNREADABLE, FeatureCache
+from features import UNREADABLE, Regions
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
 from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
@@ -244,8 +244,8 @@ def run_backbone(made, weights=None):
     return backbone
 
 
-class NewPhotos(FeatureCache):
-    """A `FeatureCache` of photos that no feature file holds, or of captions or phrases: one view, in memory.
+class NewPhotos(Regions):
+    """The `Regions` of photos that no feature file holds, or of captions or phrases: one view, in memory.
 
     `sources`: {name: the photo's path or an opened PIL image, or its caption or phrases}; of a run on boxes a
     name is (the photo's, its `Boxes` or None). `root`: the folder, without links, that alone may be looked
@@ -257,7 +257,6 @@ class NewPhotos(FeatureCache):
         count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
         self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
         self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
-        self.checked = np.ones((held, 1), bool)  # no file, so nothing to compare with
         self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
         if made["backbone"] in WORDED:
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]

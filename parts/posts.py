@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from encoding import collate, encode, length_batches, to_device
-from features import FeatureCache
+from features import Regions
 from parts.console import progress_bar
 from parts.notes import PostNotes
 from parts.processes import autocast
@@ -23,17 +23,17 @@ from parts.scores import seen_spans
 class Posts:
     """The posts of one split with all that is shown with them.
 
-    `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `FeatureCache` of the photos and
-    that of second pictures; `notes`: the `PostNotes`; each None where there is none. `swap`: {image id: the
+    `rows`: those of `encode`, of `examples`. `cache` and `generated`: the `Regions` of the photos and
+    those of second pictures; `notes`: the `PostNotes`; each None where there is none. `swap`: {image id: the
     one to show in its place, None for no photo}; None: each post is shown its own photo.
     """
 
     examples: list
     rows: list
     pad_id: int
-    cache: FeatureCache | None = None
+    cache: Regions | None = None
     notes: PostNotes | None = None
-    generated: FeatureCache | None = None
+    generated: Regions | None = None
     swap: dict | None = None
 
     def __len__(self):
