@@ -269,8 +269,10 @@ class NewPhotos(Regions):
                     paths[name] = None if place is None else Path(place)
                     reasons |= {name: OUTSIDE} if place is None else {}
             photos = names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")
-            boxed = "boxes_sha256" in made
-            read = (BoxedPhotos(dict(names), *photos) if boxed else Photos(*photos)).read
+            if "boxes_sha256" in made:
+                read = BoxedPhotos({name: name[1] for name in names}, *photos).read
+            else:
+                read = Photos(*photos).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
         for row, (views, self.status[row], self.reasons[row], *_) in enumerate(pool.map(read, range(count))):
             waiting += [] if views is None else [(row, views)]

@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 from test_extract_features import stop_after
 
+import train
 from extract_features import main
 from features import MISSING, FeatureCache
 from parts.boxes import LABEL_WIDTH, MOST, Boxes, check_boxes, clip, read_boxes
 from parts.files import write_json_lines
+from parts.scores import read_predictions
+from predict import Predictor, main as predict
 
 FRAME = [10, 20, 60, 50]
 
@@ -74,8 +77,9 @@ def places(tmp_path_factory):
     """
     folder, rng = tmp_path_factory.mktemp("boxes") / "posts", np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
-    (folder / "train.txt").write_text("".join(f"IMGID:{name}\nBBC\tB-ORG\nso\tO\n\n" for name in "abcdef"))
-    (folder / "valid.txt").write_text("IMGID:a\nBBC\tB-ORG\n")
+    for split in ("train", "valid"):
+        posts = "".join(f"IMGID:{name}\nBBC\tB-ORG\nso\tO\n\n" for name in "abcdef")
+        (folder / f"{split}.txt").write_text(posts)
     for name in "abcdf":
         pixels = rng.integers(0, 255, (int(rng.integers(7, 13)), int(rng.integers(7, 13)), 3), np.uint8)
         photo = Image.fromarray(pixels).resize((10 * pixels.shape[1], 10 * pixels.shape[0]))
@@ -212,3 +216,68 @@ def test_a_change_of_a_box_or_label_is_found(extract):
         assert not cache.whole(0)
         column[0, 1] = before
         assert cache.whole(0)
+
+
+@pytest.fixture(scope="module")
+def run(places, encoder_dir, tmp_path_factory):
+    """The folder of a run on boxes: cross-attention, two epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    fixed = ["--dataset", places, "--seed", 1]
+    features = main([str(arg) for arg in [
+        *fixed, "--cache-dir", folder, "--weights", "random", "--img-size", 64, "--views", 1, "--workers", 0,
+        "--boxes", places / "boxes.jsonl",
+    ]])  # fmt: skip
+    train.main([str(arg) for arg in [
+        *fixed, "--model", "bert-resnet50", "--text-encoder", encoder_dir, "--fusion", "cross-attention",
+        "--features", features, "--epochs", 2, "--fusion-lr", 0.1, "--run-dir", folder / "run",
+    ]])  # fmt: skip
+    return folder / "run"
+
+
+def test_new_posts_with_boxes_are_answered_as_those_of_the_data_set(run, places, tmp_path, capsys):
+    """By their boxes, which may be others' for the same photo; without boxes by the whole photo, and said."""
+    boxes = {name: entry for name, entry in lines_by_photo(places / "boxes.jsonl").items() if name in "abcf"}
+    records = {record["image_id"]: record for record in read_predictions(run / "predictions-valid.jsonl")}
+    posts = [{"words": ["BBC", "so"], "image": f"{name}.png", "id": name} | boxes[name] for name in "abcf"]
+    predictor = Predictor(run, "cpu")
+    answers = predictor(posts, places / "images")
+
+    def chances(answers):
+        return [answer["entities"][-1]["probability"] for answer in answers]
+
+    assert all(records[name]["predicted"] == ["B-ORG", "B-ORG"] for name in "abcf")
+    expected = [records[name]["probability"][-1] for name in "abcf"]
+    np.testing.assert_allclose(chances(answers), expected, atol=1e-4)
+    assert len(set(expected)) == 4
+    assert [answer.get("note") for answer in answers] == [
+        None, None, None, "f.png: of its boxes 1 cut to the photo, 1 empty",
+    ]  # fmt: skip
+    opened = [post | {"image": Image.open(places / "images" / post["image"])} for post in posts]
+    np.testing.assert_allclose(chances(predictor(opened)), chances(answers), atol=1e-6)
+
+    bare = {"words": ["BBC", "so"], "image": "a.png", "id": 7}
+    others = predictor([posts[0], bare, posts[0] | {"boxes": [FRAME] * 3}, bare | {"boxes": [[1, 2]]},
+                        bare | {"boxes": []}], places / "images")  # fmt: skip
+    assert chances(others[:1]) == pytest.approx(chances(answers[:1]), abs=1e-6)
+    assert len({round(p, 6) for p in chances(others[:3])}) == 3
+    assert others[1]["note"] == "no boxes given: the whole photo alone was looked at"
+    assert others[3]["error"].startswith("[1, 2] is not a box")
+    assert "note" not in others[4] and chances(others[4:]) == pytest.approx(chances(others[1:2]), abs=1e-6)
+
+    write_json_lines(tmp_path / "posts.jsonl", [*posts, bare])
+    predict(["--run", str(run), "--input", str(tmp_path / "posts.jsonl"), "--output",
+             str(tmp_path / "answers.jsonl"), "--images", str(places / "images")])  # fmt: skip
+    assert "5 with image, 1 without boxes, the whole photo alone, 2 with a note" in capsys.readouterr().err
+
+
+def lines_by_photo(path):
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return {entry.pop("image").removesuffix(".png"): entry for entry in entries}
+
+
+def test_layers_that_need_a_grid_refuse_boxes(run, places, encoder_dir, capsys):
+    features = json.loads((run / "config.json").read_text())["features"]
+    with pytest.raises(ValueError, match="--fusion pyramid: .* are no places in a photo"):
+        train.main([str(arg) for arg in ["--dataset", places, "--model", "bert-resnet50", "--text-encoder",
+                    encoder_dir, "--fusion", "pyramid", "--features", features]])  # fmt: skip
+
