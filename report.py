@@ -26,7 +26,8 @@ from parts.notes import reads_relevance
 from parts.opening import dataset_now
 from parts.photos import image_folders
 from parts.processes import check_device, default_device
-from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_phrases
+from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_boxes
+from parts.report_data import shown_phrases
 from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
 from parts.scores import entity_spans, main_score, read_predictions, score
 
@@ -199,7 +200,7 @@ def parse_args(argv):
 
 
 def what_was_read(args, config, records, split, kept, warnings):
-    """([what notes said of each post], {its number: where its words looked}, {image id: its phrases}).
+    """([what notes said of each post], {its number: where its words looked}, {image id: its phrases or boxes}).
 
     Attention is that of the posts `kept`. A file that is not there and was not named costs a line of
     `warnings`; one that was named is a FileNotFoundError.
@@ -208,6 +209,8 @@ def what_was_read(args, config, records, split, kept, warnings):
     on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"
     if args.captions and not on_phrases:
         raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
+    if cache is not None and cache.boxes:
+        phrases = shown_boxes(cache)
     try:
         if cache is not None and on_phrases:
             phrases = shown_phrases(config, cache, args.data_dir, args.captions)
@@ -346,14 +349,14 @@ def main(argv=None):
         said = "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
         warnings.append(said)
     read, maps, phrases = what_was_read(args, config, records, split, kept, warnings)
-    on_phrases = made.get("backbone") == "phrases"
+    on_phrases = made.get("backbone") == "phrases" or "boxes_sha256" in made
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
         post |= read[i]
         # On shuffled photos it is another photo's.
         if record.get("relevance") is not None and not config["shuffle_photos"]:
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
         if i in maps and on_phrases and post["photo"] in phrases:
-            post |= {"maps": maps[i], "phrases": phrases[post["photo"]]}
+            post |= {"maps": maps[i]} | phrases[post["photo"]]
         elif i in maps and not on_phrases and isinstance(photos[post["photo"]], list):
             post["maps"] = maps[i]
     if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):

@@ -82,7 +82,7 @@ def place_maps(weights, grid):
 
 
 def open_regions(run, config, records, features):
-    """The feature cache of a run whose words weigh places in the photos it was shown, or phrases; else None.
+    """The feature cache of a run whose words weigh places or boxes in its photos, or phrases; else None.
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
@@ -91,11 +91,26 @@ def open_regions(run, config, records, features):
         return None
     photos = [record["image_id"] for record in records]
     cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])
-    return cache if cache.grid.any() or cache.attrs["backbone"] == "phrases" else None
+    return cache if cache.grid.any() or cache.boxes or cache.attrs["backbone"] == "phrases" else None
+
+
+def shown_boxes(cache):
+    """{image id: what its regions are called, as "phrases", and their "boxes"} of a feature file of boxes.
+
+    The first region is the whole photo. A box is [left, top, width, height] in shares of the photo.
+    """
+    shown = {}
+    for image_id, row in cache.rows.items():
+        corners, labels = (column[row, : cache.num_regions[row]].tolist() for column in cache.boxes)
+        labels = [label.decode(errors="replace") for label in labels]
+        names = [f"{i} {label}".strip() if i else label for i, label in enumerate(labels)]
+        boxes = [[round(share, 4) for share in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in corners]
+        shown[image_id] = {"phrases": names, "boxes": boxes}
+    return shown
 
 
 def shown_phrases(config, cache, data_dir, path):
-    """{image id: its phrases, one for each of its regions} of the photos that a run on phrases was shown.
+    """{image id: its "phrases", one for each of its regions} of the photos that a run on phrases was shown.
 
     `path`: where the file that they were made of is now. A photo is left out if its phrases are not as many
     as its regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data
@@ -112,7 +127,7 @@ def shown_phrases(config, cache, data_dir, path):
     for image_id, row in cache.rows.items():
         texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
         if cache.has_photo(image_id) and len(texts) == cache.num_regions[row]:
-            found[image_id] = texts
+            found[image_id] = {"phrases": texts}
     return found
 
 

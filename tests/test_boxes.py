@@ -1,17 +1,24 @@
 """Boxes: their file, and regions of them against crops that are extracted as photos of their own."""
 
+import base64
 import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_extract_features import stop_after
+from test_report import embedded
 
+import report
 import train
+from encoding import collate, encode
 from extract_features import main
 from features import MISSING, FeatureCache
 from parts.boxes import LABEL_WIDTH, MOST, Boxes, check_boxes, clip, read_boxes
+from parts.datasets import load_dataset
 from parts.files import write_json_lines
+from parts.run_files import load_run
 from parts.scores import read_predictions
 from predict import Predictor, main as predict
 
@@ -281,3 +288,24 @@ def test_layers_that_need_a_grid_refuse_boxes(run, places, encoder_dir, capsys):
         train.main([str(arg) for arg in ["--dataset", places, "--model", "bert-resnet50", "--text-encoder",
                     encoder_dir, "--fusion", "pyramid", "--features", features]])  # fmt: skip
 
+
+def test_the_page_draws_the_boxes_with_their_attention(run, places, tmp_path):
+    output = str(tmp_path / "page.html")
+    page = embedded(report.main(["--run", str(run), "--split", "valid", "--output", output]))
+    model, tokenizer, config = load_run(run)
+    cache, examples = FeatureCache(config["features"]), load_dataset(str(places)).examples["valid"]
+    rows, _ = encode(tokenizer, examples, config["labels"], 128)
+    posts = {post["id"]: post for post in page["posts"]}
+    assert "maps" not in posts["e"] and "boxes" not in posts["e"]  # its photo is missing
+    assert posts["a"]["phrases"] == ["whole photo", "1 " + "é" * 20, "2", "3 person"]
+    for name, row in zip("abcdf", [rows["abcdef".index(name)] for name in "abcdf"], strict=True):
+        post, count = posts[name], cache.num_regions[cache.rows[name]]
+        left, top, width, height = np.array(post["boxes"]).T
+        corners = cache.boxes[0][cache.rows[name], :count]
+        np.testing.assert_allclose(np.stack((left, top, left + width, top + height), 1), corners, atol=2e-4)
+        with torch.inference_mode():
+            _, weights = model(collate([row], 0) | cache.read([name]), return_weights=True)
+        values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8).reshape(-1, count) / 255
+        for k, start in enumerate(row["word_starts"]):
+            shares = values[k] / values[k].sum() * post["maps"]["places"][k]
+            np.testing.assert_allclose(shares, weights[0, start, :count], atol=5e-3)
