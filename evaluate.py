@@ -23,6 +23,7 @@ from pathlib import Path
 
 from data import read_ner
 from features import FeatureCache
+from parts.boxes import boxes_of
 from parts.checks import FEWEST, SCORES, check_row, checked_photos, ensemble, image_check, leak_check
 from parts.checks import note_leaks, paired_bootstrap, photo_verdict, score_title, type_changes, verdict
 from parts.console import bounded, command_line, dataset_name
@@ -140,18 +141,19 @@ def print_note_leaks(dataset, split, path):
           " on train, scores with such notes tell nothing about a model that never saw them")  # fmt: skip
 
 
-def print_leaks(name, split, data_dir, images, notes):
-    """Print how much of the labels metadata alone gives away, and how much of the gold a file of `notes`."""
-    dataset = load_dataset(name, data_dir)
-    split = split or ("test" if "test" in dataset.examples else "valid")
+def print_leaks(args):
+    """Print how much of the labels metadata alone gives away, and how much of the gold a file of notes."""
+    data_dir = args.data_dir or "data"
+    dataset = load_dataset(args.leak_check, data_dir)
+    split = args.split or ("test" if "test" in dataset.examples else "valid")
     if split not in dataset.examples:
-        raise ValueError(f"{name} has no {split} file")
-    if notes:
-        print_note_leaks(dataset, split, notes)
+        raise ValueError(f"{args.leak_check} has no {split} file")
+    if args.notes:
+        print_note_leaks(dataset, split, args.notes)
     try:
-        folders = image_folders(name, data_dir, images)
+        folders = image_folders(args.leak_check, data_dir, args.images)
     except FileNotFoundError as error:
-        if images:
+        if args.images:
             raise
         print(f"no photos looked at: {error}")
         folders = []
@@ -159,7 +161,10 @@ def print_leaks(name, split, data_dir, images, notes):
     count = sum(path is not None for path in find_photos(ids, folders).values())
     little = "" if count > len(ids) / 2 else ": the photos' column tells little or nothing"
     print(f"{count} of {len(ids)} photos found{little}")
-    leaks = leak_check(dataset, split, folders)
+    boxes = None
+    if args.boxes:
+        boxes = {name: found.count if found else 0 for name, found in boxes_of(args.boxes, ids).items()}
+    leaks = leak_check(dataset, split, folders, boxes)
     if not leaks:
         print(
             f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without it,"
@@ -174,11 +179,12 @@ def print_leaks(name, split, data_dir, images, notes):
     print(f"{'':<{width}} posts  photo's files    text length")
     for target, leak in leaks.items():
         photo, text = (f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))
-        cells = f"{photo if count else '-':<12}   {text}"
+        cells = f"{photo if count or boxes else '-':<12}   {text}"
         print(f"{target:<{width}} {leak['posts']:5d}   {cells}")
     for target, leak in leaks.items():
         if leak["photo"][0] - leak["photo"][1] > 0.55:
-            print(f"WARNING: {target!r} can be told from the photo's files without looking at them: AUC"
+            known = "files and boxes" if boxes else "files"
+            print(f"WARNING: {target!r} can be told from the photo's {known} without looking at them: AUC"
                   f" {leak['photo'][0]:.3f}, most by {leak['column'][0]}")  # fmt: skip
 
 
@@ -349,6 +355,7 @@ def parse_args(argv):
     add("--features", metavar="FILE", help="the run's features")
     add("--generated", metavar="FILE", help="the run's features of second pictures")
     add("--notes", metavar="FILE", help="the run's notes; of --leak-check: notes to look for labels in")
+    add("--boxes", metavar="FILE", help="of --leak-check: boxes, as extract_features.py takes them")
     add("--images", metavar="DIR", help="of --leak-check: the photos (default: as docs/DATA.md says)")
     add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
     # fmt: on
@@ -367,7 +374,7 @@ def parse_args(argv):
         ("csv", args.table, "--table"), ("tex", args.table, "--table"), ("png", args.table, "--table"),
         ("features", runs_model or args.photo_probe, f"{models} or --photo-probe"),
         ("generated", runs_model, models), ("text_encoder", args.photo_probe, "--photo-probe"),
-        ("images", args.leak_check, "--leak-check"),
+        ("images", args.leak_check, "--leak-check"), ("boxes", args.leak_check, "--leak-check"),
         ("notes", runs_model or args.leak_check, f"{models} or --leak-check"),
         ("data_dir", runs_model or args.leak_check or args.photo_probe,
          f"{models}, --leak-check or --photo-probe"),
@@ -392,7 +399,7 @@ def main(argv=None):
     elif args.ensemble:
         print_ensemble(args)
     elif args.leak_check:
-        print_leaks(args.leak_check, args.split, args.data_dir or "data", args.images, args.notes)
+        print_leaks(args)
     elif args.photo_probe:
         print_probe(args)
     elif args.predictions and args.image_check:

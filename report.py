@@ -200,7 +200,7 @@ def parse_args(argv):
 
 
 def what_was_read(args, config, records, split, kept, warnings):
-    """([what notes said of each post], {its number: where its words looked}, {image id: its phrases or boxes}).
+    """([what notes said of each post], {its number: where its words looked}, {image id: phrases or boxes}).
 
     Attention is that of the posts `kept`. A file that is not there and was not named costs a line of
     `warnings`; one that was named is a FileNotFoundError.

@@ -39,6 +39,10 @@ class Boxes:
     labels: tuple
     left_out: int = 0
 
+    @property
+    def count(self):
+        return len(self.corners) + self.left_out
+
 
 def is_number(value):
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e9  # False of NaN, too

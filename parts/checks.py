@@ -163,8 +163,11 @@ def files_named_after(image_ids, folders):
     return counts
 
 
-def metadata(examples, paths, counts):
-    """What is known of posts without a word or a pixel: [posts, columns], -1 where there is no photo."""
+def metadata(examples, paths, *counts):
+    """What is known of posts without a word or a pixel: [posts, columns], -1 where there is no photo.
+
+    `counts`: {image id: number} each, one column more of the photo.
+    """
     rows, sizes = [], {}
     for example in examples:
         path = paths.get(example.image_id)  # None: the post names no photo
@@ -176,7 +179,8 @@ def metadata(examples, paths, counts):
                 sizes[path] = (-1,) * 3
         size = sizes[path] if path is not None else (-1,) * 3
         text = (len(example.words), sum(map(len, example.words)))
-        rows.append((path is not None, *size, counts[example.image_id], *text))
+        numbers = (of_photo.get(example.image_id, 0) for of_photo in counts)
+        rows.append((path is not None, *size, *numbers, *text))
     return np.array(rows, float)
 
 
@@ -190,22 +194,24 @@ def leak_targets(examples):
     return {name: np.array([name in present for present in labels]) for name in sorted(set().union(*labels))}
 
 
-def leak_check(dataset, split, folders):
+def leak_check(dataset, split, folders, boxes=None):
     """How well labels are predicted from metadata alone: {target: {"posts", "photo", "text", "column"}}.
 
     "photo" and "text" are (AUC, half of its 95% interval) on `split` of boosted trees trained on train, from
     what is known of the photo's files and from the text's length; 0.5 is chance. "column": the photo column
     with the highest AUC by itself, and that. Targets with fewer than `FEWEST` posts of either kind are left
-    out.
+    out. `boxes`: {image id: how many a detector found}, one more that is known of the photo.
     """
     from sklearn.ensemble import GradientBoostingClassifier
 
     ids = dataset.image_ids()
     paths = find_photos(ids, folders) if folders else dict.fromkeys(ids)
-    counts = files_named_after(ids, folders)
-    tables = {name: metadata(dataset.examples[name], paths, counts) for name in ("train", split)}
+    counts, photo_columns = [files_named_after(ids, folders)], PHOTO_COLUMNS
+    if boxes is not None:
+        counts, photo_columns = [*counts, boxes], (*PHOTO_COLUMNS, "number of boxes")
+    tables = {name: metadata(dataset.examples[name], paths, *counts) for name in ("train", split)}
     goals = {name: leak_targets(dataset.examples[name]) for name in ("train", split)}
-    photo = len(PHOTO_COLUMNS)
+    photo = len(photo_columns)
     found = {}
     for target, gold in goals[split].items():
         trained = goals["train"].get(target, np.zeros(1, bool))
@@ -218,7 +224,7 @@ def leak_check(dataset, split, folders):
             found[target][name] = auc(gold, trees.predict_proba(tables[split][:, columns])[:, 1])
         alone = [auc(gold, column)[0] for column in tables[split][:, :photo].T]
         best = int(np.argmax(np.abs(np.array(alone) - 0.5)))
-        found[target]["column"] = (PHOTO_COLUMNS[best], max(alone[best], 1 - alone[best]))
+        found[target]["column"] = (photo_columns[best], max(alone[best], 1 - alone[best]))
     return found
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from test_extract_features import stop_after
 from test_report import embedded
 
+import evaluate
 import report
 import train
 from encoding import collate, encode
@@ -304,8 +305,28 @@ def test_the_page_draws_the_boxes_with_their_attention(run, places, tmp_path):
         corners = cache.boxes[0][cache.rows[name], :count]
         np.testing.assert_allclose(np.stack((left, top, left + width, top + height), 1), corners, atol=2e-4)
         with torch.inference_mode():
-            _, weights = model(collate([row], 0) | cache.read([name]), return_weights=True)
+            weights = model(collate([row], 0) | cache.read([name]), return_weights=True).weights
         values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8).reshape(-1, count) / 255
         for k, start in enumerate(row["word_starts"]):
             shares = values[k] / values[k].sum() * post["maps"]["places"][k]
             np.testing.assert_allclose(shares, weights[0, start, :count], atol=5e-3)
+
+
+def test_the_leak_check_knows_the_number_of_boxes(tmp_path, capsys):
+    """More than are looked at, too; boxes that say nothing give nothing away."""
+    rng, rows, told, chance = np.random.default_rng(0), {}, [], []
+    for split in ("train", "valid"):
+        rows[split] = ""
+        for i in range(200):
+            person = i % 3 == 0
+            rows[split] += f"IMGID:{split}{i}\nw\t{'B-PER' if person else 'O'}\n\n"
+            for lines, count in ((told, 17 + person), (chance, int(rng.integers(3)))):
+                lines.append({"image": f"{split}{i}", "boxes": [FRAME] * count})
+        (tmp_path / f"{split}.txt").write_text(rows[split])
+    for name, lines in (("told", told), ("chance", chance)):
+        write_json_lines(tmp_path / f"{name}.jsonl", lines)
+        evaluate.main(["--leak-check", str(tmp_path), "--boxes", str(tmp_path / f"{name}.jsonl")])
+        out = capsys.readouterr().out
+        warning = "'PER' can be told from the photo's files and boxes without looking at them: AUC 1.000"
+        assert (f"WARNING: {warning}, most by number of boxes" in out) == (name == "told")
+        assert "0 of 400 photos found" in out and "AUC on valid" in out
