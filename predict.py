@@ -148,7 +148,8 @@ class Predictor:
 
     def read(self, given, folder, answer):
         """A `NewPost` of a post, a dict; ValueError says what is wrong with it."""
-        example, offsets = read_post(given, self.config["task"], self.source, folder)
+        config = self.config
+        example, offsets = read_post(given, config["task"], config["word_rule"], self.source, folder)
         source = example.image_id
         if isinstance(source, Image.Image):
             # Images cannot be keys, so each gets a name that no file can have. One image in several posts

@@ -42,6 +42,7 @@ from parts.processes import pick_precision, wait_for_all
 from parts.runs import begin, check_folder, load_state, save_state, save_weights, settle
 from parts.scores import format_scores, main_score, mentions, score
 from parts.systems import PRESETS, SYSTEMS, mistake, run_name
+from parts.words import RULES
 
 
 def alignment(text):
@@ -78,6 +79,8 @@ def make_parser(description):
         help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
     add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
         " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
+    add("--word-rule", choices=("auto", *RULES), default="auto", help="how predict.py cuts a text into words"
+        " (docs/DATA.md); auto: as train's words are cut")
     add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
         help="train on this share of its posts, drawn with --seed")
 

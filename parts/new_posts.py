@@ -1,12 +1,10 @@
-"""Posts of no data set: read from JSON, cut into words as the data sets are, photos made into regions."""
+"""Posts of no data set: read from JSON, cut into words as the run's data are, photos made into regions."""
 
 import itertools
 import json
 import math
 import numbers
 import os
-import re
-import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
 from parts.notes import check_note, is_text
 from parts.photos import WORDED, Photos
+from parts.words import cut_words
 
 LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
 PHOTOS = 16  # that share a forward pass of the backbone
@@ -28,37 +27,6 @@ MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with t
 TEXTS = ("id", "text", "words", "image", "caption", "phrases", "about_post", "about_photo", "boxes",
          "labels", "scores")  # that are read  # fmt: skip
 OUTSIDE = "not in the folder that photos may come from"
-
-# ------------------------------------------------------------------------------------------------------ words
-
-# Words as the data sets have them. Both: links whole, a word's accents with it (`\w` has no combining marks;
-# Hindi and Arabic do), any other character by itself. Twitter-2015/2017: "#", "@", "'" and every dot apart,
-# letters split from digits before them ("2 nd"). MNRE: "@user" whole, "'s" and "n't" apart from their word,
-# runs of dots whole, "U.S." and "John J. Quinn" as they are.
-W = rf"[\w{''.join(chr(c) for c in range(0x300, 0x2000) if unicodedata.category(chr(c))[0] == 'M')}]"
-LINK = r"(?:[Hh]ttps?://|www\.)\S*[^\s.,!?;:…)\]}'\"’”]"
-ENDING = rf"(?:['’](?:[sSmMdD]|re|ve|ll|RE|VE|LL)|n['’]t|N['’]T)(?!{W})"
-WORDS = {
-    "ner": re.compile(rf"{LINK} | :-?[()/] | \d+[.,]\d+ | \d+ | [^\W\d_]{W}* | \S", re.VERBOSE),
-    "relation": re.compile(
-        rf"""{LINK} | \.?@\w*[^\W_] | :'?-?[()] | \.\.+ | //+ | --+ | \|\|+
-        | (?:[A-Za-z]\.){{2,}} | (?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|Rep|Sen|Gov|Gen|Prof|[A-Z])\.(?=\s+\S)
-        | {ENDING} | [^\W_]{W}*?(?={ENDING}) | \d+(?:[.,:/]\d+)*(?:{W}*[^\W_])?
-        | [^\W_](?:['’]?{W})*(?<!_) | \S""",
-        re.VERBOSE,
-    ),
-}
-
-
-def split_words(text, task, cuts=()):
-    """[(start, end)] of the words of a text, no more than one over `MOST_WORDS`.
-
-    No word goes across one of `cuts`.
-    """
-    edges = [0, *sorted(cuts), len(text)]
-    found = (match.span() for a, b in itertools.pairwise(edges) for match in WORDS[task].finditer(text, a, b))
-    return list(itertools.islice(found, MOST_WORDS + 1))
-
 
 # ------------------------------------------------------------------------------------------------------ posts
 
@@ -130,9 +98,10 @@ def check_text(value, name):
     return value
 
 
-def read_post(post, task, source=None, folder=""):
+def read_post(post, task, rule, source=None, folder=""):
     """(example, [(start, end)] of its words in its text or None) of a post, a dict; else ValueError.
 
+    `rule`: of parts/words.py, which cuts its text into words; None: no text can be cut as the run's data are.
     The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
     PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
     """
@@ -160,8 +129,11 @@ def read_post(post, task, source=None, folder=""):
         if not (whole and 0 <= span[0] < span[1] <= size):
             raise ValueError(f"{name} is not a span [start, end) of its {size} {unit}")
         spans.append(tuple(span))
+    if words is None and rule is None:
+        raise ValueError("the words of the run's data follow no known rule, so no text can be cut as they"
+                         " are; give the post its words, or train with --word-rule")  # fmt: skip
     if words is None:
-        offsets = split_words(text, task, itertools.chain(*spans))
+        offsets = cut_words(text, rule, itertools.chain(*spans), MOST_WORDS + 1)
         words = [text[start:end] for start, end in offsets]
     if not words:
         raise ValueError("no words in it")

@@ -19,6 +19,7 @@ from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
 from parts.systems import SYSTEMS
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
+from parts.words import rule_of
 
 # ---------------------------------------------------------------------------------------------- for a new run
 
@@ -32,13 +33,14 @@ def open_inputs(args, device):
     """
     # The posts.
     dataset = load_dataset(args.dataset, args.data_dir)
+    word_rule, how_cut = rule_of([example.words for example in dataset.examples["train"]], args.word_rule)
     if args.train_share < 1:
         cut_train(dataset, args.train_share, args.seed)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         of_file = prints[split]
         print(f"{split:<10} {len(examples)} posts, {of_file['variant']} ({of_file['sha256'][:16]})")
-    for note in dataset.notes:
+    for note in (*dataset.notes, how_cut):
         print(f"           {note}")
 
     # Their photos.
@@ -78,6 +80,7 @@ def open_inputs(args, device):
         "run_format": RUN_FORMAT,
         "task": dataset.task,
         "labels": list(dataset.labels),
+        "word_rule": word_rule,
         "data": prints,
         "region_dim": cache.region_dim if cache else None,
         "features_made": cache.attrs | {"sha256": cache.sha256} if cache else None,

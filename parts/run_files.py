@@ -30,6 +30,7 @@ from parts.model import LEFT_OUT
 from parts.processes import out_of_memory
 from parts.systems import SYSTEMS
 from parts.text_encoder import drop_pooler, load_tokenizer, longest_input
+from parts.words import OF_TASK, RULES
 
 # A run may be a stranger's: nothing of it is run, nothing outside of it is read, and all is looked at first.
 MOST_BYTES = 2**24  # of a configuration, or of what weights say of themselves
@@ -95,7 +96,7 @@ KEYS = {
     "align": (named_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
     "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
     "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
-    "precision": one_of("auto", "float32", "bfloat16"),
+    "precision": one_of("auto", "float32", "bfloat16"), "word_rule": or_null(*one_of(*RULES)),
 }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def read_config(run_dir):
     for key, (fits, wanted) in KEYS.items():
         if key in config and not fits(config[key]):
             raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
-    return config
+    return {"word_rule": OF_TASK.get(config.get("task"))} | config
 
 
 def read_log(run_dir):

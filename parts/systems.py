@@ -143,6 +143,7 @@ def run_name(args, defaults, dataset, system):
         "model": args.model,
         "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
+        "word_rule": f"words-{args.word_rule}" if args.word_rule != "auto" else "",
         "train_share": f"train{args.train_share:g}" if args.train_share < 1 else "",
         "align": "-".join(f"{name}{weight:g}" for name, weight in args.align.items()),
         "bottleneck": f"bottleneck{args.bottleneck:g}" if args.bottleneck else "",

@@ -33,59 +33,9 @@ from features import FeatureCache
 from parts.datasets import load_dataset
 from parts.scores import entity_spans, read_predictions
 from parts.text_encoder import load_tokenizer
+from parts.words import cut_words
 from predict import Predictor
 from parts import new_posts, text_encoder
-
-# Text as typed, its words as Twitter-2015/2017 has them, and as MNRE has them.
-TYPED = [
-    ("RT @jehnny_b: What a day! #NewYorkMets VS #Sa…", "RT @ jehnny_b : What a day ! # NewYorkMets VS # Sa …",
-     "RT @jehnny_b : What a day ! # NewYorkMets VS # Sa …"),
-    ("I don't know Donald's $10,000.", "I don ' t know Donald ' s $ 10,000 .",
-     "I do n't know Donald 's $ 10,000 ."),
-    ("2nd, 7:30 pm (Q-polls) ...", "2 nd , 7 : 30 pm ( Q - polls ) . . .", "2nd , 7:30 pm ( Q - polls ) ..."),
-    (".@POTUS met J. Cole in the U.S. :)", ". @ POTUS met J . Cole in the U . S . :)",
-     ".@POTUS met J. Cole in the U.S. :)"),
-    ("see https://t.co/aB-c?d=1, ok", "see https://t.co/aB-c?d=1 , ok", "see https://t.co/aB-c?d=1 , ok"),
-    ("في نيويورك اليوم مَدينة", "في نيويورك اليوم مَدينة", "في نيويورك اليوم مَدينة"),
-    ("हिन्दी 東京へ", "हिन्दी 東京へ", "हिन्दी 東京へ"),
-    ("go🔥🔥👍🏽❤️", "go 🔥 🔥 👍 🏽 ❤ ️", "go 🔥 🔥 👍 🏽 ❤ ️"),
-]  # fmt: skip
-TASKS = ("ner", "relation")
-
-
-def words_of(text, task, cuts=()):
-    return [text[start:end] for start, end in new_posts.split_words(text, task, cuts)]
-
-
-@pytest.mark.parametrize("text, twitter, mnre", TYPED)
-def test_words_are_those_of_the_data_sets(text, twitter, mnre):
-    assert words_of(text, "ner") == twitter.split(" ") and words_of(text, "relation") == mnre.split(" ")
-
-
-@given(st.one_of(st.text(max_size=60), st.text("aZ1_@#'’.n t:/-|)(😀\u0301\u200d", max_size=30),
-                 st.sampled_from([row[0] for row in TYPED])), st.sampled_from(TASKS))  # fmt: skip
-def test_no_character_is_lost_and_words_split_no_further(text, task):
-    words = words_of(text, task)
-    assert "".join(words) == re.sub(r"\s", "", text) and not any(re.search(r"\s", word) for word in words)
-    assert words_of(" ".join(words), task) == words
-
-
-@given(st.text("ab .'@1", min_size=2, max_size=20), st.data(), st.sampled_from(TASKS))
-def test_no_word_goes_across_a_cut(text, data, task):
-    cut = data.draw(st.integers(1, len(text) - 1))
-    assert not any(start < cut < end for start, end in new_posts.split_words(text, task, [cut]))
-    assert "".join(words_of(text, task, [cut])) == text.replace(" ", "")
-
-
-def test_long_nonsense_is_split_in_no_time():
-    started = time.perf_counter()
-    for part in ("a", "@_", "x'", "www.", "A. ", "http://", "1.", "1_", "_", ".", "n't"):
-        for task in TASKS:
-            assert (
-                len(new_posts.split_words(part + part[-1:] * 10**5 + part * 10**5, task))
-                <= new_posts.MOST_WORDS + 1
-            )
-    assert time.perf_counter() - started < 10
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -203,7 +153,7 @@ def test_relations_by_words_and_by_characters(runs, data_dir):
     assert predictor(typed) == predictor(posts)
     # A span within a word is a word of its own, and spaces do not count.
     inside = new_posts.read_post(
-        {"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation"
+        {"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation", "mnre"
     )
     assert (
         inside[0].words == ("Anti", "Messi", "of", "BBC")
@@ -214,16 +164,15 @@ def test_relations_by_words_and_by_characters(runs, data_dir):
 def test_entities_of_typed_text_have_their_characters(clip, data_dir):
     for post in posts_of(data_dir):
         text = "  " + " ".join(post["words"]).replace("@ ", "@").replace(" !", "!") + " \n"
-        answer, by_words = clip(
-            [post | {"text": text, "words": None}, post | {"words": words_of(text, "ner")}]
-        )
+        words = [text[start:end] for start, end in cut_words(text, clip.config["word_rule"])]
+        answer, by_words = clip([post | {"text": text, "words": None}, post | {"words": words}])
         assert [e["probability"] for e in answer["entities"]] == [
             e["probability"] for e in by_words["entities"]
         ]
         for entity, other in zip(answer["entities"], by_words["entities"], strict=True):
             start, end = entity["chars"]
             assert entity["text"] == text[start:end] and "chars" not in other
-            assert words_of(text, "ner")[slice(*entity["words"])] == entity["text"].split()
+            assert words[slice(*entity["words"])] == entity["text"].split()
 
 
 def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
@@ -593,7 +542,8 @@ def test_one_bound_for_posts_of_all_kinds(film, monkeypatch):
     assert [len(window) for window in predict.windows(enumerate(several))] == [2, 2, 8]
 
 
-@given(st.integers(5, 300), st.lists(st.integers(0, 300), min_size=4, max_size=4), st.sampled_from(TASKS))
+@given(st.integers(5, 300), st.lists(st.integers(0, 300), min_size=4, max_size=4),
+       st.sampled_from(["ner", "relation"]))  # fmt: skip
 def test_words_that_are_left_out_change_no_row(tokenizer, count, ends, task):
     words = tuple("Jordan today Paris".split()[i % 3] for i in range(count))
     if task == "ner":
@@ -613,7 +563,7 @@ def test_words_that_are_left_out_change_no_row(tokenizer, count, ends, task):
 @pytest.mark.parametrize("span, message", SPANS)
 def test_a_broken_span_is_an_error(runs, span, message):
     with pytest.raises(ValueError, match=message):
-        new_posts.read_post({"text": "a b c", "head": span, "tail": [0, 1]}, "relation")
+        new_posts.read_post({"text": "a b c", "head": span, "tail": [0, 1]}, "relation", "mnre")
 
 
 def test_a_file_is_answered_as_its_posts_are(runs, posts_file, clip, tmp_path, capsys):
