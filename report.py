@@ -29,7 +29,7 @@ from parts.processes import check_device, default_device
 from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_boxes
 from parts.report_data import shown_phrases
 from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
-from parts.scores import entity_spans, main_score, read_predictions, score
+from parts.scores import entity_spans, main_score, rate_text, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
 NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
@@ -98,15 +98,15 @@ def confusion(posts, order):
 
 def table(title, note, columns, rows):
     """A table for the page; `rows` {name: scores}, numbers as text, empty where a score is not there."""
-    shown = {name: [scores.get(column, "") for column in columns] for name, scores in rows.items()}
-    text = [
-        [name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)] for name, row in shown.items()
-    ]
+
+    def cell(scores, column):
+        return rate_text(scores, column) if isinstance(scores.get(column), float) else str(scores.get(column, ""))
+
     return {
         "title": title,
         "note": note,
         "columns": [column.replace("f1", "F1").replace("_", " ") for column in columns],
-        "rows": text,
+        "rows": [[name, *(cell(scores, column) for column in columns)] for name, scores in rows.items()],
     }
 
 

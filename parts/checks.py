@@ -333,7 +333,7 @@ def image_check(run_dir, split, shuffles, device, **now):
 
 
 def checked_photos(true, shuffled, none, photos):
-    """The image check of one model's records: with true photos, with others', a list a shuffle, and with none.
+    """The image check of one model's records: with true photos, with others' (a list a shuffle), with none.
 
     `photos`: how many there are. Returns a plain dict of scores; its "bootstrap" is the `paired_bootstrap` of
     true against shuffled photos, None where there is no photo to show.

@@ -132,7 +132,7 @@ class Model(nn.Module):
 
     def probabilities(self, batch):
         """What `Head.probabilities` says of a batch."""
-        return self.head.probabilities(self(batch), batch)
+        return self.head.probabilities(self(batch).logits, batch)
 
 
 # Keys of the photo and of the second picture in a batch: regions -> (their mask, which picture it is).

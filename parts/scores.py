@@ -47,6 +47,12 @@ def ratio_scores(correct, predicted, gold):
     }
 
 
+def rate_text(scores, name):
+    """A rate of `ratio_scores` as text; "-" where nothing was to be found, and its 0 says nothing."""
+    nothing = scores.get("gold") == 0 and (name == "recall" or scores["predicted"] == 0)
+    return "-" if nothing else f"{scores[name]:.4f}"
+
+
 def mean_f1(types):
     """Macro F1: the mean of the F1 of the types that gold or predictions have, rare or not."""
     return sum(kind["f1"] for kind in types.values()) / max(1, len(types))
@@ -198,12 +204,12 @@ def format_scores(metrics, title):
         what = f"{metrics['posts']} posts, {metrics['words']} words, {gold} entities"
     width = max([38, *(len(kind) + 4 for kind in metrics[main]["types"])])
 
-    def line(name, s, accuracy=None):
-        shown = f"{accuracy:9.4f}" if accuracy is not None else " " * 9
-        macro = f"{s['macro_f1']:10.4f}" if "macro_f1" in s else " " * 10
-        count = f"{s['gold']:8d}{s['predicted']:11d}" if "gold" in s else ""
-        values = f"{s['precision']:11.4f}{s['recall']:9.4f}{s['f1']:9.4f}"
-        return f"{name:<{width}}{shown}{values}{macro}{count}".rstrip()
+    def line(name, scores, accuracy=None):
+        precision, recall, f1 = (rate_text(scores, rate) for rate in ("precision", "recall", "f1"))
+        macro = rate_text(scores, "macro_f1") if "macro_f1" in scores else ""
+        count = f"{scores['gold']:8d}{scores['predicted']:11d}" if "gold" in scores else ""
+        first = "" if accuracy is None else f"{accuracy:.4f}"
+        return f"{name:<{width}}{first:>9}{precision:>11}{recall:>9}{f1:>9}{macro:>10}{count}".rstrip()
 
     base = metrics["baseline"]
     heads = " accuracy  precision   recall       F1  macro F1    gold  predicted"

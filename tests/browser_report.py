@@ -46,6 +46,10 @@ def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
                     record["probability"] = [0.5] * len(words)
                 changed.append(record)
         write_json_lines(run / f"predictions-{split}.jsonl", changed)
+        best = {"clip-bert": 1, "mnre": 12}[name]  # epochs: an early one, a late one
+        log = [{"epoch": i, "loss": 1.5 / i, "valid_main_f1": 1 - abs(i - best) / 13, "valid_accuracy": 0.9,
+                "best_epoch": min(i, best)} for i in range(1, 13)]  # fmt: skip
+        write_json_lines(run / "log.jsonl", log)
         made[name] = report.main(["--run", str(run), "--output", str(root / f"{name}.html")])
     return made
 
@@ -232,6 +236,44 @@ def test_words_can_be_picked_with_the_keyboard(page):
     assert driver.switch_to.active_element == buttons[1]
     buttons[1].send_keys(Keys.ENTER)
     assert buttons[1].get_attribute("aria-pressed") == "true" and article.find_elements(By.TAG_NAME, "canvas")
+
+
+BOXES = """
+const box = node => { const r = node.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+const inside = (a, b) => a[0] >= b[0] - 1 && a[1] >= b[1] - 1 && a[2] <= b[2] + 1 && a[3] <= b[3] + 1;
+const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+"""
+
+
+@pytest.mark.parametrize("width", [800, 1200, 1440])
+def test_nothing_is_cut_off_or_lies_over_another(page, width):
+    driver, content = page
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        lost = """return [...document.querySelectorAll('#tables .scroll')]
+            .map(node => node.scrollWidth - node.clientWidth)"""
+        narrow = [width for width in driver.execute_script(lost) if width > 0]
+        assert not narrow or driver.find_elements(By.CLASS_NAME, "long")  # of 20 relations it may scroll
+        charts = BOXES + """return [...document.querySelectorAll('#curves .box')].map(chart => {
+            const texts = [...chart.querySelectorAll('svg text')].map(box), all = box(chart.querySelector('svg'));
+            const over = texts.flatMap((a, i) => texts.slice(i + 1).filter(b => meet(a, b)));
+            return [texts.every(text => inside(text, all)), over, meet(box(chart.querySelector('h3')), all)];
+        })"""
+        assert driver.execute_script(charts) == 2 * [[True, [], False]]
+        gaps = BOXES + """return [...document.querySelectorAll('.run')].flatMap(run => {
+            const cells = [...run.children].map(cell => {
+                const range = document.createRange();
+                range.selectNodeContents(cell.querySelector('.word'));
+                return box(range);
+            });
+            return cells.slice(1).map((b, i) => [cells[i][1] === b[1], b[0] - cells[i][2]]);
+        })"""
+        together = [gap for one_line, gap in driver.execute_script(gaps) if one_line]
+        assert bool(together) == content["ner"]  # heads and tails are one word each here
+        assert max(together, default=0) < 16  # pixels between the words of one entity
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -19,7 +19,8 @@ from parts.files import write_json_lines
 from parts.model import LEFT_OUT
 from parts.posts import shuffled_photos
 from parts.scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
-from parts.scores import one_label_warnings, read_predictions, relation_scores, score, seen_scores, seen_spans
+from parts.scores import one_label_warnings, rate_text, read_predictions, relation_scores, score, seen_scores
+from parts.scores import seen_spans
 
 # B-I: a type like a label.
 LABELS = ["O", *(f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "B-I"))]
@@ -195,6 +196,18 @@ PER 1.0000 1.0000 1.0000 1 1|entity level, strict IOB2 0.3333 0.2500 0.2857 0.33
 token level, weighted, O included 0.7000 0.7200 0.7000 0.6889 0.5079
 always 'O' (its entity F1: 0.0000) 0.4000 0.1600 0.4000 0.2286 0.0952
 posts without a photo: 2|posts without a note: 1|words cut off or without a sub-token, answered O: 2"""
+
+
+@pytest.mark.parametrize("predicted, texts", [
+    ("O", ("-", "-", "-")), ("B-PER", ("0.0000", "-", "0.0000")),  # of two posts without an entity
+])  # fmt: skip
+def test_a_rate_of_nothing_is_no_number(predicted, texts):
+    scores = entity_scores([["O"], ["O"]], [["O"], [predicted]])
+    assert tuple(rate_text(scores, rate) for rate in ("precision", "recall", "f1")) == texts
+    assert rate_text(scores, "macro_f1") == texts[0]
+    assert [rate_text(side, "f1") for side in (scores | {"gold": 2}, {"f1": 0.0})] == ["0.0000"] * 2
+
+
 PAIRS = ["a a", "a None", "b b", "None a", "a a"]
 ROWS = [
     {"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)
