@@ -114,10 +114,13 @@ def open_features(args, dataset):
     places = "region_grid" in FUSIONS.get(args.fusion, Fusion).reads
     if places and cache.num_regions.any() and not cache.grid.any():
         raise ValueError(
-            f"--fusion {args.fusion}: {args.model}'s regions are no places in a photo; choose another --fusion"
+            f"--fusion {args.fusion}: the regions of {args.features} are no places in a photo; choose another"
         )
     made_from = attrs.get("made_from", "an unknown folder")
     print(f"features   {args.features}: {cache.views} views, made from {made_from}")
+    if cache.boxes:
+        count = (cache.num_regions[cache.num_regions > 0] - 1).sum()
+        print(f"           a region for each whole photo, and one for each of {count} boxes")
     if backbone not in WORDED:
         try:
             paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
