@@ -2,6 +2,7 @@
 
     python extract_features.py --dataset twitter2017
     torchrun --nproc-per-node 8 extract_features.py --dataset twitter2017    # eight GPUs, one file
+    python extract_features.py --dataset twitter2017 --backbone auto --weights facebook/dinov2-base
     python extract_features.py --dataset twitter2017 --backbone caption --captions captions.txt    # no photos
     python extract_features.py --dataset twitter2017 --backbone phrases --captions notes.jsonl     # nor here
 
@@ -41,7 +42,7 @@ from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.datasets import DATASETS, load_dataset
 from parts.files import check_output
 from parts.notes import said_of_photos
-from parts.photos import WORDED, Photos, by_name, find_photos, image_folders, load_ahead, read_captions
+from parts.photos import FITS, WORDED, Photos, by_name, find_photos, image_folders, load_ahead, read_captions
 from parts.photos import view_sha256
 from parts.processes import alone_in, default_device, join_processes, lock, wait_for_all
 
@@ -56,18 +57,23 @@ def parse_args(argv):
     add("--images", help="folder of the photos, where it is not in a usual place under --data-dir")
     add("--cache-dir", default="features", help="where feature files go")
     add("--backbone", choices=BACKBONES, default="resnet50",
-        help="clip for clip-bert, blip for blip, pixels for vilt")
+        help="auto: any image model of transformers or timm, by --weights; clip for clip-bert, blip for blip,"
+        " pixels for vilt")
     add("--weights", "--text-encoder", help="resnet50: imagenet (default), imagenet-v2, random or a .pth /"
-        " .safetensors file; clip, blip, pixels, caption and phrases (a text encoder): a hub's model or a"
-        " local folder (default: the published base)")
+        " .safetensors file; auto: a hub's image model or a local folder, timm's too; clip, blip, pixels,"
+        " caption and phrases (a text encoder): the same (default: the published base)")
     add("--captions", help="for --backbone caption or phrases: a file of '<photo> :<caption>' lines, which"
         " phrases cuts at function words (captions.py); or for phrases a notes file with phrases (notes.py)")
     add("--boxes", help="a file of the boxes of objects in each photo (boxes.py): the regions are the whole"
         " photo and each box, into NAME-boxes.h5")
     add("--placeholder", help="a file of a picture that stands for lost photos (of captions, its caption):"
         " photos that look the same count as missing")
-    add("--img-size", type=bounded(int, 1, 4096), help="of resnet50, squared (default: 224); of caption,"
-        " sub-tokens (default: 64); of phrases, most of a photo (default: 32); the others know their own")
+    add("--img-size", type=bounded(int, 1, 4096), help="pixels, squared, of resnet50 (default: 224) and of"
+        " models that take another size than their own; of caption, sub-tokens (default: 64); of phrases,"
+        " most of a photo (default: 32)")
+    add("--fit", choices=FITS, help="how a photo becomes a square: as the model's own image processor does,"
+        " which may crop its centre (default, but for resnet50); squashed (resnet50's default); padded")
+    add("--grid", type=bounded(int, 1, 64), metavar="N", help="average a photo's places to N x N regions")
     add("--views", type=bounded(int, 1, 1000),
         help="view 0 is plain, the others are augmented (default: 4; a caption has 1)")
     add("--seed", type=bounded(int, 0, 2**32), default=1337,
@@ -90,6 +96,8 @@ def parse_args(argv):
         parser.error(f"--images: --backbone {args.backbone} reads --captions, no photo; leave it out")
     if args.boxes and args.backbone in (*WORDED, "pixels"):
         parser.error(f"--boxes: --backbone {args.backbone} makes no region of a picture; leave it out")
+    if args.boxes and (args.fit == "pad" or args.grid):
+        parser.error("--boxes: each is one region, of a square; leave --fit pad and --grid out")
     if args.verify and args.overwrite:
         parser.error("--verify and --overwrite: one looks at the file, the other replaces it; leave one out")
     fitting = 64 if args.device.startswith("cuda") else 8  # 8 stays in a CPU's caches
@@ -199,6 +207,17 @@ def check_placeholder(captions, placeholder):
         )
 
 
+def file_name(args, dataset, settings):
+    """The feature file's name: data set, encoder and size, and what else was chosen."""
+    encoder = Path(args.weights).absolute().name if args.backbone == "auto" else args.backbone
+    parts = {
+        "dataset": dataset, "encoder": encoder, "size": settings["img_size"], "fit": settings.get("fit"),
+        "grid": args.grid and f"grid{args.grid}", "boxes": args.boxes and "boxes",
+        "limit": args.limit and f"first{args.limit}",
+    }  # fmt: skip
+    return "-".join(str(part) for part in parts.values() if part)
+
+
 @torch.inference_mode()
 def extract(backbone, writer, loader, batches, device, progress):
     """Fill the rows of `batches`: pixels -> regions [V, n, D] each."""
@@ -289,7 +308,7 @@ def main(argv=None):
     image_ids = dataset.image_ids()[: args.limit]
     inputs, reasons = find_inputs(args, dataset, image_ids)
     boxes = boxes_of(args.boxes, image_ids) if args.boxes else {}
-    backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed)
+    backbone = load_backbone(args.backbone, args.weights, args.img_size, args.seed, args.fit, args.grid)
     if args.boxes:
         backbone = with_boxes(backbone)
     side, shape = backbone.settings["img_size"], (len(image_ids), args.views, *backbone.shape)
@@ -315,8 +334,7 @@ def main(argv=None):
            for library in (torch, torchvision, transformers, h5py, np, PIL)},
     }  # fmt: skip
 
-    part = ("-boxes" if args.boxes else "") + (f"-first{args.limit}" if args.limit else "")
-    path = Path(args.cache_dir) / f"{dataset.name}-{args.backbone}-{side}{part}.h5"
+    path = Path(args.cache_dir) / f"{file_name(args, dataset.name, backbone.settings)}.h5"
     partial = unfinished(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.verify and not path.exists():

@@ -247,7 +247,10 @@ def facts_of(run, config, split, records, log, shown):
     parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
     parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
     parts += [f"decoder {config['decoder']}", f"seed {config['seed']}"]
-    regions = made and f"{made['backbone']} features, size {made['img_size']}, weights {made['weights']}"
+    regions = made and ", ".join([
+        f"{made.get('encoder', made['backbone'])} features", f"size {made['img_size']}",
+        *(f"{key} {made[key]}" for key in ("fit", "grid") if key in made), f"weights {made['weights']}",
+    ])  # fmt: skip
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {count} {unit} ({data['variant']},"
         f" {data['sha256'][:16]})",
@@ -337,7 +340,7 @@ def main(argv=None):
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
     kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
     named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
-    photos = load_photos(named, folders, made.get("resizing", ""))
+    photos = load_photos(named, folders, made)
     if config["shuffle_photos"]:
         noted = config["notes"] is not None
         unseen = ", and of notes nothing that was written with a photo in view" * noted

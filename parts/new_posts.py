@@ -201,7 +201,8 @@ def run_backbone(made, weights=None):
             " it with --weights"
         )
     weights = weights or published
-    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"])
+    framing = made.get("fit"), made.get("grid")
+    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"], *framing)
     if "boxes_sha256" in made:
         backbone = with_boxes(backbone)
     here = backbone.settings | {"weights_sha256": backbone.weights_sha256}

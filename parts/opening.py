@@ -17,7 +17,7 @@ from parts.photos import WORDED, find_photos, image_folders
 from parts.posts import cut_train, make_posts, shuffled_photos
 from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
-from parts.systems import SYSTEMS
+from parts.systems import SYSTEMS, backbones_of
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
 from parts.words import rule_of
 
@@ -105,11 +105,11 @@ def open_features(args, dataset):
         raise ValueError(f"no post of {dataset.name} names a photo; --fusion none trains on the text alone")
     cache = FeatureCache(args.features)
     cache.require(dataset.image_ids(), dataset.name)
-    attrs, backbone = cache.attrs, SYSTEMS[args.model].backbone
-    if attrs["backbone"] != backbone:
+    attrs, backbone = cache.attrs, cache.attrs["backbone"]
+    if backbone not in (needed := backbones_of(SYSTEMS[args.model])):
         raise ValueError(
-            f"{args.features}: made with --backbone {attrs['backbone']}, {args.model} needs {backbone}; name"
-            " another"
+            f"{args.features}: made with --backbone {backbone}, {args.model} needs {' or '.join(needed)};"
+            " name another"
         )
     places = "region_grid" in FUSIONS.get(args.fusion, Fusion).reads
     if places and cache.num_regions.any() and not cache.grid.any():
@@ -133,8 +133,8 @@ def open_features(args, dataset):
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
         cache.point_out_alike()
     if attrs["parameters"]:
-        print(f"frozen     {attrs['parameters']:,} parameters of {backbone} (weights {attrs['weights']}), in"
-              " that file")  # fmt: skip
+        of = f"{attrs.get('encoder', backbone)} (weights {attrs['weights']})"
+        print(f"frozen     {attrs['parameters']:,} parameters of {of}, in that file")
     kind = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
     for split, examples in dataset.examples.items():
         with_photo = sum(cache.has_photo(example.image_id) for example in examples)

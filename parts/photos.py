@@ -34,6 +34,8 @@ IMAGE_PLACES = (
 ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .jfif .jpe .tif .tiff .avif .heic .heif".split()
 # What Pillow may take a file for; HEIF once pillow-heif is registered.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF")
+VISION = ("resnet50", "auto", "clip", "blip")  # backbones whose regions are a vision encoder's states
+FITS = ("processor", "squash", "pad")  # how a photo becomes a square for them (framing.py)
 WORDED = ("caption", "phrases")  # backbones that read what is said of a photo, and not the photo
 LARGEST, MOST_CHUNKS = 2**30, 2**17  # bytes of a PNG and its parts, at most; libpng's hold 8 kB each
 LARGE = 2**24  # pixels; of larger pictures threads hold one at a time, a few hundred MB

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 import math
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fusion import FUSIONS
 from parts.captions import phrases_of
 from parts.console import progress_bar
 from parts.datasets import load_dataset
+from parts.framing import seen_part
 from parts.notes import EXTRAS, note_text, said_of_photos
 from parts.opening import dataset_now, run_cache, run_notes
 from parts.photos import find_photos, thumbnail
@@ -27,26 +27,11 @@ PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or 
 MISSING = "no such file"
 
 
-def seen_part(width, height, resizing):
-    """[left, top, width, height] of what the model saw of a photo, in shares of the photo.
+def load_photos(image_ids, folders, made):
+    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}.
 
-    `resizing`: as the feature file tells it. All of the photo, unless an image processor crops the centre.
+    `made`: what the feature file says of how it was made.
     """
-    made = json.loads(resizing) if resizing.startswith("{") else {}
-    if not made.get("do_center_crop"):
-        return [0, 0, 1, 1]
-    size, crop = made["size"], made["crop_size"]
-    short = size.get("shortest_edge")
-    if short:
-        resized = width * short / min(width, height), height * short / min(width, height)
-    else:
-        resized = size["width"], size["height"]
-    across, down = crop["width"] / resized[0], crop["height"] / resized[1]
-    return [round(share, 4) for share in ((1 - across) / 2, (1 - down) / 2, across, down)]
-
-
-def load_photos(image_ids, folders, resizing):
-    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}."""
     photos, reasons = {}, {}
     paths = find_photos(image_ids, folders, reasons)
     for image_id, path in progress_bar(len(paths), "photo", True, iterable=paths.items()):
@@ -61,7 +46,7 @@ def load_photos(image_ids, folders, resizing):
         ) as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
             photos[image_id] = f"cannot be read ({type(error).__name__})"
             continue
-        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, resizing)]
+        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, made)]
     return photos
 
 

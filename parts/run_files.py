@@ -27,8 +27,9 @@ from encoding import special_ends
 from fusion import FUSIONS
 from parts.console import first_line, in_users_layer
 from parts.model import LEFT_OUT
+from parts.photos import FITS
 from parts.processes import out_of_memory
-from parts.systems import SYSTEMS
+from parts.systems import SYSTEMS, backbones_of
 from parts.text_encoder import drop_pooler, load_tokenizer, longest_input
 from parts.words import OF_TASK, RULES
 
@@ -71,9 +72,12 @@ def told(*keys):
 def made_features(value):
     """Whether a value says how the features of a photo are made."""
     (fits, _), (size, _) = told("backbone", "weights", "sha256"), number((int,), 1, 4096)
-    if not fits(value) or value["backbone"] not in {system.backbone for system in SYSTEMS.values()}:
+    backbones = {backbone for system in SYSTEMS.values() for backbone in backbones_of(system)}
+    if not fits(value) or value["backbone"] not in backbones:
         return False
-    return size(value.get("img_size")) and SEED[0](value.get("seed"))
+    counts = [value[key] for key in ("grid", "places") if key in value]
+    framed = value.get("fit") in (None, *FITS) and all(map(size, [value.get("img_size"), *counts]))
+    return framed and SEED[0](value.get("seed"))
 
 
 SEED = number((int,), 0, 2**32)

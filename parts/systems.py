@@ -11,13 +11,13 @@ from fusion import FUSIONS, Fusion
 from parts.blip_vilt import Blip, Vilt
 from parts.model import TextRegions
 from parts.notes import reads_relevance
-from parts.photos import WORDED
+from parts.photos import VISION, WORDED
 
 
 @dataclass(frozen=True)
 class System:
     text_encoder: str  # default of --text-encoder
-    backbone: str  # of extract_features.py
+    backbone: str  # of extract_features.py; "auto" = any vision encoder's
     img_size: int  # of its feature file, by default: pixels, sub-tokens of a caption, or phrases of a photo
     model: type
     max_len: int = 128  # sub-tokens a post, by default
@@ -27,6 +27,8 @@ class System:
 SYSTEMS = {
     "roberta-resnet50": System("roberta-base", "resnet50", 224, TextRegions),
     "bert-resnet50": System("bert-base-uncased", "resnet50", 224, TextRegions),
+    "roberta-vision": System("roberta-base", "auto", 224, TextRegions),
+    "bert-vision": System("bert-base-uncased", "auto", 224, TextRegions),
     "clip-bert": System("bert-base-uncased", "clip", 224, TextRegions),
     "blip": System("Salesforce/blip-itm-base-coco", "blip", 384, Blip, checkpoint="blip"),
     "roberta-caption": System("roberta-base", "caption", 64, TextRegions),
@@ -35,6 +37,13 @@ SYSTEMS = {
     "bert-phrases": System("bert-base-uncased", "phrases", 32, TextRegions),
     "vilt": System("dandelin/vilt-b32-mlm", "pixels", 384, Vilt, 40, checkpoint="vilt"),
 }
+
+
+def backbones_of(system):
+    """The backbones whose feature files a system reads."""
+    return VISION if system.backbone == "auto" else (system.backbone,)
+
+
 # In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
 # each. A flag that is given wins.
 PRESETS = {
@@ -85,6 +94,9 @@ def mistake(args, task, system, regions):
         return f"--heads: {args.fusion or args.model} has none to choose; leave it out"
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
+    if system.backbone == "auto" and args.fusion != "none" and not args.features:
+        made = "extract_features.py --backbone auto --weights ENCODER makes it"
+        return f"--model {args.model}: name its feature file with --features ({made})"
     if args.fusion == "none" and (args.images or args.features):
         return "--images and --features: --fusion none is shown no photo; leave them out"
     if args.images and system.backbone in WORDED:
@@ -137,10 +149,12 @@ def run_name(args, defaults, dataset, system):
     A published system's name stands for all that it sets, where that is as it sets it.
     """
     usual = args.text_encoder == system.text_encoder
+    vision = system.backbone == "auto" and args.fusion != "none"  # the file's name says which encoder
     taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
     taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts = {
         "model": args.model,
+        "features": Path(args.features).stem.removeprefix(f"{dataset}-") if vision else "",
         "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
         "word_rule": f"words-{args.word_rule}" if args.word_rule != "auto" else "",

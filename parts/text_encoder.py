@@ -37,7 +37,8 @@ def as_data(source):
 def load_pretrained(kind, source, option, config=None, part="", dtype=torch.float32):
     """The `part` of a transformers model of class `kind` at `source`, a hub's name or a folder, in `dtype`.
 
-    ValueError names the command line's `option` if it cannot be loaded, or a weight of the part is missing.
+    `part` "image": the tower that reads images, of a model of one tower all of it. ValueError names the
+    command line's `option` if it cannot be loaded, or a weight of the part is missing.
     """
     try:
         # dtype: some are stored as float16
@@ -47,7 +48,9 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
-    missing = [key for key in info["missing_keys"] if key.startswith(part) and "pooler" not in key]
+    module = model.get_encoder("image") if part == "image" else model.get_submodule(part)
+    name = next(name for name, other in model.named_modules() if other is module)
+    missing = [key for key in info["missing_keys"] if key.startswith(name) and "pooler" not in key]
     if missing:
         lacks = f"{len(missing)} weights missing (first: {missing[0]})"
         raise ValueError(f"{option} {source}: {lacks}; wrong kind?")
@@ -55,7 +58,7 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
     for parameter in model.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return model.get_submodule(part)
+    return module
 
 
 def load_tokenizer(source, **more):

@@ -1,38 +1,43 @@
 """Frozen vision encoders: a photo -> the pixels of its views -> region features.
 
-    backbone = load_backbone("clip")  # backbones.py
+    backbone = load_backbone("auto", "facebook/dinov2-base")  # backbones.py
     photos = Photos(["1"], {"1": Path("1.jpg")}, backbone, views=1, seed=0)  # photos.py
     views, status, reason = photos.read(0)  # uint8 [V, 3, H, W]
-    regions = backbone.regions(views)  # [V, n, D]
+    regions = backbone.look(views, "cpu")  # [V, n, D]
 
-A backbone is one loader and one row of `BACKBONES`. How a transformers model wants its photos resized,
-cropped and normalised is read from its own image processor's configuration.
+`load_encoder` takes any image model of transformers or timm: it runs the model once on a random picture and
+sees what comes out. What it was tried with: benchmarks/VISION.md.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import threading
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision import transforms as T
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from parts.console import first_line
+from parts.framing import INTERPOLATIONS, Processed, crop_to, fit_to, open_processor, read_framing
+from parts.framing import resizing_of
 from parts.processes import out_of_memory
-from parts.text_encoder import as_data, load_pretrained
+from parts.text_encoder import UNUSABLE, as_data, load_pretrained
 
 EXACT = threading.Lock()  # of a setting that is the whole process's
+MOST_BEFORE = 16  # tokens before a photo's places: RADIO has 10
 
 
 @contextlib.contextmanager
@@ -63,10 +68,10 @@ class Backbone:
     # PIL photo -> its plain view, uint8 [3, H, W]; caption -> ids [n], phrases -> ids [P, n], and what is cut
     prepare: object
     resample: int  # the interpolation of `prepare`, as PIL numbers them
-    stride: int  # pixels from place to place: ceil(H / stride) rows of ceil(W / stride); 0 = no places
+    stride: object  # pixels from place to place, int or Fraction: ceil(H / stride) rows; 0 = no places
     shape: tuple  # (most regions of a photo, D)
     same_size: bool  # whether all photos come out in one size, so that several can share a forward pass
-    settings: dict  # what else the features depend on: weights, img_size, resizing, mean, std
+    settings: dict  # what else the features depend on: weights, img_size, resizing, mean, std ...
     dtype: str = "float16"  # of the regions
     weights_sha256: str = "none"
     parameters: int = 0
@@ -82,22 +87,39 @@ class Backbone:
         return [part.reshape(views, -1, part.shape[-1]) for part in np.split(regions, ends)]
 
     def grid(self, views):
-        """(rows, columns) of the places in views [V, 3, H, W]; (0, 0) where there are none."""
-        return [-(-side // self.stride) for side in views.shape[2:]] if self.stride else [0, 0]
+        """[rows, columns] of the places in views [V, 3, H, W]; zeros where there are none."""
+        if not self.stride:
+            return [0, 0]
+        most = self.settings.get("grid") or math.inf
+        return [min(most, math.ceil(side / self.stride)) for side in views.shape[2:]]
 
 
 class Frozen(nn.Module):
-    """uint8 photos [B, 3, H, W], normalised -> regions [B, n, D] float16: `states` of a vision model."""
+    """uint8 photos [B, 3, H, W], normalised -> regions [B, n, D] float16: `states` of a vision model.
 
-    def __init__(self, model, states, mean, std):
+    `states`: (model, pixels of a square of `side`) -> [B, n, D], its `rows` x `rows` places at the end. A
+    photo that is smaller is padded with the mean colour, and places of padding alone are left out. `grid`:
+    places are averaged to so many rows and columns at most; None: they stay as they are.
+    """
+
+    def __init__(self, model, states, side, rows, mean, std, grid=None):
         super().__init__()
-        self.model, self.states = model, states
+        self.model, self.states, self.side, self.rows, self.grid = model, states, side, rows, grid
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, photos):
-        pixels = photos.float().div_(255).sub_(self.mean).div_(self.std)
-        return self.states(self.model, pixels.contiguous(memory_format=torch.channels_last)).half()
+        pixels, (height, width) = photos.float().div_(255).sub_(self.mean).div_(self.std), photos.shape[2:]
+        pixels = F.pad(pixels, (0, self.side - width, 0, self.side - height))
+        states = self.states(self.model, pixels.contiguous(memory_format=torch.channels_last))
+        if self.grid or min(height, width) < self.side:
+            whole, places = states.split([states.shape[1] - self.rows**2, self.rows**2], 1)
+            rows, columns = (math.ceil(Fraction(side * self.rows, self.side)) for side in (height, width))
+            places = places.unflatten(1, (self.rows, self.rows))[:, :rows, :columns].permute(0, 3, 1, 2)
+            most = self.grid or self.rows
+            places = F.adaptive_avg_pool2d(places, (min(rows, most), min(columns, most)))
+            states = torch.cat((whole, places.flatten(2).transpose(1, 2)), 1)
+        return states.half()
 
 
 def fold_batch_norms(module):
@@ -117,13 +139,23 @@ def state_hash(module):
     return digest.hexdigest()
 
 
-def frozen_backbone(model, states, weights, prepare, resample, stride, shape, settings):
-    """The `Backbone` of a model; `weights`: their name, "file" and "random" get digits of their SHA-256."""
+def frozen_backbone(model, states, weights, framing, layout, settings):
+    """The `Backbone` of a model.
+
+    `weights`: their name; "file" and "random" get digits of their SHA-256. `layout`: (regions of the photo as
+    a whole, rows of its places, D). `settings`: those beside the framing's, None for what is as usual.
+    """
     digest, parameters = state_hash(model), sum(p.numel() for p in model.parameters())
     weights = f"{weights}-{digest[:12]}" if weights in ("file", "random") else weights
-    regions = Frozen(model.eval(), states, settings["mean"], settings["std"])
-    settings = {"weights": weights, **settings}
-    return Backbone(regions, prepare, resample, stride, shape, True, settings, "float16", digest, parameters)
+    (whole, rows, width), side = layout, framing.settings["img_size"]
+    padded, grid = settings.get("fit") == "pad", settings.get("grid")
+    settings = {"weights": weights, **framing.settings, **settings, "places": rows if padded else None}
+    regions = Frozen(model.eval(), states, side, rows, settings["mean"], settings["std"], grid)
+    shape = whole + min(rows, grid or rows) ** 2, width
+    return Backbone(
+        regions, framing.prepare, framing.resample, Fraction(side, rows), shape, not padded, settings,
+        "float16", digest, parameters,
+    )  # fmt: skip
 
 
 def read_state_dict(path):
@@ -144,11 +176,11 @@ def read_state_dict(path):
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
-def load_resnet50(weights, img_size, seed):
+def load_resnet50(weights, img_size, seed, fit="squash", grid=None):
     """ResNet50 (He et al. 2016): the places of its last convolutional map.
 
     `weights`: imagenet (torchvision's IMAGENET1K_V1), imagenet-v2, random, or a state dict's .pth or
-    .safetensors file.
+    .safetensors file. `fit` "processor": as torchvision evaluates these weights, the centre of each photo.
     """
     size, stride = img_size or 224, 32
     if size < stride:
@@ -180,95 +212,140 @@ def load_resnet50(weights, img_size, seed):
         counts = [f"{len(keys)} tensors {what} (first: {keys[0]})"
                   for what, keys in (("missing", missing), ("more", more)) if keys]  # fmt: skip
         raise ValueError(f"{unlike}: {', '.join(counts)}; give the state dict of torchvision's resnet50")
-    settings = {"img_size": size, "resizing": f"bilinear to {size} x {size}"}
-    settings |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    colours, bilinear = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), INTERPOLATIONS.index("bilinear")
+    if fit == "processor":
+        shorter = 232 if published == "IMAGENET1K_V2" else 256  # of photos of 224
+        framing = crop_to(round(size * shorter / 224), size, bilinear, *colours)
+    else:
+        framing = fit_to(fit, size, bilinear, *colours)
     backbone = frozen_backbone(
         nn.Sequential(*list(model.children())[:-2]),  # without the average pool and the classifier
         lambda body, pixels: body(pixels).flatten(2).transpose(1, 2),
         published or ("random" if weights == "random" else "file"),
-        T.Compose([T.Resize((size, size)), T.PILToTensor()]),
-        Image.Resampling.BILINEAR.value,
-        stride,
-        ((-(-size // stride)) ** 2, 2048),
-        settings,
+        framing,
+        (0, -(-size // stride), 2048),
+        {"fit": None if fit == "squash" else fit, "grid": grid},
     )
     fold_batch_norms(backbone.regions)
     return backbone
 
 
-class ProcessorResize:
-    """PIL photo -> uint8 [3, H, W], resized and cropped as an image processor does, not yet normalised."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, photo):
-        made = self.processor(photo, do_rescale=False, do_normalize=False, do_pad=False, return_tensors="pt")
-        return made["pixel_values"][0]
-
-
-def load_processor(source, img_size):
-    """A model's own image processor as a `Backbone`'s (prepare, resample, settings less weights)."""
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source, **as_data(source))
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(
-            f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local"
-            " folder with a preprocessor_config.json"
-        ) from None
-    config = json.loads(processor.to_json_string())
-    size = config["size"].get("shortest_edge") or config["size"]["height"]
-    if img_size not in (None, size):
-        raise ValueError(f"--img-size {img_size}: {source} takes photos of {size}; leave the option out")
-    names = ("size", "resample", "do_center_crop", "crop_size", "size_divisor")
-    resizing = {name: config[name] for name in names if config.get(name) is not None}
-    settings = {"img_size": size, "resizing": json.dumps(resizing)}
-    settings |= {"mean": config["image_mean"], "std": config["image_std"]}
-    return ProcessorResize(processor), config["resample"], settings
-
-
-def vision_transformer(model, states, class_token, source, img_size):
-    """The `Backbone` of a vision model that keeps `class_token` (0 or 1) states besides its patches'."""
-    resize, resample, settings = load_processor(source, img_size)
-    size, patch = model.config.image_size, model.config.patch_size
-    made = tuple(resize(Image.new("RGB", (size, size))).shape[1:])
-    if made != (size, size):
-        raise ValueError(
-            f"--weights {source}: its processor makes {made} pixels, the model takes {size} x {size}"
-        )
-    weights = "file" if os.path.isdir(source) else source
-    shape = (size // patch) ** 2 + class_token, model.config.hidden_size
-    return frozen_backbone(model, states, weights, resize, resample, patch, shape, settings)
-
-
 def check_kind(source, kinds):
-    """ValueError unless the model at `source` is of one of the `kinds`, as transformers calls them."""
+    """The kind of the model at `source`, as transformers calls it; ValueError unless it is one of `kinds`."""
     try:
-        kind = AutoConfig.from_pretrained(source, **as_data(source)).model_type
+        config = AutoConfig.from_pretrained(source, **as_data(source))
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"--weights {source}: {reason}") from None
-    if kind not in kinds:
+    if kinds and config.model_type not in kinds:
+        kind = config.model_type
         raise ValueError(f"--weights {source}: it is a {kind}, not a {kinds[0]}; name one that is")
+    return f"timm {config.architecture}" if config.model_type == "timm_wrapper" else config.model_type
 
 
-def load_clip(weights, img_size, seed):
-    """CLIP's vision tower (Radford et al. 2021): the last states of its patches."""
-    check_kind(weights, ("clip", "clip_vision_model"))
-    model = load_pretrained(transformers.CLIPVisionModel, weights, "--weights")
+def last_states(model, pixels):
+    """The last states of an image model: [B, h, w, D] of a map, [B, n, D] of tokens; ValueError if none."""
+    output = model(pixel_values=pixels)
+    states = getattr(output, "last_hidden_state", None)
+    if states is None or getattr(output, "encoder_last_hidden_state", None) is not None:
+        raise ValueError("its last states are not those of a photo's places")
+    channels_last = states.ndim == 4 and states.shape[1] == states.shape[2] != states.shape[3]
+    if states.ndim == 4 and not channels_last:
+        states = states.permute(0, 2, 3, 1)
+    if states.ndim not in (3, 4) or (states.ndim == 4 and states.shape[1] != states.shape[2]):
+        raise ValueError(f"states of shape {tuple(states.shape)} are no square of places")
+    return states
 
-    def states(model, pixels):
-        return model(pixel_values=pixels).last_hidden_state[:, 1:]
 
-    return vision_transformer(model, states, 0, weights, img_size)
+def regions_of(model, pixels, whole, before):
+    """States [B, n, D]: all of a map; of tokens the first `whole`, and all but the first `before`."""
+    states = last_states(model, pixels)
+    if states.ndim == 4:
+        return states.flatten(1, 2)
+    return torch.cat((states[:, :whole], states[:, before:]), 1)
 
 
-def load_blip(weights, img_size, seed):
-    """BLIP's vision model (Li et al. 2022): all states its text encoder reads, the class token's first."""
-    check_kind(weights, ("blip",))
-    # BlipVisionModel.from_pretrained would find none of its weights under their names in this checkpoint.
-    model = load_pretrained(transformers.BlipForImageTextRetrieval, weights, "--weights", part="vision_model")
-    return vision_transformer(model, lambda m, x: m(pixel_values=x).last_hidden_state, 1, weights, img_size)
+def find_places(count, side, patch):
+    """(tokens before the places, rows of places) of `count` tokens; the largest square that fits.
+
+    That is (side / patch)^2, or a power of 4 less where stages merge places. Before it come a class token and
+    registers. `patch`: pixels, None if not known. ValueError if nothing fits.
+    """
+    for before in range(MOST_BEFORE + 1 if patch else 2):
+        rows = math.isqrt(max(0, count - before))
+        strides = [patch * 2**stage for stage in range(6)] if patch else []
+        fits = not patch or any(rows in (side // stride, -(-side // stride)) for stride in strides)
+        if rows and rows**2 == count - before and fits:
+            return before, rows
+    raise ValueError(f"its {count} states of a photo of {side} pixels are no square of places")
+
+
+@torch.inference_mode()
+def try_out(model, side):
+    """(class tokens, tokens before the places, rows of places, D) of a model in eval mode, as it turns out.
+
+    ValueError if it does not give the same finite states of a photo twice, whatever is beside it.
+    """
+    if "blip" in model.config.model_type and side != model.config.image_size:
+        # Others refuse or adapt; BLIP's kind gives places the positions of other ones, and says nothing.
+        raise ValueError(f"it takes {model.config.image_size} pixels, its image processor makes {side}")
+    pixels = torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        states, alone = last_states(model, pixels), last_states(model, pixels[:1])
+    if not states.isfinite().all():
+        raise ValueError("its states are no finite numbers")
+    same = len(states) == 2 and states[:1].shape == alone.shape
+    if not (same and torch.allclose(states[:1], alone, 1e-3, 1e-3 * alone.abs().max())):
+        raise ValueError("two passes over one photo give two answers")
+    if states.ndim == 4:
+        return 0, 0, states.shape[1], states.shape[3]
+    of_timm = getattr(model, "timm_model", None)
+    patch = getattr(getattr(of_timm, "patch_embed", model.config), "patch_size", None)
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    before, rows = find_places(states.shape[1], side, patch)
+    registers_alone = of_timm is not None and getattr(of_timm, "cls_token", None) is None
+    return int(before > 0 and not registers_alone), before, rows, states.shape[2]
+
+
+def load_encoder(
+    source, img_size, seed, fit="processor", grid=None, kinds=(), model_class=AutoModel, whole=True
+):
+    """Any image model of transformers, timm's among them: its last states, of two towers the image's.
+
+    `source`: a hub's name or a folder. `kinds`: those that are wanted, any by default. `whole`: keep a class
+    token, which is of the photo as a whole; registers never are kept. ValueError, one line, for what is no
+    such model, or gives no places.
+    """
+    kind = check_kind(source, kinds)
+    model = load_pretrained(model_class, source, "--weights", part="image").eval()
+    framing = read_framing(source, img_size, fit)
+    side = framing.settings["img_size"]
+    try:
+        classes, before, rows, width = try_out(model, side)
+    except UNUSABLE as error:
+        if out_of_memory(error):
+            raise
+        message = f"--weights {source}: a {kind} gives no regions of a photo ({first_line(error)})"
+        if img_size:
+            with contextlib.suppress(*UNUSABLE):
+                own = read_framing(source).settings["img_size"]
+                try_out(model, own)
+                message = f"--img-size {side}: {source} takes photos of {own}; leave the option out"
+        raise ValueError(message) from None
+    classes = classes if whole else 0
+    settings = {"fit": None if fit == "processor" else fit, "grid": grid, "encoder": None if kinds else kind}
+    states = partial(regions_of, whole=classes, before=before)
+    weights = "file" if os.path.isdir(source) else source
+    return frozen_backbone(model, states, weights, framing, (classes, rows, width), settings)
+
+
+# CLIP's vision tower (Radford et al. 2021): the last states of its patches. BLIP's vision model (Li et al.
+# 2022): all states that its text encoder reads, the class token's first.
+load_clip = partial(
+    load_encoder, kinds=("clip", "clip_vision_model"), model_class=transformers.CLIPVisionModel, whole=False
+)
+# AutoModel would find none of the text weights under their names in BLIP's checkpoints.
+load_blip = partial(load_encoder, kinds=("blip",), model_class=transformers.BlipForImageTextRetrieval)
 
 
 class Patches(nn.Module):
@@ -289,12 +366,20 @@ def load_pixels(weights, img_size, seed):
     It keeps the aspect ratio, so photos differ in how many patches they have. Of `weights` only the processor
     counts.
     """
-    resize, resample, settings = load_processor(weights, img_size)
-    side, short = getattr(resize.processor, "size_divisor", None), settings["img_size"]
+    processor = open_processor(weights)
+    config = json.loads(processor.to_json_string())
+    size = config["size"].get("shortest_edge") or config["size"]["height"]
+    if img_size not in (None, size):
+        raise ValueError(f"--img-size {img_size}: {weights} takes photos of {size}; leave the option out")
+    settings = {"img_size": size, "resizing": resizing_of(config)}
+    settings |= {"mean": config["image_mean"], "std": config["image_std"]}
+    side = config.get("size_divisor")
     if not side:
         raise ValueError(f"--weights {weights}: its image processor is not ViLT's: it has no size_divisor")
-    most = (short // side) * (int(1333 / 800 * short) // side)  # 1333 : 800: the longest the processor makes
+    most = (size // side) * (int(1333 / 800 * size) // side)  # 1333 : 800: the longest the processor makes
     settings = {"weights": "none", **settings}
-    return Backbone(Patches(side), resize, resample, side, (most, 3 * side**2), False, settings, "uint8")
+    prepare = Processed(processor)
+    shape = most, 3 * side**2
+    return Backbone(Patches(side), prepare, config["resample"], side, shape, False, settings, "uint8")
 
 

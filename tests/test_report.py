@@ -24,12 +24,11 @@ import report
 import train
 from encoding import collate, encode
 from features import FeatureCache
-from parts.vision_encoder import load_processor
 from parts.datasets import DATASETS, load_dataset
 from parts.files import write_json, write_json_lines
 from parts.notes import EXTRAS, Segments, read_notes
 from parts.photos import thumbnail
-from parts.report_data import place_maps, seen_part
+from parts.report_data import place_maps
 from parts.run_files import load_run
 from parts.scores import entity_spans, score
 from parts.text_encoder import load_tokenizer
@@ -409,35 +408,6 @@ def test_a_run_on_shuffled_photos_shows_nothing_said_of_them(runs, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- photos
-
-
-@pytest.mark.parametrize("size", [(300, 100), (64, 200), (120, 120)])
-def test_the_part_seen_is_what_the_processor_keeps(data_dir, size):
-    """A photo whose red is the place across and whose green is the place down tells what is left of it."""
-    width, height = size
-    across, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    pixels = np.stack([255 * across, 255 * down, 0 * down], -1).round().astype(np.uint8)
-    for folder, crops in (("clip", True), ("blip", False), ("vilt", False)):
-        resize, _, settings = load_processor(str(data_dir / "demo" / folder), None)
-        made = resize(Image.fromarray(pixels)).float() / 255
-        left, top, part_width, part_height = seen_part(width, height, settings["resizing"])
-        for found, start, share in ((made[0].mean(0), left, part_width), (made[1].mean(1), top, part_height)):
-            half = share / len(found) / 2  # colours are those of the pixels' centres
-            assert found[0].item() == pytest.approx(start + half, abs=0.02), folder
-            assert found[-1].item() == pytest.approx(start + share - half, abs=0.02), folder
-        assert ([left, top, part_width, part_height] == [0, 0, 1, 1]) == (not crops or width == height)
-
-
-def test_the_part_seen_in_numbers():
-    def part(width, height, size, crops=True):
-        crop = {"do_center_crop": crops, "crop_size": {"height": 224, "width": 224}, "size": size}
-        return seen_part(width, height, json.dumps(crop))
-
-    assert part(400, 200, {"shortest_edge": 224}) == [0.25, 0, 0.5, 1]
-    assert part(100, 400, {"shortest_edge": 256}) == [0.0625, 0.3906, 0.875, 0.2188]
-    assert part(400, 200, {"height": 256, "width": 256}) == [0.0625, 0.0625, 0.875, 0.875]
-    assert part(400, 200, {"shortest_edge": 224}, crops=False) == [0, 0, 1, 1]
-    assert seen_part(400, 200, "bilinear to 224 x 224") == seen_part(400, 200, "") == [0, 0, 1, 1]
 
 
 def test_thumbnails(tmp_path):
