@@ -8,38 +8,45 @@ import torch
 import torch.nn.functional as F
 from forked import run_together
 
-from align import ALIGNMENTS, match
+from align import ALIGNMENTS, Alignment
 
 D, DV = 12, 10
 every_loss = pytest.mark.parametrize("name", ALIGNMENTS)
 
 
-def make(name, **more):
+class Careless(Alignment):
+    """A loss of one's own that knows of no mask."""
+
+    def __init__(self, text_dim, region_dim, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(region_dim, text_dim, bias=False)
+
+    def loss(self, text, own_mask, regions, region_mask, real, photos, classes):
+        return (text.sum(1) + self.linear(regions.sum(1))).square().mean(1)
+
+
+def make(name):
     torch.manual_seed(0)
-    return ALIGNMENTS[name](D, DV, width=8, **more)
+    return (ALIGNMENTS | {"careless": Careless})[name](D, DV, width=8)
 
 
-def batch(seed=1, posts=6):
+def batch():
     """Ragged posts over ragged photos; the third has no photo, the last two share one, and two classes."""
-    generator = torch.Generator().manual_seed(seed)
-    text, regions = (
-        torch.randn(posts, 5, D, generator=generator), torch.randn(posts, 4, DV, generator=generator)
-    )
-    own_mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:posts, None]
-    region_mask = torch.arange(4) < torch.tensor([4, 1, 0, 2, 3, 3])[:posts, None]
+    generator = torch.Generator().manual_seed(1)
+    text, regions = torch.randn(6, 5, D, generator=generator), torch.randn(6, 4, DV, generator=generator)
+    own_mask = torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 4])[:, None]
+    region_mask = torch.arange(4) < torch.tensor([4, 1, 0, 2, 3, 3])[:, None]
     regions[5] = regions[4]
     return {"text": text, "own_mask": own_mask, "regions": regions, "region_mask": region_mask,
-            "photos": torch.tensor([3, 1, 0, 7, 5, 5])[:posts],
-            "classes": torch.tensor([0, 1, 0, 0, 1, 1])[:posts]}  # fmt: skip
+            "photos": torch.tensor([3, 1, 0, 7, 5, 5]),
+            "classes": torch.tensor([0, 1, 0, 0, 1, 1])}  # fmt: skip
 
 
-@every_loss
+@pytest.mark.parametrize("name", [*ALIGNMENTS, "careless"])
 def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
     loss, given = make(name), batch()
     wanted = loss(**given)
-    assert (
-        wanted.shape == (6,) and wanted.isfinite().all() and wanted[2] == 0 and (wanted[[0, 1, 3]] > 0).all()
-    )
+    assert wanted.shape == (6,) and wanted[2] == 0 and (wanted[[0, 1, 3]] > 0).all()
     for garbage in (1e30, math.inf, math.nan):
         other = {key: value.clone() for key, value in given.items()}
         other["text"][~given["own_mask"]] = garbage
@@ -51,10 +58,7 @@ def test_padding_and_photoless_posts_change_nothing_whatever_they_hold(name):
         made = loss(**other)
         torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
         made.sum().backward()
-        assert (
-            other["regions"].grad.isfinite().all()
-            and all(p.grad.isfinite().all() for p in loss.parameters())
-        )
+        assert all(p.grad.isfinite().all() for p in (other["regions"], *loss.parameters()))
     numbers = {key: given[key].long() for key in ("own_mask", "region_mask")}
     assert torch.equal(loss(**given | numbers), wanted)
     ones = {key: torch.ones_like(mask).bool() for key, mask in numbers.items()}
@@ -99,58 +103,39 @@ def test_every_parameter_learns_and_bfloat16_autocast_changes_nothing(name):
         assert torch.equal(loss(**given), wanted)
 
 
-def test_contrast_in_closed_form():
-    """Orthonormal pairs give log(1 + (n - 1) e^(-1 / tau)), one vector for all log n."""
-    n, tau = 5, 0.179
-    places, allowed = torch.arange(n), torch.ones(n, n, dtype=torch.bool)
-    torch.testing.assert_close(
-        match(torch.eye(n) / tau, allowed, places),
-        torch.full((n,), math.log(1 + (n - 1) * math.exp(-1 / tau))),
-    )
-    loss = make("contrastive")
-    text, regions = torch.ones(n, 3, D), torch.ones(n, 2, DV)
-    made = loss(
-        text, torch.ones(n, 3, dtype=torch.bool), regions, torch.ones(n, 2, dtype=torch.bool), torch.arange(n)
-    )
-    torch.testing.assert_close(made, torch.full((n,), math.log(n)))
+def means(given):
+    """(mean of each post's own tokens, mean of its regions or None)."""
+    texts = [x[m].mean(0) for x, m in zip(given["text"], given["own_mask"], strict=True)]
+    pairs = zip(given["regions"], given["region_mask"], strict=True)
+    return texts, [x[m].mean(0) if m.any() else None for x, m in pairs]
+
+
+def compared(given, i):
+    """The posts that one with a photo is compared with; none for another."""
+    real, photos = given["region_mask"].any(1), given["photos"]
+    return [j for j in range(6) if real[i] and real[j] and (i == j or photos[i] != photos[j])]
 
 
 def test_contrast_is_that_of_a_plain_loop():
     loss, given = make("contrastive"), batch()
-    t = [
-        F.normalize(loss.text(x[m].mean(0)), dim=0)
-        for x, m in zip(given["text"], given["own_mask"], strict=True)
-    ]
-    v = [
-        F.normalize(loss.image(x[m].mean(0)), dim=0) if m.any() else None
-        for x, m in zip(given["regions"], given["region_mask"], strict=True)
-    ]
-    wanted = []
+    texts, photos = means(given)
+    t = [F.normalize(loss.text(x), dim=0) for x in texts]
+    v = [None if x is None else F.normalize(loss.image(x), dim=0) for x in photos]
+    wanted = torch.zeros(6)
     for i in range(6):
-        others = [
-            j for j in range(6)
-            if v[i] is not None and v[j] is not None and (i == j or given["photos"][i] != given["photos"][j])
-        ]
-        if not others:
-            wanted.append(torch.tensor(0.0))
-            continue
-        rows, columns = (torch.stack([a[i] @ b[j] / 0.179 for j in others]) for a, b in ((t, v), (v, t)))
-        wanted.append(
-            sum(w * (s.logsumexp(0) - s[others.index(i)]) for w, s in ((0.7, rows), (0.3, columns)))
-        )
-    torch.testing.assert_close(loss(**given), torch.stack(wanted))
+        if others := compared(given, i):
+            rows, columns = (torch.stack([a[i] @ b[j] / 0.179 for j in others]) for a, b in ((t, v), (v, t)))
+            sides = (0.7, rows), (0.3, columns)
+            wanted[i] = sum(w * (s.logsumexp(0) - s[others.index(i)]) for w, s in sides)
+    torch.testing.assert_close(loss(**given), wanted)
 
 
 def test_local_is_that_of_a_plain_loop_and_bounded():
     loss, given = make("local"), batch()
-    words = [
-        F.normalize(loss.text(x[m]), dim=-1)
-        for x, m in zip(given["text"], given["own_mask"], strict=True)
-    ]
-    places = [
-        F.normalize(loss.image(x[m]), dim=-1)
-        for x, m in zip(given["regions"], given["region_mask"], strict=True)
-    ]
+    words, places = (
+        [F.normalize(linear(x[m]), dim=-1) for x, m in zip(given[key], given[mask], strict=True)]
+        for linear, key, mask in ((loss.text, "text", "own_mask"), (loss.image, "regions", "region_mask"))
+    )
 
     def z(i, j):
         near = []
@@ -161,10 +146,7 @@ def test_local_is_that_of_a_plain_loop_and_bounded():
 
     wanted = torch.zeros(6)
     for i in range(6):
-        others = [
-            j for j in range(6)
-            if len(places[i]) and len(places[j]) and (i == j or given["photos"][i] != given["photos"][j])
-        ]
+        others = compared(given, i)
         for scores in ([z(i, j) for j in others], [z(j, i) for j in others]):
             if others:
                 scores = torch.stack(scores)
@@ -173,81 +155,29 @@ def test_local_is_that_of_a_plain_loop_and_bounded():
     torch.testing.assert_close(loss(**given), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_local_does_not_prefer_long_posts():
-    """A post that says one word four times is as near to each photo as one that says it once."""
-    loss = make("local")
-    torch.manual_seed(3)
-    word, regions = torch.randn(1, D), torch.randn(2, 3, DV)
-    text = word.expand(2, 4, D)
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    made = loss(
-        text, mask, regions[:1].expand(2, -1, -1), torch.ones(2, 3, dtype=torch.bool), torch.arange(2)
-    )
-    torch.testing.assert_close(made, torch.full((2,), math.log(2)))
-
-
-def test_matching_takes_the_next_other_photo_and_learns_what_an_additive_score_cannot():
+def test_matching_takes_the_next_other_photo():
     loss, given = make("matching"), batch()
-    t = [
-        loss.bilinear(loss.text(x[m].mean(0)))
-        for x, m in zip(given["text"], given["own_mask"], strict=True)
-    ]
-    v = [loss.image(x[m].mean(0)) for x, m in zip(given["regions"], given["region_mask"], strict=True)]
+    texts, photos = means(given)
+    t = [loss.bilinear(loss.text(x)) for x in texts]
+    v = [None if x is None else loss.image(x) for x in photos]
     following = {0: 1, 1: 3, 3: 4, 4: 0, 5: 0}  # 4 and 5 share a photo, 2 has none
     for i, j in following.items():
         wanted = F.softplus(-(t[i] @ v[i])) + F.softplus(t[i] @ v[j])
         torch.testing.assert_close(loss(**given)[i], wanted)
-    torch.manual_seed(0)
-    kinds, mask = torch.randint(4, (64,)), torch.ones(64, 1, dtype=torch.bool)
-    text, regions = F.one_hot(kinds, D).float()[:, None], F.one_hot(kinds, DV).float()[:, None]
-    optimizer = torch.optim.Adam(loss.parameters(), 1e-2)
-    for step in range(150):
-        chosen = torch.randperm(64)[:16]
-        # So that the next is of another kind.
-        chosen = chosen[torch.cat((torch.tensor([True]), kinds[chosen][1:] != kinds[chosen][:-1]))]
-        if kinds[chosen[0]] == kinds[chosen[-1]]:
-            chosen = chosen[:-1]
-        made = loss(
-            text[chosen], mask[chosen], regions[chosen], mask[chosen], torch.arange(len(chosen))
-        ).mean()
-        optimizer.zero_grad()
-        made.backward()
-        optimizer.step()
-    assert made < 0.1 < 2 * math.log(2)
 
 
-def test_supervised_in_closed_form_and_by_a_plain_loop():
-    """Two classes of m posts each, orthogonal: log(m - 1 + m e^(-1 / tau)); a post without partner has 0."""
+def test_supervised_is_that_of_a_plain_loop():
+    """A post without partner has 0."""
     loss, given = make("supervised"), batch()
-    both = [
-        torch.cat((x[m].mean(0), r[k].mean(0) if k.any() else torch.zeros(DV)))
-        for x, m, r, k in zip(
-            given["text"], given["own_mask"], given["regions"], given["region_mask"], strict=True
-        )
-    ]
-    z = [F.normalize(loss.pair(x), dim=0) for x in both]
-    real, photos, classes = given["region_mask"].any(1), given["photos"], given["classes"]
-    wanted = torch.zeros(6)
+    pairs = [torch.cat((t, torch.zeros(DV) if v is None else v)) for t, v in zip(*means(given), strict=True)]
+    z, wanted = [F.normalize(loss.pair(pair), dim=0) for pair in pairs], torch.zeros(6)
     for i in range(6):
-        others = [j for j in range(6) if j != i and real[i] and real[j] and photos[i] != photos[j]]
-        partners = [j for j in others if classes[i] == classes[j]]
+        others = [j for j in compared(given, i) if j != i]
+        partners = [j for j in others if given["classes"][i] == given["classes"][j]]
         if partners:
             total = torch.stack([z[i] @ z[j] / 0.1 for j in others]).logsumexp(0)
             wanted[i] = -sum(z[i] @ z[j] / 0.1 - total for j in partners) / len(partners)
     torch.testing.assert_close(loss(**given), wanted)
-
-    class Given(torch.nn.Module):
-        def forward(self, means):
-            return means[:, :2]
-
-    loss.pair, m = Given(), 3
-    kinds = torch.tensor([0, 1] * m)
-    text = F.pad(F.one_hot(kinds, 2).float(), (0, D - 2))[:, None]
-    ones = torch.ones(2 * m, 1, dtype=torch.bool)
-    made = loss(text, ones, torch.ones(2 * m, 1, DV), ones, torch.arange(2 * m), kinds)
-    torch.testing.assert_close(made, torch.full((2 * m,), math.log(m - 1 + m * math.exp(-10))))
-    alone = loss(text, ones, torch.ones(2 * m, 1, DV), ones, torch.arange(2 * m), torch.arange(2 * m))
-    assert not alone.any()
 
 
 TOGETHER = """

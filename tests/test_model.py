@@ -1,34 +1,41 @@
-"""The model against transformers' own classes, and the ways a text encoder can fail to load."""
+"""The model against transformers' own classes and its own parts: photos, relevance, codes, soft tokens."""
 
-import errno
-import json
-import os
-import shutil
-from pathlib import Path
+import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PARTS
+from encoders import SIZE, build
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
-from transformers import AutoImageProcessor, AutoModel, BertForTokenClassification, BlipForImageTextRetrieval
-from transformers import RobertaConfig, RobertaModel, ViltForTokenClassification
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoImageProcessor, BertConfig, BertForTokenClassification, BertModel
+from transformers import BlipForImageTextRetrieval, RobertaConfig, RobertaModel, RobertaTokenizerFast
+from transformers import ViltForTokenClassification
 
-from data import RELATIONS
-from encoding import MARKERS, collate, encode
+from encoding import MARKERS, PROBE, collate, encode
 from features import FeatureCache
-from fusion import FUSIONS
+from fusion import FUSIONS, clean, unit_length
 from parts.blip_vilt import Vilt
 from parts.datasets import load_dataset
-from parts.model import LEFT_OUT
-from parts.run_files import load_run, read_config
-from parts.runs import save_weights
+from parts.model import LEFT_OUT, PICTURES, TextRegions
+from parts.notes import Segments
 from parts.systems import SYSTEMS
-from parts.text_encoder import load_text_encoder, longest_input
-from parts import run_files
+from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
+
+BEHIND = [name for name, layer in FUSIONS.items() if name != "none" and not layer.soft_tokens]
+WORDS = [*"so excited about Paris today ! RT @fan : BBC again".split(), *PROBE]
+LABELS = ("O", "B-PER", "I-PER")
+
+
+def add_noise(model, size=0.2):
+    """The model in eval mode, with noise on all parameters that are not its encoder's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder."):
+                parameter += size * torch.randn_like(parameter)
+    return model.eval()
 
 
 def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
@@ -39,12 +46,7 @@ def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
     config = LEFT_OUT | config
-    model = SYSTEMS[system].model(encoder, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("encoder."):
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model, tokenizer
+    return add_noise(SYSTEMS[system].model(encoder, config)), tokenizer
 
 
 def make_system(system, data_dir, cache_dir, dataset):
@@ -97,7 +99,7 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ["none", *BEHIND])
 def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_dir, fusion):
     model, tokenizer = make(encoder_dir, dataset, fusion)
     cache = FeatureCache(cache_dir / f"{dataset.name}-resnet50-64.h5")
@@ -106,9 +108,8 @@ def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_
     photos = [example.image_id for example in examples]
     pad = tokenizer.pad_token_id
     logits = model(collate(rows, pad) | cache.read(photos)).logits
-    without, text_only = (
-        model(collate(rows, pad) | cache.read([None] * len(rows))).logits, make(encoder_dir, dataset, "none")[0]
-    )
+    without = model(collate(rows, pad) | cache.read([None] * len(rows))).logits
+    text_only, _ = make(encoder_dir, dataset, "none")
     text_only.head.load_state_dict(model.head.state_dict())
     for i, row in enumerate(rows):
         alone = model(collate([row], pad) | cache.read(photos[i : i + 1])).logits[0]
@@ -131,341 +132,6 @@ def test_a_word_without_a_piece_has_no_say(encoder_dir, data_dir):
     with torch.no_grad():
         logits = model(collate([row], tokenizer.pad_token_id)).logits
     assert logits.shape[1] == len(odd.words) and logits.isfinite().all()
-
-
-def test_byte_level_bpe_encoder(tmp_path, data_dir):
-    """RoBERTa's kind: word lists need add_prefix_space, and two positions are spent on padding."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
-    config = RobertaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64, pad_token_id=1,
-    )  # fmt: skip
-    RobertaModel(config).save_pretrained(tmp_path)
-    for name in ("demo", "mnre"):
-        dataset = load_dataset(name, data_dir)
-        model, tokenizer = make(tmp_path, dataset, "film")
-        assert longest_input(model.encoder, tokenizer) == 62
-        rows, counts = encode(tokenizer, dataset.examples["train"], dataset.labels, 62)
-        assert counts["words_without_piece"] == 0
-        if name == "demo":
-            example, row = dataset.examples["train"][0], rows[0]
-            starts = [*row["word_starts"], len(row["input_ids"]) - 1]
-            for word, start, end in zip(example.words, starts, starts[1:], strict=False):
-                assert tokenizer.decode(row["input_ids"][start:end]) == f" {word}"
-        batch = collate(rows, tokenizer.pad_token_id)
-        batch |= {
-            "regions": torch.zeros(24, 1, 2048, dtype=torch.float16),
-            "region_mask": torch.ones(24, 1).bool(),
-        }
-        assert model(batch).logits.isfinite().all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("padded", [0, 2, 8])
-def test_entity_markers_start_apart(encoder_dir, data_dir, tmp_path, padded):
-    """Also where an encoder has rows to spare, which nothing has trained: two, or enough for all markers."""
-    source = AutoModel.from_pretrained(encoder_dir)
-    trained = source.get_input_embeddings().num_embeddings
-    source.resize_token_embeddings(trained + padded)
-    source.get_input_embeddings().weight[trained:] = 0
-    source.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(encoder_dir / name, tmp_path)
-    encoder, tokenizer = load_text_encoder(str(tmp_path), "", "relation", 0.0)
-    weight, ids = encoder.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids(list(MARKERS))
-    rows, norm = weight[ids], weight[:trained].norm(dim=1).median()
-    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
-    assert (cosines - torch.eye(4)).abs().max() < 0.5
-    assert ((rows.norm(dim=1) > norm / 2) & (rows.norm(dim=1) < 2 * norm)).all()
-    row = encode(
-        tokenizer, load_dataset("mnre", data_dir).examples["train"][:1], RELATIONS, 128
-    )[0][0]["input_ids"]
-    swap = dict(zip(ids, (ids[2], ids[3], ids[0], ids[1]), strict=True))  # head for tail
-    states, swapped = (
-        encoder(torch.tensor([side])).last_hidden_state for side in (row, [swap.get(i, i) for i in row])
-    )
-    assert (states - swapped).norm() > 0.1 * states.norm()
-
-
-def test_markers_of_a_trained_encoder_stay(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "relation", 0.0)
-    encoder.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again, tokenizer = load_text_encoder(str(tmp_path), "", "relation", 0.0)
-    assert torch.equal(again.get_input_embeddings().weight, encoder.get_input_embeddings().weight)
-
-
-def test_encoder_loads_whole_or_not_at_all(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "relation", 0.25)
-    assert not list(encoder.pooler.parameters()) and encoder.config.hidden_dropout_prob == 0.25
-    assert encoder.embeddings.dropout.p == 0.25
-    assert encoder.get_input_embeddings().num_embeddings == len(tokenizer)
-    assert tokenizer.convert_tokens_to_ids(list(MARKERS)) == list(range(len(tokenizer) - 4, len(tokenizer)))
-    for path in encoder_dir.iterdir():
-        if path.name != "model.safetensors":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(encoder_dir / "model.safetensors")
-    lost = next(key for key in weights if "attention" in key)
-    save_file(
-        {k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(ValueError, match=f"1 weights missing .first: {lost}"):
-        load_text_encoder(str(tmp_path), "", "ner", 0.1)
-    for source in ("absent/folder", str(tmp_path / "absent")):
-        with pytest.raises(ValueError, match=f"--text-encoder {source}: cannot be loaded") as error:
-            load_text_encoder(source, "", "ner", 0.1)
-        assert "\n" not in str(error.value)
-
-
-def test_an_encoder_stored_in_half_precision_trains_in_float32(encoder_dir, tmp_path):
-    encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "ner", 0.1)
-    encoder.half().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_text_encoder(str(tmp_path), "", "ner", 0.1)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-
-
-def test_a_tokenizer_that_is_not_the_encoders_is_refused(encoder_dir, tmp_path):
-    for path in encoder_dir.iterdir():
-        if not path.name.startswith("tokenizer"):
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's|cannot be loaded"):
-        load_text_encoder(str(tmp_path), "", "ner", 0.1)
-
-
-def test_weights_are_saved_whole(encoder_dir, data_dir, tmp_path):
-    model, _ = make(encoder_dir, load_dataset("demo", data_dir), "bimodal")
-    save_weights(model, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    saved = load_file(tmp_path / "model.safetensors")
-    assert set(saved) == set(model.state_dict())
-    assert all(np.array_equal(saved[key], value) for key, value in model.state_dict().items())
-
-
-def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json"):
-        load_run(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished(encoder_dir, data_dir, tmp_path_factory):
-    """A run folder with the weights of no training."""
-    folder, dataset = tmp_path_factory.mktemp("finished"), load_dataset("demo", data_dir)
-    model, tokenizer = make(encoder_dir, dataset, "film")
-    config = {"dataset": "demo", "data_dir": str(data_dir), "model": "bert-resnet50", "fusion": "film",
-              "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.1, "max_len": 128,
-              "text_encoder": str(encoder_dir), "region_dim": 2048, "seed": 1, "data": {},
-              "features_made": {"backbone": "resnet50", "weights": "random-1", "sha256": "0",
-                                "img_size": 64, "seed": 1}}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    model.encoder.config.save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
-    save_weights(model, folder)
-    return folder
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
-def change(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_a_run_opens_as_it_was_saved_and_draws_nothing(finished):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    model, _, _ = load_run(finished)
-    assert torch.equal(torch.get_rng_state(), state)
-    saved = load_file(finished / "model.safetensors")
-    assert saved.keys() == model.state_dict().keys()
-    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
-    # What is in no file, such as positions, is there too.
-    ids = model.encoder.embeddings.position_ids[0]
-    assert torch.equal(ids, torch.arange(len(ids))) and not model.training
-
-
-@pytest.mark.parametrize("values, message", [
-    ({"model": []}, "model must be text"), ({"max_len": "128"}, "max_len must be a whole"),
-    ({"max_len": True}, "max_len must be"), ({"labels": []}, "labels must be a list of labels"),
-    ({"dropout": float("nan")}, "dropout must be a number from 0 to 1"), ({"fusion": {}}, "fusion must be"),
-    ({"region_dim": 10**12}, "region_dim must be"), ({"align": {"local": "1"}}, "align must be"),
-    ({"features_made": {"backbone": 1}}, "features_made must be what a feature file says of itself"),
-    ({"features_made": {"backbone": "clip", "weights": "none", "sha256": "0", "img_size": 10**9}},
-        "features_made must be"),
-    ({"features_made": {"backbone": "own", "weights": "none", "sha256": "0"}}, "features_made must be"),
-    ({"features_made": {"backbone": "clip", "weights": "none", "sha256": "0", "seed": 1}},
-        "features_made must be"),
-])  # fmt: skip
-def test_a_run_whose_configuration_has_a_value_of_a_wrong_kind(copied, values, message):
-    change(copied / "config.json", **values)
-    with pytest.raises(ValueError, match=f"^{copied}/config.json: {message}") as error:
-        load_run(copied)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", [
-    "config.json", "encoder/config.json", "encoder/tokenizer_config.json", "encoder/tokenizer.json",
-    "model.safetensors",
-])  # fmt: skip
-@pytest.mark.parametrize("content", [b"", b"[" * 200_000, b"{", b"[1]", b"\xff\xfe\x00"])
-def test_a_run_with_a_broken_file_is_one_line(copied, name, content):
-    (copied / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{copied}.*(restore|train it again)") as error:
-        load_run(copied)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["config.json", "encoder/tokenizer.json", "model.safetensors"])
-def test_a_run_with_a_pipe_in_place_of_a_file_does_not_wait_for_it(copied, name):
-    (copied / name).unlink()
-    os.mkfifo(copied / name)
-    with pytest.raises(ValueError, match=f"^{copied / name}: no regular file"):
-        load_run(copied)
-
-
-@pytest.mark.parametrize("values", [
-    {"num_hidden_layers": 1_000_000}, {"num_hidden_layers": 9000}, {"hidden_size": 10**9},
-    {"vocab_size": 10**12}, {"max_position_embeddings": 10**10}, {"model_type": "timm_wrapper"},
-    {"model_type": "bert2"}, {"model_type": None}, {"vocab_size": "x"}, {"num_labels": 10**9},
-    {"layer_norm_eps": float("nan")},
-])  # fmt: skip
-def test_an_encoder_that_is_not_the_weights_is_refused_before_it_is_made(copied, values, monkeypatch):
-    change(copied / "encoder" / "config.json", **values)
-    build = run_files.build
-
-    def on_meta(*args):
-        assert torch.get_default_device().type == "meta"
-        return build(*args)
-
-    monkeypatch.setattr(run_files, "build", on_meta)
-    with pytest.raises(ValueError, match=f"^{copied}: the run does not load .*restore") as error:
-        load_run(copied)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_kernels_named_by_an_encoders_configuration_are_not_asked_for(copied, key):
-    change(copied / "encoder" / "config.json", **{key: "somebody/kernels"})
-    model, _, _ = load_run(copied)
-    assert model.encoder.config._attn_implementation == "sdpa"
-
-
-def test_an_encoder_of_its_own_code_is_not_run(copied, monkeypatch):
-    """Nor is anybody asked whether it may."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    (copied / "encoder" / "own.py").write_text("raise SystemExit('run')")
-    names = {name: "own.Own" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}
-    change(copied / "encoder" / "config.json", auto_map=names)
-    change(copied / "encoder" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
-    load_run(copied)
-    with pytest.raises(ValueError, match="--text-encoder .*cannot be loaded"):
-        change(copied / "encoder" / "config.json", model_type="own")
-        load_text_encoder(str(copied / "encoder"), "", "ner", 0.1)
-
-
-def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
-    shutil.rmtree(copied / "encoder")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked"))
-    with pytest.raises(FileNotFoundError, match=f"^{copied}: no encoder/config.json"):
-        load_run(copied)
-
-
-def test_a_tokenizer_reads_nothing_outside_of_its_folder(copied):
-    change(copied / "encoder" / "tokenizer_config.json", vocab_file="/etc/hostname")
-    with pytest.raises(ValueError, match="vocab_file is outside of it"):
-        load_run(copied)
-
-
-@pytest.mark.parametrize("size, name", [(2**26 + 1, "tokenizer.json"), (2**20 + 1, "config.json")])
-def test_a_file_of_an_encoder_that_is_too_large_is_not_read(copied, size, name):
-    os.truncate(copied / "encoder" / name, size)
-    with pytest.raises(ValueError, match=f"{copied}/encoder/{name}: over {size - 1:,} bytes"):
-        load_run(copied)
-
-
-def test_a_tokenizer_that_is_not_the_encoders_does_not_load(copied):
-    for path in (copied / "encoder").glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(ValueError, match="its tokenizer .* is not the encoder's"):
-        load_run(copied)
-
-
-def test_a_tokenizer_on_which_its_library_breaks_down_is_one_line(copied):
-    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    change(copied / "encoder" / "tokenizer.json", normalizer=normalizer)
-    with pytest.raises(ValueError, match=f"^{copied}: the run does not load "):
-        load_run(copied)
-
-
-def test_more_words_than_an_encoder_takes_are_no_max_len(copied):
-    change(copied / "config.json", max_len=10**6)
-    with pytest.raises(ValueError, match="max_len is 1000000, and its encoder takes"):
-        load_run(copied)
-
-
-def test_a_run_on_photos_says_how_their_features_are_made(copied):
-    change(copied / "config.json", fusion="film", features_made=None)
-    with pytest.raises(ValueError, match=f"^{copied}/config.json: features_made is missing"):
-        load_run(copied)
-
-
-def test_weights_with_too_many_names_are_not_listed(copied):
-    raw = (copied / "model.safetensors").read_bytes()
-    (copied / "model.safetensors").write_bytes((2**24 + 1).to_bytes(8, "little") + raw[8:])
-    with pytest.raises(ValueError, match="model.safetensors says over 16,777,216 bytes of itself"):
-        load_run(copied)
-
-
-def test_weights_of_another_type_are_refused(copied):
-    weights = {name: value.to(torch.int8) for name, value in load_file(copied / "model.safetensors").items()}
-    save_file(weights, copied / "model.safetensors")
-    with pytest.raises(ValueError, match=" is of type I8 in model.safetensors"):
-        load_run(copied)
-
-
-def test_weights_that_are_no_numbers_are_refused(copied):
-    weights = load_file(copied / "model.safetensors")
-    weights["head.linear.weight"][1, 2] = float("nan")
-    save_file(weights, copied / "model.safetensors")
-    with pytest.raises(ValueError, match="head.linear.weight has numbers that are not finite"):
-        load_run(copied)
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ENOMEM])
-@pytest.mark.parametrize("name", ["config.json", "encoder/tokenizer.json", "model.safetensors"])
-def test_what_the_system_says_of_a_runs_file_is_not_called_broken(copied, monkeypatch, code, name):
-    opened = Path.open
-
-    def refuse(path, *args):
-        if path == copied / name:
-            raise OSError(code, os.strerror(code))
-        return opened(path, *args)
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OSError, match=os.strerror(code)) as error:
-        load_run(copied)
-    assert error.value.errno == code and error.value.filename == str(copied / name)
-
-
-@pytest.mark.parametrize("raised", [
-    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    PermissionError(errno.EACCES, "Permission denied", "x"), SafetensorError("denied (os error 13)"),
-])  # fmt: skip
-def test_no_memory_or_no_permission_while_a_run_is_loaded(copied, monkeypatch, raised):
-    def fail(*_):
-        raise raised
-
-    monkeypatch.setattr(run_files, "load_model", fail)
-    with pytest.raises((MemoryError, RuntimeError, PermissionError)) as error:
-        load_run(copied)
-    assert "train" not in str(error.value)
 
 
 def test_every_system_names_its_parts():
@@ -618,59 +284,317 @@ def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dat
     assert not batch["regions"].grad.any()
 
 
-@pytest.mark.parametrize("system, folder, message", [
-    ("clip-bert", "vilt", "it is a vilt, not a plain text encoder"),
-    ("clip-bert", "blip", "it is a blip, not a plain"),
-    ("blip", "encoder", "it is a bert, not a blip"), ("vilt", "encoder", "it is a bert, not a vilt"),
-    ("vilt", "clip", "cannot be loaded"), ("blip", "absent", "cannot be loaded"),
-])  # fmt: skip
-def test_another_kind_of_encoder_is_refused(data_dir, system, folder, message):
-    source = data_dir / "demo" / folder
-    with pytest.raises(ValueError, match=f"--text-encoder {source}: .*{message}") as error:
-        load_text_encoder(str(source), SYSTEMS[system].checkpoint, "ner", 0.1)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "system, part", [("blip", "text_encoder"), ("blip", "crossattention"), ("vilt", "encoder.layer")]
-)
-def test_a_missing_encoder_weight_is_an_error(data_dir, tmp_path, system, part):
-    shutil.copytree(data_dir / "demo" / system, tmp_path / system)
-    weights = load_file(tmp_path / system / "model.safetensors")
-    lost = next(key for key in weights if part in key)
-    save_file(
-        {k: v for k, v in weights.items() if k != lost},
-        tmp_path / system / "model.safetensors",
-        {"format": "pt"},
-    )
-    with pytest.raises(ValueError, match="1 weights missing"):
-        load_text_encoder(str(tmp_path / system), SYSTEMS[system].checkpoint, "ner", 0.1)
-
-
 @pytest.mark.parametrize("system, message", [
     ("blip", "attends to image states of width 64, the feature file has 2048"),
     ("vilt", "takes patches of 768 values, the feature file has 2048"),
 ])  # fmt: skip
 def test_features_of_another_width_are_refused(data_dir, cache_dir, system, message):
-    dataset = load_dataset("demo", data_dir)
+    dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
     with pytest.raises(ValueError, match=message):
-        make(
-            data_dir / "demo" / system, dataset, None, system, FeatureCache(cache_dir / "demo-resnet50-64.h5")
-        )
+        make(data_dir / "demo" / system, dataset, None, system, cache)
 
 
-def test_dropout_reaches_every_kind_of_encoder(data_dir):
-    for system in ("blip", "vilt"):
-        encoder, _ = load_text_encoder(str(data_dir / "demo" / system), system, "ner", 0.25)
-        rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
-        assert rates == {0.25}
+# ------------------------------------------------------------- relevance, codes and soft tokens in the model
 
 
-@pytest.mark.parametrize("key, value", [("fusion", "add"), ("model", "mine")])
-def test_a_run_of_a_layer_that_is_not_registered_says_so(copied, key, value):
-    """Its scores can be read all the same."""
-    path = copied / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert read_config(copied)[key] == value
-    with pytest.raises(ValueError, match=f"{key}, '{value}', is not known here; call the script that"):
-        load_run(copied)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: folder of a tiny encoder of 64 positions, its byte-level tokenizer of a form for two texts}."""
+    root = tmp_path_factory.mktemp("encoders")
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = RobertaTokenizerFast(vocab=vocab, merges=[], add_prefix_space=True, model_max_length=64)
+    size = SIZE | {"vocab_size": len(pieces), "max_position_embeddings": 64, "pad_token_id": 1}
+    for kind, config, model in (("bert", BertConfig, BertModel), ("roberta", RobertaConfig, RobertaModel)):
+        torch.manual_seed(0)
+        model(config(**size)).save_pretrained(root / kind)
+        tokenizer.save_pretrained(root / kind)
+    return {kind: root / kind for kind in ("bert", "roberta")}
+
+
+def load(folder, fusion, **more):
+    """(a model of regions [B, R, 20], tokenizer)."""
+    torch.manual_seed(0)
+    encoder, tokenizer = load_text_encoder(str(folder), "", "ner", 0.1)
+    config = {"dropout": 0.1, "heads": 4, "region_dim": 20, "task": "ner", "labels": LABELS, "fusion": fusion}
+    return add_noise(TextRegions(encoder, LEFT_OUT | config | more)), tokenizer
+
+
+def with_weights_of(model, *others):
+    for other in others:
+        weights = {key: value for key, value in model.state_dict().items() if key in other.state_dict()}
+        other.load_state_dict(weights)
+
+
+def posts(tokenizer, data_dir, notes=True):
+    """(a batch of five ragged posts, its rows); the second has no photo, and the first no note."""
+    dataset = load_dataset("demo", data_dir)
+    rows, _ = encode(tokenizer, dataset.examples["test"][:5], dataset.labels, 40)
+    for row in rows:
+        row["labels"] = [label % len(LABELS) if label >= 0 else label for label in row["labels"]]
+    if notes:
+        segments = Segments(tokenizer, "photo", 12)
+        rows = [segments(row, {"about_photo": "so good " * i}) for i, row in enumerate(rows)]
+    photos = {"regions": torch.randn(5, 5, 20, generator=torch.Generator().manual_seed(3)),
+              "region_mask": torch.arange(5) < torch.tensor([5, 0, 3, 1, 4])[:, None],
+              "region_grid": torch.tensor([[1, 5], [0, 0], [3, 1], [1, 1], [2, 2]]),
+              "photo_row": torch.arange(5)}  # fmt: skip
+    return collate(rows, tokenizer.pad_token_id) | photos, rows
+
+
+def blind(inputs, garbage=math.nan):
+    """The batch without any picture."""
+    pictures = [(name, mask) for name, (mask, _) in PICTURES.items() if name in inputs]
+    hidden = {mask: torch.zeros_like(inputs[mask]) for _, mask in pictures}
+    return inputs | hidden | {name: torch.full_like(inputs[name], garbage) for name, _ in pictures}
+
+
+def real(logits, batch):
+    """Those of words."""
+    return logits[batch["word_starts"] >= 0]
+
+
+def gradients(model, losses):
+    """{name: gradient} of all that trains, of the total of a model's losses; each is there and finite."""
+    model.zero_grad()
+    model.total([losses[name].sum() for name in model.loss_weights], 10, 5).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fusion", BEHIND)
+def test_relevance_0_is_text_only_and_1_the_bare_fusion_bit_for_bit(folders, data_dir, fusion, precision):
+    given, tokenizer = load(folders["bert"], fusion, relevance="given")
+    bare, none = load(folders["bert"], fusion)[0], load(folders["bert"], "none")[0]
+    with_weights_of(given, bare, none)
+    inputs, _ = posts(tokenizer, data_dir)
+
+    def logits(model, *relevance):
+        more = {"relevance": torch.tensor(relevance[0]).expand(5)} if relevance else {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return real(model(inputs | more).logits, inputs)
+
+    text, whole = logits(none), logits(bare)
+    assert not torch.allclose(text, whole, atol=1e-2)
+    assert torch.equal(logits(given, 0.0), text) and torch.equal(logits(given, 1.0), whole)
+    if precision == "bfloat16":
+        return
+    for share in (0.001, 0.3, 0.5, 0.501, 0.999):  # the head is linear, and so is what lies between
+        torch.testing.assert_close(logits(given, share), text + share * (whole - text), rtol=1e-4, atol=1e-4)
+    # Each post by itself: the second has no photo, whatever is said of it, the fourth no given relevance.
+    made = given(inputs | {"relevance": torch.tensor([1.0, 0.7, 0.0, -1.0, 1.0])}).logits
+    fused, text = bare(inputs).logits, none(inputs).logits
+    for i, expected in ((0, fused), (1, text), (2, text), (4, fused)):
+        assert torch.equal(made[i], expected[i])
+    of_photo = inputs["own_mask"], inputs["regions"], inputs["region_mask"]
+    share = given.relevance(given.read(inputs, False)[0], *of_photo)[3].sigmoid()
+    torch.testing.assert_close(made[3], torch.lerp(text[3], fused[3], share), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_relevance_that_is_not_given_is_predicted_and_a_given_one_no_matter_where_all_are(
+    folders, data_dir
+):
+    given, tokenizer = load(folders["bert"], "film", relevance="given")
+    predicted, _ = load(folders["bert"], "film", relevance="predicted")
+    text, _ = load(folders["bert"], "none")
+    with_weights_of(given, text)
+    inputs, _ = posts(tokenizer, data_dir)
+    wanted = predicted(inputs).logits
+    assert torch.equal(given(inputs).logits, wanted)  # as in a batch of which no post has one
+    assert torch.equal(given(inputs | {"relevance": torch.full((5,), -1.0)}).logits, wanted)
+    some = {"relevance": torch.tensor([-1, 0.9, 0.1, -1, 0.2])}
+    assert torch.equal(predicted(inputs | some).logits, wanted)
+    changed = (given(inputs | some).logits != wanted).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False, True]
+    for model in (given, predicted):  # without a photo nothing is of relevance, predicted or given
+        assert torch.equal(model(blind(inputs) | some).logits, text(blind(inputs)).logits)
+
+
+@pytest.mark.parametrize("more", [{}, {"notes": "n.jsonl", "relevance_loss": 0.5}])
+@pytest.mark.parametrize("which", ["given", "predicted"])
+def test_relevance_learns_from_what_is_given_or_as_a_gate(folders, data_dir, which, more):
+    model, tokenizer = load(folders["bert"], "attention", relevance=which, **more)
+    assert model.loss_weights == {"labels": 1.0} | ({"relevance": 0.5} if more else {})
+    inputs, _ = posts(tokenizer, data_dir)
+    given, shown = torch.tensor([0.8, 0.3, -1, 0, -1]), inputs["region_mask"]
+    for relevance, mask in ((given, shown), (given, shown & False), (0 * given - 1, shown)):
+        losses = model(inputs | {"relevance": relevance, "region_mask": mask}, return_losses=True).losses
+        assert losses.keys() == model.loss_weights.keys()
+        found, known = gradients(model, losses), (relevance >= 0) & mask.any(1)
+        of_gate = mask.any() and (which == "predicted" or (relevance < 0).any())
+        learns = any(gradient.any() for name, gradient in found.items() if name.startswith("relevance."))
+        assert learns == bool(of_gate or (more and known.any()))
+        if more:
+            text = model.read(inputs, False)[0]
+            share = model.relevance(text, inputs["own_mask"], inputs["regions"], mask).sigmoid()
+            wanted = F.binary_cross_entropy(share, relevance.clamp(min=0), reduction="none") * known
+            torch.testing.assert_close(losses["relevance"], wanted)
+
+
+def test_supervised_alignment_is_of_posts_with_a_relevance_by_trains_median(folders, data_dir):
+    more = {"notes": "n", "align": {"supervised": 0.1}, "relevance_median": 0.5}
+    model, tokenizer = load(folders["bert"], "film", **more)
+    assert model.loss_weights == {"labels": 1.0, "supervised": 0.1}
+    inputs, _ = posts(tokenizer, data_dir)
+    relevance = torch.tensor([0.5, 0.9, 0.2, -1, 0.7])  # the second has no photo, the fourth no relevance
+    losses = model(inputs | {"relevance": relevance}, return_losses=True).losses
+    kept = torch.tensor([0, 2, 4])
+    text, own, regions, mask, photos = (
+        values[kept] for values in (model.read(inputs, False)[0], inputs["own_mask"], inputs["regions"],
+                                    inputs["region_mask"], inputs["photo_row"])
+    )  # fmt: skip
+    regions = unit_length(clean(regions, mask))
+    alone = model.align["supervised"](text, own, regions, mask, photos, torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(losses["supervised"][kept], alone)
+    assert not losses["supervised"][[1, 3]].any() and alone[[0, 2]].all() and not alone[1]
+    losses = model(inputs, return_losses=True).losses
+    assert not losses["supervised"].any() and gradients(model, losses)
+
+
+@pytest.mark.parametrize("fusion", BEHIND)
+def test_any_fusion_reads_codes_and_the_divergence_is_a_loss(folders, data_dir, fusion):
+    model, tokenizer = load(folders["bert"], fusion, bottleneck=0.1)
+    inputs, _ = posts(tokenizer, data_dir)
+    assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1}
+    if fusion != "film":
+        assert model.fusion.regions.linear.in_features == 32  # of the codes, not of the photo
+    logits, _, losses = model(inputs, return_losses=True)
+    mask, seen = inputs["text_mask"], inputs["region_mask"]
+    text, (codes,), kl = model.bottleneck(model.read(inputs, False)[0], mask, (inputs["regions"], seen))
+    torch.testing.assert_close(losses["bottleneck"], kl)
+    more = {key: inputs[key] for key in model.fusion.reads if key in inputs}
+    torch.testing.assert_close(logits, model.head(model.fusion(text, mask, codes, seen, **more), inputs))
+
+
+@pytest.fixture(scope="module")
+def two_pictures(folders, data_dir):
+    """(a model with a bottleneck over two pictures, a batch with both)."""
+    more = {"bottleneck": 0.1, "align": {"matching": 0.9}, "decoder": "crf", "generated": "x.h5"}
+    model, tokenizer = load(folders["bert"], "saliency", dropout=0.0, **more)
+    inputs, _ = posts(tokenizer, data_dir)
+    second = {"generated": torch.randn(5, 3, 20, generator=torch.Generator().manual_seed(4)),
+              "generated_mask": torch.arange(3) < torch.tensor([3, 1, 0, 2, 3])[:, None],
+              "generated_row": torch.tensor([4, 3, 2, 1, 0])}  # fmt: skip
+    return model, inputs | second
+
+
+def test_alignment_reads_codes_of_both_pictures(two_pictures):
+    model, inputs = two_pictures
+    losses = model(inputs, return_losses=True).losses
+    pictures = [(inputs["regions"], inputs["region_mask"]), (inputs["generated"], inputs["generated_mask"])]
+    text, codes, _ = model.bottleneck(model.read(inputs, False)[0], inputs["text_mask"], *pictures)
+    of_pictures = [
+        model.align["matching"](text, inputs["own_mask"], unit_length(states), mask, inputs[rows])
+        for states, (_, mask), rows in zip(codes, pictures, ("photo_row", "generated_row"), strict=True)
+    ]
+    torch.testing.assert_close(losses["matching"], sum(of_pictures) / 2)  # the mean over both
+    assert all((loss > 0.1).sum() >= 3 for loss in of_pictures)
+    assert codes[0][inputs["region_mask"]].std(0).min() > 0  # posts differ
+
+
+def test_without_any_picture_the_answer_depends_on_none(two_pictures):
+    model, inputs = two_pictures
+    expected = real(model(blind(inputs, 0.0)).logits, inputs)
+    assert torch.equal(real(model(blind(inputs)).logits, inputs), expected) and expected.isfinite().all()
+    owner = (inputs["word_starts"] >= 0).nonzero()[:, 0]  # the post of each word
+    for hidden, shown in (("region_mask", "generated_mask"), ("generated_mask", "region_mask")):
+        made = real(model(inputs | {hidden: torch.zeros_like(inputs[hidden])}).logits, inputs)
+        assert ((made - expected).abs().amax(-1) > 1e-4).equal(inputs[shown].any(1)[owner])
+
+
+MASKS = ("region_mask", "generated_mask")
+
+
+@pytest.mark.parametrize("hidden", [(), MASKS[:1], MASKS[1:], MASKS])
+def test_every_parameter_gets_a_gradient_whatever_is_shown(two_pictures, hidden):
+    """Zeros will do where a picture is nowhere; with both shown, none has only zeros."""
+    model, inputs = two_pictures
+    shown = inputs | {key: torch.zeros_like(inputs[key]) for key in hidden}
+    found = gradients(model, model.train()(shown, return_losses=True).losses)
+    model.eval()
+    new = [gradient for name, gradient in found.items() if not name.startswith("encoder.")]
+    assert hidden or all(gradient.any() for gradient in new)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_prefix_without_photo_is_the_plain_encoder_of_text_and_knowledge(folders, data_dir, kind):
+    model, tokenizer = load(folders[kind], "prefix")
+    plain, _ = load(folders[kind], "none")
+    with_weights_of(model, plain)
+    inputs, _ = posts(tokenizer, data_dir)
+    wanted, shown = plain(inputs).logits, model(inputs).logits
+    for garbage in (0.0, math.nan):
+        made = model(blind(inputs, garbage)).logits
+        torch.testing.assert_close(real(made, inputs), real(wanted, inputs), rtol=1e-5, atol=1e-5)
+    photo, words = inputs["region_mask"].any(1), inputs["word_starts"] >= 0
+    alone = ~photo[:, None] & words
+    torch.testing.assert_close(shown[alone], wanted[alone], rtol=1e-5, atol=1e-5)
+    assert ((shown - wanted).abs().amax(-1) > 1e-4)[photo[:, None] & words].all()  # every word knows of it
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "deberta-v2", "albert", "xlnet"])
+def test_with_a_prefix_batched_is_single_at_any_padding(folders, tmp_path, data_dir, kind):
+    """Counted positions, relative ones, embeddings of another width than the states, no position_ids."""
+    common = kind in folders
+    if not common:
+        build(kind, tmp_path, WORDS)
+    model, tokenizer = load(folders.get(kind, tmp_path), "prefix")
+    check_soft_tokens(model.encoder, tokenizer, "here", 4)
+    inputs, rows = posts(tokenizer, data_dir, notes=common)
+    wanted, weights, _ = model(inputs, return_weights=True)
+    for i, row in enumerate(rows):
+        count = max(1, int(inputs["region_mask"][i].sum()))
+        cases = (count, 0), (5, 0), (5, 3), (5, 58 - inputs["input_ids"].shape[1])
+        for regions, more in cases if common else cases[:1]:
+            alone = collate([row], tokenizer.pad_token_id)
+            alone |= {key: inputs[key][i : i + 1, :regions] for key in ("regions", "region_mask")}
+            alone["input_ids"] = F.pad(alone["input_ids"], (0, more), value=tokenizer.pad_token_id)
+            masks = [key for key in ("attention_mask", "own_mask", "text_mask") if key in alone]
+            alone |= {key: F.pad(alone[key], (0, more)) for key in masks}
+            made, seen, _ = model(alone, return_weights=True)
+            expected, length = wanted[i, : len(row["word_starts"])], len(row["input_ids"])
+            torch.testing.assert_close(made[0], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                seen[0, :length], weights[i, :length, : seen.shape[2]], rtol=1e-4, atol=1e-5
+            )
+    photo = inputs["region_mask"].any(1).float()[:, None].expand(-1, weights.shape[1])
+    torch.testing.assert_close(weights.sum(-1), photo)
+
+
+def test_gradients_reach_the_prefix_and_word_embeddings(folders, data_dir):
+    model, tokenizer = load(folders["roberta"], "prefix", align={"contrastive": 0.1})
+    inputs, _ = posts(tokenizer, data_dir)
+    assert {"queries", "regions.linear.weight"} <= {name for name, _ in model.prefix.named_parameters()}
+    for mask in (inputs["region_mask"], torch.zeros_like(inputs["region_mask"])):
+        found = gradients(model, model(inputs | {"region_mask": mask}, return_losses=True).losses)
+        of_prefix = [gradient for name, gradient in found.items() if name.startswith("prefix.")]
+        assert of_prefix and all(bool(gradient.any()) == bool(mask.any()) for gradient in of_prefix)
+        assert model.encoder.get_input_embeddings().weight.grad.any()
+    # The soft tokens alone teach the word embeddings too: of the post's own tokens, not of its note.
+    words = model.encoder.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    mask, own = inputs["attention_mask"].bool(), inputs["own_mask"]
+    whole, _, _ = model.prefix(words, mask, own, inputs["regions"], inputs["region_mask"])
+    length = int(mask[2].sum())
+    (whole[2, length : length + 4] * torch.randn(4, 32)).sum().backward()
+    taught = words.grad.any(-1)
+    assert torch.equal(taught[2], own[2]) and not taught[[0, 1, 3, 4]].any()
+
+
+def test_the_longest_input_of_a_prefix_fits(folders, data_dir):
+    """RoBERTa's kind spends two positions on padding: 62 are left, 58 beside the soft tokens."""
+    model, tokenizer = load(folders["roberta"], "prefix")
+    example = load_dataset("demo", data_dir).examples["test"][0]
+    example = replace(example, words=("good",) * 30, labels=("O",) * 30)
+    photo = {"regions": torch.randn(1, 2, 20), "region_mask": torch.ones(1, 2, dtype=torch.bool)}
+    (row,), _ = encode(tokenizer, [example], LABELS, 58)
+    assert len(row["input_ids"]) == 58 and longest_input(model.encoder, tokenizer) == 62
+    assert model(collate([row], 1) | photo).logits.isfinite().all()
+    (row,), _ = encode(tokenizer, [example], LABELS, 59)
+    with pytest.raises(RuntimeError, match="index 64 is out of bounds"):
+        model(collate([row], 1) | photo)
