@@ -27,6 +27,9 @@ demo: $(VENV)/run
 	    --epochs 15 --lr 1e-3 --fusion-lr 1e-3 --overwrite || exit 1; \
 	done
 	$(RUN) evaluate.py --image-check --run $(FUSIONS:%=runs/demo-%)
+	$(RUN) report.py --run $(FUSIONS:%=runs/demo-%)
+	@echo "Open that page in a browser. Next, a post of your own:"
+	@echo "  $(RUN) predict.py --run runs/demo-film --text 'Jordan in Paris' --image data/demo/images/test_0000.jpg"
 
 $(VENV)/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -346,29 +346,26 @@ def parse_args(argv):
     add("--run", type=Path, required=True, help="run folder of train.py")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="one post, as it was typed")
-    what.add_argument("--words", nargs="+", help="one post, as words")
-    what.add_argument("--input", help="many posts: JSON lines with text or words, image, head and tail, id")
-    add("--image", help="the photo of --text or --words")
-    add("--caption", help="the caption of its photo, for runs on captions or on phrases")
-    add("--phrases", nargs="+", help="the phrases said of its photo, one each, for runs on phrases")
-    add("--about-post", help="what is said of it, for runs with --extra post or both")
-    add("--about-photo", help="what is said of its photo, for runs with --extra photo or both")
-    add("--relevance", type=bounded(float, 0, 1), help="how far its photo belongs to it, for runs with"
-        " --relevance given; left out, it is predicted")
-    add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters of --text,"
-        " or --words")
-    add("--tail", nargs=2, type=int, metavar=("START", "END"))
-    add("--json", action="store_true", help="print the answer as JSON")
-    add("--output", help="of --input: a JSON line a post, in order. The same command goes on where it was"
-                         " stopped")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="of --input: every N-th post from the"
-        " I-th on; each shard has an --output of its own")
-    add("--images", help="of --input: the folder that relative paths of photos start at; default: the"
-                         " input's")
-    add("--weights", help="of the backbone, where they were a local file or folder")
-    add("--precision", choices=("float32", "bfloat16"), help="default: the run's own on a GPU, float32 on a"
-        " CPU; bfloat16 is faster on CPUs that compute in it, and answers a little otherwise")
-    add("--device", default=default_device())
+    what.add_argument("--words", nargs="+", metavar="WORD", help="one post, as words")
+    what.add_argument("--input", metavar="FILE", help="many posts: JSON lines with text or words, image, id")
+    add("--weights", metavar="FILE", help="of the backbone (default: what the run knows of them)")
+    add("--precision", choices=("float32", "bfloat16"), help="default: the run's own on a GPU, float32 on CPU")
+    add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
+    add = parser.add_argument_group("beside --text or --words (default: none)").add_argument
+    add("--image", metavar="FILE", help="its photo")
+    add("--caption", metavar="TEXT", help="of its photo, for runs on captions or on phrases")
+    add("--phrases", nargs="+", metavar="TEXT", help="said of its photo, one each, for runs on phrases")
+    add("--about-post", metavar="TEXT", help="said of it, for runs with --extra post or both")
+    add("--about-photo", metavar="TEXT", help="said of its photo, for runs with --extra photo or both")
+    add("--relevance", type=bounded(float, 0, 1), metavar="X", help="of its photo, 0 to 1 (default: predicted)")
+    add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters, or words")
+    add("--tail", nargs=2, type=int, metavar=("START", "END"), help="likewise")
+    add("--json", action="store_true", help="print the answer as JSON (default: as text)")
+    add = parser.add_argument_group("beside --input").add_argument
+    add("--output", metavar="FILE", help="a JSON line a post; the same command goes on where it stopped")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on"
+        " (default: 1/1)")
+    add("--images", metavar="DIR", help="where relative paths of photos start (default: the input's folder)")
     # fmt: on
     args = parser.parse_args(argv)
     many = args.input is not None

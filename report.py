@@ -29,6 +29,7 @@ from parts.processes import check_device, default_device
 from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_boxes
 from parts.report_data import shown_phrases
 from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
+from parts.run_table import is_control
 from parts.scores import entity_spans, main_score, rate_text, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
@@ -87,7 +88,7 @@ def post_of(record):
 def confusion(posts, order):
     """{"labels", "counts"}: counts[i][j] of gold label i answered with j; those of `order` that occur."""
     counted = Counter(
-        (gold or NOTHING, said or NOTHING) for post in posts for _, _, gold, said, _, _ in post["spans"]
+        (gold or NOTHING, answer or NOTHING) for post in posts for _, _, gold, answer, _, _ in post["spans"]
     )
     labels = [label for label in order if any(label in pair for pair in counted)]
     return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
@@ -100,7 +101,8 @@ def table(title, note, columns, rows):
     """A table for the page; `rows` {name: scores}, numbers as text, empty where a score is not there."""
 
     def cell(scores, column):
-        return rate_text(scores, column) if isinstance(scores.get(column), float) else str(scores.get(column, ""))
+        value = scores.get(column, "")
+        return rate_text(scores, column) if isinstance(value, float) else str(value)
 
     return {
         "title": title,
@@ -114,22 +116,18 @@ def score_tables(metrics):
     """Both families of scores, each headed by its baseline, then the types."""
     ner, base = metrics["task"] == "ner", metrics["baseline"]
     main, level = ("entity", "token") if ner else ("relation", "row")
-    spans, labels = (
-        ("precision", "recall", "f1", "macro_f1", "gold", "predicted"),
-        ("accuracy", "precision", "recall", "f1", "macro_f1"),
-    )
-    of_type = tuple(column for column in spans if column != "macro_f1")
+    labels = ("accuracy", "precision", "recall", "f1", "macro_f1")
+    of_type = ("precision", "recall", "f1", "gold", "predicted")
+    spans = (*of_type[:3], "macro_f1", *of_type[3:])
     names = {
         "entity": "micro (CoNLL)", "entity_strict": "strict IOB2", "relation": "this run, micro",
         "entity_seen": "mentions seen in train", "entity_unseen": "mentions not seen in train",
     }  # fmt: skip
     always = f"baseline: always {base['label']}"
     rows = {names[key]: metrics[key] for key in names if key in metrics}
-    counted = (
-        "An entity counts when its whole span and its type are right."
-        if ner
-        else f"{NONE} earns nothing here."
-    )
+    counted = f"{NONE} earns nothing here."
+    if ner:
+        counted = "An entity counts when its whole span and its type are right."
     weighted = (
         f"The label of each {'word' if ner else 'row'}, {base['label']} included, weighted by how often it"
         " occurs (so weighted recall is accuracy). High from the start: compare it with its baseline, not"
@@ -163,13 +161,17 @@ def notes_line(config, records):
     if config["notes"] is None:
         return "not used"
     count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
-    given = sum(record.get("extra") is True for record in records)
-    rated = sum(record.get("relevance") is not None for record in records)
-    extra = f"--extra {config['extra']}: {given} of {count} {unit} with a note, {count - given} without"
-    relevance = f"relevance of the photo: of {rated} of {count} {unit} given"
-    said = "; ".join([extra] * (config["extra"] != "none") + [relevance] * reads_relevance(config))
-    shuffled = "; SHUFFLED: each post was given what was said of another" if config["shuffle_notes"] else ""
-    return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {said}{shuffled}"
+    parts = []
+    if config["extra"] != "none":
+        noted = sum(record.get("extra") is True for record in records)
+        share = f"{noted} of {count} {unit} with a note, {count - noted} without"
+        parts.append(f"--extra {config['extra']}: {share}")
+    if reads_relevance(config):
+        rated = sum(record.get("relevance") is not None for record in records)
+        parts.append(f"relevance of the photo: of {rated} of {count} {unit} given")
+    if config["shuffle_notes"]:
+        parts.append("SHUFFLED: each post was given what was said of another")
+    return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {'; '.join(parts)}"
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -184,29 +186,40 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="run folder of train.py")
-    add("--split", choices=("test", "valid"), help="default: test where there is one, else valid")
-    add("--output", type=Path, help="default: RUN/report-<split>.html")
-    add("--posts", type=number_of_posts, default=1000, metavar="NUMBER|all", help="how many to show, those"
-        " with most errors first; default: 1000")
-    add("--data-dir", help="where the photos' data set is now; default: where the run was trained")
-    add("--images", help="the photos' folder, where it is not the usual one in --data-dir")
-    add("--features", help="where the run's feature file is now")
-    add("--notes", help="where the run's notes are now")
-    add("--captions", help="of a run on phrases: where the captions or notes that they were made of are now")
-    add("--device", default=default_device())
+    add("--run", type=Path, nargs="+", required=True, help="run of train.py; of several the best on valid")
+    add("--split", choices=("test", "valid"), help="what was answered (default: test if there is one)")
+    add("--output", type=Path, metavar="FILE", help="the page (default: RUN/report-SPLIT.html)")
+    add("--posts", type=number_of_posts, default=1000, metavar="N|all", help="shown, most errors first"
+        " (default: 1000)")
+    add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
+    add = parser.add_argument_group("where things are (default: where the run was trained)").add_argument
+    add("--data-dir", metavar="DIR", help="of the data set of the photos")
+    add("--images", metavar="DIR", help="the photos, if at no usual place in --data-dir")
+    add("--features", metavar="FILE", help="the run's features")
+    add("--notes", metavar="FILE", help="the run's notes")
+    add("--captions", metavar="FILE", help="what a run's phrases were made of")
     # fmt: on
     return parser.parse_args(argv)
 
 
-def what_was_read(args, config, records, split, kept, warnings):
+def best_run(runs):
+    """Of several run folders the one with the best epoch on valid; runs on shuffled inputs are no choice."""
+    choices = [run for run in runs if not is_control(read_config(run))] or runs
+    best = max(choices, key=lambda run: max(line["valid_main_f1"] for line in read_log(run)))
+    if len(runs) > 1:
+        print(f"{best}: the best on valid of {len(choices)} runs")
+    return best
+
+
+def what_was_read(args, run, config, records, split, kept, warnings):
     """([what notes said of each post], {its number: where its words looked}, {image id: phrases or boxes}).
 
-    Attention is that of the posts `kept`. A file that is not there and was not named costs a line of
-    `warnings`; one that was named is a FileNotFoundError.
+    Attention is that of the posts `kept`; phrases are None of a run whose regions are places. A file that is
+    not there and was not named costs a line of `warnings`; one that was named is a FileNotFoundError.
     """
-    cache, maps, phrases = open_regions(args.run, config, records, args.features), {}, {}
+    cache, maps = open_regions(run, config, records, args.features), {}
     on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"
+    phrases = {} if on_phrases else None
     if args.captions and not on_phrases:
         raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
     if cache is not None and cache.boxes:
@@ -221,9 +234,9 @@ def what_was_read(args, config, records, split, kept, warnings):
     read = [{} for _ in records]
     if cache is None and config["notes"] is None:
         return read, maps, phrases
-    model, tokenizer, _ = load_run(args.run, args.device)
+    model, tokenizer, _ = load_run(run, args.device)
     try:
-        shown, said = posts_of(config, tokenizer, records, split, cache, args.notes)
+        shown, texts_of = posts_of(config, tokenizer, records, split, cache, args.notes)
     except FileNotFoundError as error:
         if args.notes:
             raise
@@ -231,31 +244,36 @@ def what_was_read(args, config, records, split, kept, warnings):
         return read, maps, phrases
     if cache is not None:
         maps = attention(model, config, shown.part(kept), args.device)
-        maps = {kept[i]: found for i, found in maps.items()}
-    for i, texts in enumerate(said):
+        maps = {kept[i]: map_of for i, map_of in maps.items()}
+    for i, texts in enumerate(texts_of):
         read[i] = {"said": texts, "cut": shown.shown(i)[1].get("note_cut", False)} if texts else {}
     return read, maps, phrases
 
 
 def facts_of(run, config, split, records, log, shown):
     """{name: text} of what a run is, was given and scored on; `shown`: how many of its posts the page has."""
-    made, data = config["features_made"], config["data"][split]
+    features, data = config["features_made"], config["data"][split]
     count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
-    parts = [config["model"]] + [f"fusion {config['fusion']}"] * bool(config["fusion"])
-    parts += [f"text encoder {config['text_encoder']}"]
-    parts += [f"align {name} {weight:g}" for name, weight in config["align"].items()]
-    parts += [f"bottleneck {config['bottleneck']:g}"] * bool(config["bottleneck"])
-    parts += [f"relevance {config['relevance']}"] * (config["relevance"] != "none")
-    parts += [f"decoder {config['decoder']}", f"seed {config['seed']}"]
-    regions = made and ", ".join([
-        f"{made.get('encoder', made['backbone'])} features", f"size {made['img_size']}",
-        *(f"{key} {made[key]}" for key in ("fit", "grid") if key in made), f"weights {made['weights']}",
-    ])  # fmt: skip
+    parts = {
+        "fusion": config["fusion"], "text encoder": config["text_encoder"],
+        **{f"align {name}": f"{weight:g}" for name, weight in config["align"].items()},
+        "bottleneck": f"{config['bottleneck']:g}" if config["bottleneck"] else None,
+        "relevance": config["relevance"] if config["relevance"] != "none" else None,
+        "decoder": config["decoder"], "seed": config["seed"],
+    }  # fmt: skip
+    system = [config["model"], *(f"{name} {value}" for name, value in parts.items() if value is not None)]
+    regions = "not used"
+    if features:
+        regions = ", ".join([
+            f"{features.get('encoder', features['backbone'])} features", f"size {features['img_size']}",
+            *(f"{key} {features[key]}" for key in ("fit", "grid") if key in features),
+            f"weights {features['weights']}",
+        ])  # fmt: skip
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {count} {unit} ({data['variant']},"
         f" {data['sha256'][:16]})",
-        "System": ", ".join(parts),
-        "Photos": regions or "not used",
+        "System": ", ".join(system),
+        "Photos": regions,
         "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
@@ -263,9 +281,9 @@ def facts_of(run, config, split, records, log, shown):
         rest = f"{left_out} are left out (--posts all shows them)"
         facts["Shown"] = f"{shown}, those with most errors first; {rest}"
     if config["generated"]:
-        given = sum(record.get("generated") is True for record in records)
+        drawn = sum(record.get("generated") is True for record in records)
         name, digits = Path(config["generated"]).name, config["generated_made"]["sha256"][:16]
-        facts["Generated pictures"] = f"{name} ({digits}): {given} of {count} {unit} with one; not shown here"
+        facts["Generated pictures"] = f"{name} ({digits}): {drawn} of {count} {unit} with one; not shown here"
     check = run / f"image-check-{split}.json"
     if check.exists():
         facts["Image check"] = image_check_line(config, read_image_check(check))
@@ -312,10 +330,71 @@ def photo_folders(config, split, args):
     return image_folders(name, data_dir, args.images)
 
 
+def shuffle_warnings(config):
+    """What to know of a run on others' photos or notes before its page is read."""
+    warnings = []
+    if config["shuffle_photos"]:
+        unseen = ", and of notes nothing that was written with a photo in view" if config["notes"] else ""
+        warnings.append(
+            "Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the"
+            f" posts' own, which the model did not see; so there is no attention to show{unseen}."
+        )
+    if config["shuffle_notes"]:
+        warnings.append(
+            "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
+        )
+    return warnings
+
+
+def count_warnings(metrics, photos, absent):
+    """How much of a page's posts was not seen or not read; `absent`: ["3 missing", ...] of its `photos`."""
+    warnings = []
+    if absent:
+        warnings.append(f"{' and '.join(absent)} of {len(photos)} photos: their posts say 'no photo here'.")
+    if count := metrics["posts_without_photo"]:
+        warnings.append(f"{count} posts were answered without a photo: the features have none of them.")
+    if count := metrics.get("words_answered_without_model"):
+        warnings.append(f"{count} words, cut off or without a sub-token, were answered O without being read.")
+    return warnings
+
+
+def add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
+    """Put what was read of notes, and where words looked, into the posts; how many maps found no place."""
+    lacking = 0
+    for i, (post, record) in enumerate(zip(posts, records, strict=True)):
+        post |= read[i]
+        # On shuffled photos it is another photo's.
+        if record.get("relevance") is not None and not config["shuffle_photos"]:
+            post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
+        if i not in maps:
+            continue
+        if phrases is None:
+            if isinstance(photos[post["photo"]], list):
+                post["maps"] = maps[i]
+        elif post["photo"] in phrases:
+            post |= {"maps": maps[i]} | phrases[post["photo"]]
+        elif phrases:
+            lacking += 1
+    return lacking
+
+
+def note_titles(config):
+    """What a page calls each kind of note."""
+    titles = {
+        "about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
+        "about_photo": "Said of the photo",
+    }
+    if reads_relevance(config):
+        own = "; the run used its own" if config["relevance"] == "predicted" else ""
+        titles["relevance"] = f"Relevance of the photo, as given{own}"
+    return titles
+
+
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    run, config = args.run, read_config(args.run)
+    run = best_run(args.run) if len(args.run) > 1 else args.run[0]
+    config = read_config(run)
     if args.notes and config["notes"] is None:
         raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
@@ -323,9 +402,8 @@ def main(argv=None):
     output = args.output or run / f"report-{split}.html"
     check_output(output, "--output", is_page)
     records = read_predictions(path, task=config["task"])
-    metrics, made = score(records), config["features_made"] or {}
-    warnings, ner = list(metrics["warnings"]), metrics["task"] == "ner"
-    log = read_log(run)
+    log, metrics = read_log(run), score(records)
+    ner, warnings = metrics["task"] == "ner", list(metrics["warnings"])
 
     try:
         folders = photo_folders(config, split, args)
@@ -336,67 +414,35 @@ def main(argv=None):
         warnings.append(f"Photos not shown: {error}.")
     posts = [post_of(record) for record in records]
     order = [*metrics["entity"]["types"], NOTHING] if ner else [NONE, *metrics["relation"]["types"]]
-    confused = confusion(posts, order)
+    confusions = confusion(posts, order)
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
     kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
-    named = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
-    photos = load_photos(named, folders, made)
-    if config["shuffle_photos"]:
-        noted = config["notes"] is not None
-        unseen = ", and of notes nothing that was written with a photo in view" * noted
-        warnings.append(
-            "Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the"
-            f" posts' own, which the model did not see; so there is no attention to show{unseen}."
-        )
-    if config["shuffle_notes"]:
-        said = "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
-        warnings.append(said)
-    read, maps, phrases = what_was_read(args, config, records, split, kept, warnings)
-    on_phrases = made.get("backbone") == "phrases" or "boxes_sha256" in made
-    for i, (post, record) in enumerate(zip(posts, records, strict=True)):
-        post |= read[i]
-        # On shuffled photos it is another photo's.
-        if record.get("relevance") is not None and not config["shuffle_photos"]:
-            post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
-        if i in maps and on_phrases and post["photo"] in phrases:
-            post |= {"maps": maps[i]} | phrases[post["photo"]]
-        elif i in maps and not on_phrases and isinstance(photos[post["photo"]], list):
-            post["maps"] = maps[i]
-    if lacking := sum(i in maps and "maps" not in post for i, post in enumerate(posts)) * bool(phrases):
-        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
-    posts = [posts[i] for i in kept]
+    image_ids = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
+    photos = load_photos(image_ids, folders, config["features_made"] or {})
+    reasons = [photo for photo in photos.values() if isinstance(photo, str)]
+    kinds = Counter("missing" if reason.startswith(MISSING) else "unreadable" for reason in reasons)
+    absent = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
 
-    reasons = [why for why in photos.values() if isinstance(why, str)]
-    absent = Counter("missing" if why.startswith(MISSING) else "unreadable" for why in reasons)
-    counts = [f"{count} {kind}" for kind, count in sorted(absent.items())]
-    if counts:
-        said = f"{' and '.join(counts)} of {len(photos)} photos: their posts say 'no photo here'."
-        warnings.append(said)
-    if blind := metrics["posts_without_photo"]:
-        warnings.append(f"{blind} posts were answered without a photo: the features have none of them.")
-    if cut := metrics.get("words_answered_without_model"):
-        warnings.append(f"{cut} words, cut off or without a sub-token, were answered O without being read.")
-    said = {
-        "about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
-        "about_photo": "Said of the photo",
-    }
-    if reads_relevance(config):
-        own = "; the run used its own" * (config["relevance"] == "predicted")
-        said["relevance"] = f"Relevance of the photo, as given{own}"
+    warnings += shuffle_warnings(config)
+    read, maps, phrases = what_was_read(args, run, config, records, split, kept, warnings)
+    if lacking := add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
+        warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
+    warnings += count_warnings(metrics, photos, absent)
+    posts = [posts[i] for i in kept]
     page = {
         "title": f"{run.resolve().name}, {split}", "ner": ner,
         "facts": facts_of(run, config, split, records, log, len(posts)), "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
-        "confusion": confused, "log": log, "photos": photos, "posts": posts, "extra_len": config["extra_len"],
+        "confusion": confusions, "log": log, "photos": photos, "posts": posts,
+        "extra_len": config["extra_len"], "said": note_titles(config),
         # Where attention went that is on no region.
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
-        "said": said,
     }  # fmt: skip
     write_page(page, output)
     print(
         f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
         f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"
-        f" with notes; {', '.join([f'{len(photos)} photos', *counts])}; {output.stat().st_size / 1e6:.1f} MB"
+        f" with notes; {', '.join([f'{len(photos)} photos', *absent])}; {output.stat().st_size / 1e6:.1f} MB"
     )
     return output
 

@@ -256,7 +256,8 @@ def test_nothing_is_cut_off_or_lies_over_another(page, width):
         narrow = [width for width in driver.execute_script(lost) if width > 0]
         assert not narrow or driver.find_elements(By.CLASS_NAME, "long")  # of 20 relations it may scroll
         charts = BOXES + """return [...document.querySelectorAll('#curves .box')].map(chart => {
-            const texts = [...chart.querySelectorAll('svg text')].map(box), all = box(chart.querySelector('svg'));
+            const texts = [...chart.querySelectorAll('svg text')].map(box);
+            const all = box(chart.querySelector('svg'));
             const over = texts.flatMap((a, i) => texts.slice(i + 1).filter(b => meet(a, b)));
             return [texts.every(text => inside(text, all)), over, meet(box(chart.querySelector('h3')), all)];
         })"""

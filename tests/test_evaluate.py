@@ -1,8 +1,10 @@
 """evaluate.py stores scores where it may, and prints them all the same where it may not."""
 
+import argparse
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -12,6 +14,8 @@ from test_runs import contents
 from test_train import run
 
 import evaluate
+import predict
+import report
 from parts.checks import ensemble, paired_bootstrap
 from parts.files import write_json, write_json_lines
 from parts.opening import open_run
@@ -22,6 +26,20 @@ from parts.scores import read_predictions, score
 def finished(data_dir, encoder_dir, tmp_path_factory):
     flags = ["--data-dir", data_dir, "--text-encoder", encoder_dir, "--fusion", "none", "--epochs", 1]
     return run(flags, tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.mark.parametrize("command", [evaluate, predict, report])
+def test_help_says_what_each_option_is_and_its_default(command, monkeypatch, capsys):
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv: parsers.append(parser))
+    with pytest.raises(AttributeError):  # it goes on with the arguments
+        command.parse_args([]).run
+    (parser,) = parsers
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help and len(action.help) < 80, action.dest
+        if action.default not in (None, False, argparse.SUPPRESS, (1, 1)):
+            assert re.search(rf"{action.option_strings[0]}.*?default: {action.default}", text), action.dest
 
 
 @pytest.mark.parametrize("dataset, split", [("demo", "test"), ("mnre", "valid")])

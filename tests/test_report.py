@@ -30,7 +30,7 @@ from parts.notes import EXTRAS, Segments, read_notes
 from parts.photos import thumbnail
 from parts.report_data import place_maps
 from parts.run_files import load_run
-from parts.scores import entity_spans, score
+from parts.scores import entity_scores, entity_spans, score
 from parts.text_encoder import load_tokenizer
 from report import compare_spans, relation_kind, score_tables
 from parts import opening
@@ -172,8 +172,8 @@ def test_every_span_has_one_kind(pair):
                 assert (row[4] == alone) == (not meets)
                 assert (row[4] == "correct") == ((row[column], *row[:2]) in other)
     if gold | predicted:
-        records = [{"gold": pair[0], "predicted": pair[1]}]
-        assert sum(row[4] == "correct" for row in compared) == score(records)["entity"]["correct"]
+        correct = entity_scores([pair[0]], [pair[1]])["correct"]
+        assert sum(row[4] == "correct" for row in compared) == correct
     swap = {"missed": "spurious", "spurious": "missed"}
     mirrored = [(start, end, b, a, swap.get(kind, kind)) for start, end, a, b, kind in compared]
     assert mirrored == compare_spans(predicted, gold)
@@ -510,6 +510,22 @@ def test_where_it_is_written(runs, tmp_path):
     report.main(["--run", str(runs["film"])])
     valid, test = (embedded(runs["film"] / f"report-{split}.html") for split in ("valid", "test"))
     assert valid["posts"][0]["id"].startswith("valid") and test["posts"][0]["id"].startswith("test")
+
+
+def test_of_several_runs_the_best_on_valid_is_shown(runs, tmp_path, capsys):
+    _, records = predictions(runs["film"])
+    shown = []
+    for name, score_on_valid, changed in (
+        ("low", 0.25, {}), ("high", 0.75, {}), ("control", 1.0, {"shuffle_photos": True})
+    ):
+        shown.append(copy_run(runs["film"], tmp_path / name, records))
+        config = json.loads((runs["film"] / "config.json").read_text()) | changed
+        write_json(shown[-1] / "config.json", config)
+        line = json.loads(LINE) | {"valid_main_f1": score_on_valid}
+        write_json_lines(shown[-1] / "log.jsonl", [line, line | {"epoch": 2, "valid_main_f1": 0}])
+    output = report.main(["--run", *map(str, shown)])
+    assert output == tmp_path / "high" / "report-test.html" and embedded(output)["title"] == "high, test"
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'high'}: the best on valid of 2 runs\n")
 
 
 def test_scores_that_are_there_are_shown(runs, tmp_path):
