@@ -415,7 +415,7 @@ def test_published_weights_are_found_by_their_name(monkeypatch, recorded, asked)
     kind = "clip" if "clip" in recorded else "resnet50"
     with pytest.raises(ValueError, match="enough"):
         new_posts.run_backbone({"backbone": kind, "weights": recorded, "img_size": 224, "seed": 5})
-    assert calls == [(kind, asked, 224, 5)]
+    assert [call[:4] for call in calls] == [(kind, asked, 224, 5)]
 
 
 @pytest.mark.parametrize("recorded", ["somebody/clip", "/etc", "../weights", "imagenet", "random"])
