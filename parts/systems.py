@@ -149,12 +149,14 @@ def run_name(args, defaults, dataset, system):
     A published system's name stands for all that it sets, where that is as it sets it.
     """
     usual = args.text_encoder == system.text_encoder
-    vision = system.backbone == "auto" and args.fusion != "none"  # the file's name says which encoder
+    # A feature file's name says which vision encoder, and whether it is of boxes.
+    features, vision = Path(args.features).stem, system.backbone == "auto" and args.fusion != "none"
     taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
     taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
     parts = {
         "model": args.model,
-        "features": Path(args.features).stem.removeprefix(f"{dataset}-") if vision else "",
+        "features": features.removeprefix(f"{dataset}-") if vision else "",
+        "boxes": "boxes" if features.endswith("-boxes") and args.fusion != "none" and not vision else "",
         "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
         "word_rule": f"words-{args.word_rule}" if args.word_rule != "auto" else "",

@@ -124,12 +124,13 @@ def upright(path):
     return photo.transpose(Image.Transpose.ROTATE_270) if path.stem == "b" else photo
 
 
-@pytest.mark.parametrize("backbone, whole", [("resnet50", 0), ("clip", 0), ("blip", 1)])
+@pytest.mark.parametrize("backbone, whole", [("resnet50", 0), ("clip", 0), ("blip", 1), ("auto", 1)])
 def test_a_region_is_the_mean_of_the_places_of_its_crop(extract, places, data_dir, tmp_path, backbone, whole):
     """Each crop, cut here and extracted as a photo, without boxes; `whole`: regions that are no places."""
     flags = ["--views", 1]
     if backbone != "resnet50":
-        flags += ["--backbone", backbone, "--weights", data_dir / "demo" / backbone, "--img-size", 96]
+        weights = data_dir / "demo" / ("clip" if backbone == "auto" else backbone)
+        flags += ["--backbone", backbone, "--weights", weights, "--img-size", 96]
     cache = FeatureCache(extract(*flags))
     crops = tmp_path / "crops"
     (crops / "images").mkdir(parents=True)
@@ -283,8 +284,9 @@ def lines_by_photo(path):
     return {entry.pop("image").removesuffix(".png"): entry for entry in entries}
 
 
-def test_layers_that_need_a_grid_refuse_boxes(run, places, encoder_dir, capsys):
+def test_layers_that_need_a_grid_refuse_boxes(run, places, encoder_dir):
     features = json.loads((run / "config.json").read_text())["features"]
+    assert train.parse_args(["--features", features]).run_dir.endswith("-resnet50-boxes-film-s1337")
     with pytest.raises(ValueError, match="--fusion pyramid: .* are no places in a photo"):
         train.main([str(arg) for arg in ["--dataset", places, "--model", "bert-resnet50", "--text-encoder",
                     encoder_dir, "--fusion", "pyramid", "--features", features]])  # fmt: skip
