@@ -7,13 +7,12 @@ Everything a run is lands in runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s
 (configuration and tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl,
 predictions-*.jsonl, metrics-*.json. While it trains also state.pt, from which the same command with --resume
 goes on after a stop: it ends in the log, predictions and weights of a run that was never stopped, digit for
-digit on CPU.
+digit on CPU. Ctrl-C and SIGTERM leave a state that lacks no step.
 """
 
 if __name__ == "__main__":
     from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
-import argparse
 import contextlib
 import math
 import platform
@@ -27,161 +26,19 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from align import ALIGNMENTS
 from encoding import IGNORE, length_batches, to_device
-from fusion import FUSIONS
-from parts.console import bounded, command_line, dataset_name, progress_bar
-from parts.datasets import DATASETS, data_task, locate
+from parts.console import command_line, progress_bar
 from parts.files import write_json, write_json_lines
-from parts.model import TextRegions
-from parts.notes import EXTRAS
 from parts.opening import open_inputs
+from parts.options import parse_args
 from parts.posts import predict_posts
-from parts.processes import autocast, default_device, fit_threads, gather, join_processes, keep_heap
+from parts.processes import Stop, Stopped, autocast, fit_threads, gather, join_processes, keep_heap
 from parts.processes import pick_precision, wait_for_all
+from parts.run_files import start_from
 from parts.runs import begin, check_folder, load_state, save_state, save_weights, settle
 from parts.scores import format_scores, main_score, mentions, score
-from parts.systems import PRESETS, SYSTEMS, mistake, run_name
-from parts.words import RULES
-
-
-def alignment(text):
-    """argparse type: NAME=WEIGHT of an alignment loss, or none, to take those of a --system away."""
-    name, _, weight = text.partition("=")
-    if text == "none":
-        return text, 0.0
-    if name not in ALIGNMENTS:
-        raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
-    return name, bounded(float, 0)(weight)
-
-
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults there are; "None" would be none."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
-
-
-def make_parser(description):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--option value ...]", description=description, formatter_class=Defaults
-    )
-    # fmt: off
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--dataset", type=dataset_name, default="twitter2017",
-        help=f"{', '.join(DATASETS)} or a folder of your own")
-    add("--system", choices=PRESETS,
-        help="a published system: sets the flags it is made of, those given excepted")
-    add("--model", choices=SYSTEMS,
-        help="default: roberta-resnet50 for named entities, bert-resnet50 for relations")
-    add("--text-encoder", help="hub name or local folder; default: the model's own")
-    add("--max-len", type=bounded(int, 1),
-        help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
-    add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
-        " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
-    add("--word-rule", choices=("auto", *RULES), default="auto", help="how predict.py cuts a text into words"
-        " (docs/DATA.md); auto: as train's words are cut")
-    add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
-        help="train on this share of its posts, drawn with --seed")
-
-    add = parser.add_argument_group("the photo").add_argument
-    add("--fusion", choices=FUSIONS, help="none = text only; prefix: soft tokens of the photo"
-        " that the text encoder reads; default: film. blip and vilt bring their own")
-    add("--heads", type=bounded(int, 1),
-        help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
-    add("--photo-dropout", type=bounded(float, 0, 1), default=0.1,
-        help="share of training posts shown no photo")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="train on all views of a photo")
-    add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
-        " the control that tells what the photos are worth")
-    add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"
-        " labels' that pull text and photo of a post together (align.py): contrastive, local, matching, and,"
-        " by the relevance in --notes, supervised; or none")
-    add("--relevance", choices=("none", "given", "predicted"), default="none", help="give a post the fusion"
-        " as far as its photo belongs to it: by --notes, where they say, or always as the model sees it")
-    add("--relevance-loss", type=bounded(float, 0),
-        help="weight of the loss that teaches the model the relevance in --notes; default: 0.5")
-    add("--bottleneck", type=bounded(float, 0), default=0.0, metavar="WEIGHT", help="a noisy code of text and"
-        " photo in place of both, before --align and --fusion (stages.py); what it says of them is a loss of"
-        " this weight; 0 = none")
-    add("--generated", metavar="FEATURES",
-        help="feature file of second pictures, generated from the texts; for --fusion saliency")
-
-    add = parser.add_argument_group("what others say of a post").add_argument
-    add("--notes", help="JSON lines of what others said of each post (notes.py, write_notes.py)")
-    add("--extra", choices=EXTRAS, default="none", help="what of --notes the text encoder reads after the"
-        " post: what was said of the post, of the photo, or both")
-    add("--extra-len", type=bounded(int, 1), default=128, help="sub-tokens of that, at most")
-    add("--shuffle-notes", action="store_true", help="give each post what was said of another: the control"
-        " that tells what --extra post is worth")
-
-    add = parser.add_argument_group("how it is trained").add_argument
-    add("--seed", type=bounded(int, 0, 2**32), default=1337)
-    add("--epochs", type=bounded(int, 1), default=5)
-    add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
-    add("--eval-batch-size", type=bounded(int, 1), default=12)
-    add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
-    add("--fusion-lr", type=bounded(float, 0), default=1.1e-3,
-        help="of what starts from scratch: fusion, head")
-    add("--weight-decay", type=bounded(float, 0), default=0.01)
-    add("--warmup-ratio", type=bounded(float, 0, 1), default=0.1,
-        help="share of the steps, then linear decay to 0")
-    add("--max-grad-norm", type=bounded(float, 1e-9), default=1.0, help="of gradients, clipped; inf = never")
-    add("--dropout", type=bounded(float, 0, 1), default=0.1)
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto: bfloat16 on NVIDIA's GPUs from Ampere on, float32 elsewhere, on Apple's mps too")
-    add("--device", default=default_device())
-
-    add = parser.add_argument_group("where things are").add_argument
-    add("--data-dir", default="data")
-    add("--images", help="folder of the photos, where it is not in a usual place under --data-dir: they are"
-        " compared, by name and size, with those the features were made of")
-    add("--cache-dir", default="features", help="where feature files are")
-    add("--img-size", type=bounded(int, 1), help="which feature file: the size its photos were resized to;"
-        " default: 224, 384 for blip and vilt")
-    add("--features", help="feature file, where it is not the usual one in --cache-dir")
-    add("--run-dir", help="default: runs/<dataset>-<system>[-<encoder>][...]-s<seed>, or, without --system or"
-        " with flags of its own changed, runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>")
-    add("--overwrite", action="store_true", help="put the new run in the place of the one in the run folder,"
-        " when its first epoch is over; files of your own there stay")
-    add("--resume", action="store_true",
-        help="go on with the run in the run folder where it was stopped, if it was")
-    add("--save-every", type=bounded(float, 0), default=600,
-        help="seconds from one state to resume from to the next; the first comes after a minute, and one"
-        " more at each epoch's end")
-    # fmt: on
-    return parser
-
-
-def parse_args(argv, description=None):
-    """The arguments of train.py, defaults and presets filled in; exits with one line if some do not fit."""
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
-    if args.system:
-        parser.set_defaults(**PRESETS[args.system])
-        args = parser.parse_args(argv)
-    task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)
-    args.model = args.model or ("roberta-resnet50" if task == "ner" else "bert-resnet50")
-    system = SYSTEMS[args.model]
-    regions = issubclass(system.model, TextRegions)
-    if regions:
-        args.fusion = args.fusion or "film"
-    args.align, asked = dict(args.align), len(args.align)
-    if len(args.align) < asked:
-        parser.error("--align: one loss is named twice; leave one out")
-    args.align = {name: weight for name, weight in args.align.items() if weight}
-    if wrong := mistake(args, task, system, regions):
-        parser.error(wrong)
-    args.heads = args.heads or 8
-    args.relevance_loss = 0.5 if args.relevance_loss is None else args.relevance_loss
-    args.img_size, args.max_len = args.img_size or system.img_size, args.max_len or system.max_len
-    args.text_encoder = args.text_encoder or system.text_encoder
-    args.features = args.features or f"{args.cache_dir}/{dataset}-{system.backbone}-{args.img_size}.h5"
-    defaults = vars(parser.parse_args([])) | {"heads": 8}
-    defaults |= {"img_size": system.img_size, "max_len": system.max_len}
-    args.run_dir = args.run_dir or f"runs/{run_name(args, defaults, dataset, system)}"
-    return args
+from parts.systems import SYSTEMS
+from parts.tracking import Tracker
 
 
 def parameter_groups(model, args):
@@ -200,9 +57,9 @@ def parameter_groups(model, args):
 
 def check_all_train(model, optimizer):
     """After the first backward pass: a trainable parameter that cannot learn is a mistake, and is named."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in held:
+        if parameter.requires_grad and id(parameter) not in in_groups:
             raise ValueError(f"parameter {name} is in no optimizer group, so it would never train")
         if parameter.requires_grad and parameter.grad is None:
             raise ValueError(
@@ -236,9 +93,9 @@ def versions():
 
 def tell_parameters(model, args):
     """{part of the model: its parameters; threads}, and on the console how many of them are trained."""
-    found = {}
+    counts = {}
     for part, module in model.named_children():
-        found[f"{part}_parameters"] = count = sum(parameter.numel() for parameter in module.parameters())
+        counts[f"{part}_parameters"] = count = sum(parameter.numel() for parameter in module.parameters())
         frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
         if count:
             trained = f"{count - sum(frozen.values()):,} trained" if frozen else "all trained"
@@ -248,87 +105,193 @@ def tell_parameters(model, args):
             print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first:"
                   f" {part}.{next(iter(frozen))})")  # fmt: skip
     threads = fit_threads(model)  # another number sums in another order: the last digits differ
-    print(f"in all     {sum(found.values()):,} parameters; CPU threads: {threads}")
-    return found | {"threads": threads}
+    print(f"in all     {sum(counts.values()):,} parameters; CPU threads: {threads}")
+    return counts | {"threads": threads}
 
 
 def draw(rng, count, posts, args):
     """What chance decides of a batch's posts, as arguments of `Posts.batch`: hidden photos, views to read."""
-    drawn = {"hidden": rng.random(count) < args.photo_dropout}
+    choices = {"hidden": rng.random(count) < args.photo_dropout}
     for name, cache in (("views", posts.cache), ("second_views", posts.generated)):
         if cache and args.augment:
-            drawn[name] = rng.integers(cache.views, size=count)
-    return drawn
+            choices[name] = rng.integers(cache.views, size=count)
+    return choices
 
 
-def share(posts, chosen, drawn, rank, processes):
-    """(batch, weight) of this process: every `processes`-th post of a batch, and what was `drawn` for it.
+def share(posts, chosen, choices, rank, processes):
+    """(batch, weight) of this process: every `processes`-th post of a batch, and the `choices` for it.
 
     A process that none is left for still takes part, with the first post, no pictures and no weight.
     """
     mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
-    drawn = {name: values[mine] for name, values in drawn.items()}
-    return posts.batch([chosen[i] for i in mine], **drawn, pictures=bool(weight)), weight
+    choices = {name: values[mine] for name, values in choices.items()}
+    return posts.batch([chosen[i] for i in mine], **choices, pictures=bool(weight)), weight
 
 
-def train_step(model, losses, optimizer, scheduler, weight, labelled, posts, args):
-    """One step of all processes, of the `losses` {name: [B]} of this one; returns (sum of each, norm).
+class Training:
+    """A model in training: what moves its weights, and `progress`, how far it has come. A state keeps all.
 
-    `weight`: 0 for a process that had no post; `labelled`, `posts`: labels and posts of the whole batch. The
-    norm is that of the gradients before they are clipped.
+    `posts`: those of train. `rank`: the number of this process among `processes`, which share each batch.
     """
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    summed = torch.stack([losses[name].sum() for name in model.loss_weights])
-    # Gradients are averaged over processes, hence times their number.
-    loss = model.total(summed, labelled, posts) * (weight * processes)
-    loss.backward()
-    if scheduler.last_epoch == 0:  # the run's first step
-        check_all_train(model, optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    summed = summed.detach() * weight
-    if processes > 1:
-        torch.distributed.all_reduce(summed)
-    return summed, norm
 
+    def __init__(self, model, posts, args, device, rank, processes):
+        self.model, self.parallel, self.posts, self.args, self.device = model, model, posts, args, device
+        self.rank, self.processes = rank, processes
+        if processes > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # 7 times as fast
+        self.lengths = posts.showing(None).lengths()  # with own photos: a control has the batches of its run
+        self.labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in posts.rows])  # of a post
+        steps = args.epochs * len(length_batches(self.lengths, args.batch_size))
+        warmup = int(steps * args.warmup_ratio)
+        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, steps)
+        self.progress = {"best": -1.0, "best_epoch": 0, "log": [], "timing": []}
+        self.begin_epoch(1)
+        self.due = time.monotonic() + min(60, args.save_every)  # the next state
 
-def log_epoch(progress, model, loss_sum, labelled, posts, metrics, seconds):
-    """Add an epoch to the `progress` of a run; returns whether it is the best so far, and a line on it.
+    def begin_epoch(self, number):
+        nothing = {"step": 0, "loss": [0.0] * len(self.model.loss_weights), "labelled": 0}
+        self.progress |= {"epoch": number} | nothing
 
-    `loss_sum`: of each loss over the `posts` of train; `labelled`: labels among them; `seconds`: of training
-    and scoring.
-    """
-    main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
-    best, epoch = main_f1 > progress["best"], progress["epoch"]
-    if best:
-        progress |= {"best": main_f1, "best_epoch": epoch}
-    sums = dict(zip(model.loss_weights, loss_sum.tolist(), strict=True))
-    log = {"epoch": epoch, "loss": sums.pop("labels") / max(1, labelled)}  # a label's; others: a post's
-    log |= {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
-    log |= {f"loss_{name}": value / posts for name, value in sums.items()}
-    progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
-    progress["timing"].append({"epoch": epoch, "train_s": seconds[0], "valid_s": seconds[1]})
-    name = "entity" if metrics["task"] == "ner" else "micro"
-    return best, f"loss {log['loss']:.4f}  valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"
+    def step(self, number, chosen, choices):
+        """One step of all processes over the posts `chosen`: (sum of each loss over them, gradient norm).
+
+        The norm is that before gradients are clipped.
+        """
+        args, model, count = self.args, self.model, int(self.labels[chosen].sum())
+        batch, weight = share(self.posts, chosen, choices, self.rank, self.processes)
+        if self.processes > 1:  # dropout of its own for each, the same again after --resume
+            seeds = np.random.default_rng([args.seed, self.progress["epoch"], number, self.rank])
+            torch.manual_seed(seeds.integers(2**63))
+        with autocast(self.device, args.precision):
+            losses = self.parallel(to_device(batch, self.device), return_losses=True).losses  # {name: [B]}
+        sums = torch.stack([losses[name].sum() for name in model.loss_weights])
+        # Gradients are averaged over processes, hence times their number.
+        loss = model.total(sums, count, len(chosen)) * (weight * self.processes)
+        loss.backward()
+        if self.scheduler.last_epoch == 0:  # the run's first step
+            check_all_train(model, self.optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        sums = sums.detach() * weight
+        if self.processes > 1:
+            torch.distributed.all_reduce(sums)
+        return sums, norm
+
+    def epoch(self, folder, stop, tracker):
+        """Train to the end of the epoch, where a state is kept; returns how many posts that were.
+
+        `Stopped`, after a state, where a signal has come to `stop`.
+        """
+        args, progress, posts, before = self.args, self.progress, self.posts, self.progress["step"]
+        rng = np.random.default_rng([args.seed, progress["epoch"]])
+        batches = length_batches(self.lengths, args.batch_size, rng)
+        loss_sum, labelled = torch.tensor(progress["loss"], device=self.device), progress["labelled"]
+        first_bad = torch.tensor(math.inf, device=self.device)  # step whose loss or gradient is not finite
+        done, name = sum(map(len, batches[:before])), f"epoch {progress['epoch']}"
+        self.model.train()
+        with progress_bar(len(posts), "post", True, initial=done, desc=name, disable=self.rank > 0) as bar:
+            for step, chosen in enumerate(batches, 1):
+                choices = draw(rng, len(chosen), posts, args)
+                if step <= before:  # done before the stop; its random numbers had to be drawn
+                    continue
+                sums, norm = self.step(step, chosen, choices)
+                loss_sum, labelled = loss_sum + sums, labelled + int(self.labels[chosen].sum())
+                bad = ~torch.isfinite(sums.sum() + norm)
+                first_bad = torch.where(bad, first_bad.clamp(max=step), first_bad)
+                bar.update(len(chosen))
+                signal, last = stop.agreed(), step == len(batches)
+                save = signal or last or self.rank == 0 and time.monotonic() >= self.due
+                # Not each step: reading a value makes the device wait. A bad step only stops the run: the
+                # weights have taken it in, the last state has not.
+                if save or step % 50 == 0:
+                    check_finite(first_bad.item(), posts, batches, progress["epoch"], args)
+                    progress |= {"step": step, "loss": loss_sum.tolist(), "labelled": labelled}
+                    seen = sum(map(len, batches[:step]))
+                    losses = self.losses(seen)
+                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+                    tracker.log(losses | self.rates(), self.scheduler.last_epoch)
+                if save:
+                    self.save(folder)
+                if signal:
+                    wait_for_all(self.processes)  # the first process has written the state
+                    raise Stopped(signal)
+        return len(posts) - done
+
+    def losses(self, posts):
+        """{name: mean of a loss since the epoch began, over its `posts`}; of the labels' loss over labels."""
+        sums = dict(zip(self.model.loss_weights, self.progress["loss"], strict=True))
+        losses = {"loss": sums.pop("labels") / max(1, self.progress["labelled"])}
+        return losses | {f"loss_{name}": value / posts for name, value in sums.items()}
+
+    def rates(self):
+        """The learning rates of the last step."""
+        share = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch - 1)
+        return {"lr": self.args.lr * share, "fusion_lr": self.args.fusion_lr * share}
+
+    def log_epoch(self, metrics, seconds):
+        """Add the epoch, scored on valid, to the progress; returns whether it is the best, and a line on it.
+
+        `seconds`: of training and scoring.
+        """
+        progress, losses, rates = self.progress, self.losses(len(self.posts)), self.rates()
+        main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
+        best, epoch = main_f1 > progress["best"], progress["epoch"]
+        if best:
+            progress |= {"best": main_f1, "best_epoch": epoch}
+        log = {"epoch": epoch} | losses | rates | {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
+        progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
+        progress["timing"].append({"epoch": epoch, "train_s": seconds[0], "valid_s": seconds[1]})
+        name = "entity" if metrics["task"] == "ner" else "micro"
+        parts = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in losses.items()]
+        parts += [f"lr {rates['lr']:.2g}", f"valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"]
+        return best, "  ".join(parts)
+
+    def save(self, folder):
+        """Write the state, in the first process."""
+        if self.rank == 0:
+            self.due = time.monotonic() + self.args.save_every
+            path = folder / "state.pt"
+            save_state(path, self.progress, self.model, self.optimizer, self.scheduler, self.device)
+
+    def load(self, folder):
+        """Go on from a state."""
+        path = folder / "state.pt"
+        self.progress = load_state(path, self.model, self.optimizer, self.scheduler, self.device)
+        print(f"resuming   in epoch {self.progress['epoch']} after {self.progress['step']} steps")
 
 
 def score_splits(model, dataset, answers, run_dir, epoch, prints, rank):
-    """Score valid and test, once, with the weights of the best epoch: records and metrics into the folder."""
+    """Score valid and test, once, with the weights of the best epoch: records and metrics into the folder.
+
+    Returns {split: metrics}.
+    """
     load_model(model, str(run_dir / "model.safetensors"))
+    scores = {}
     for split in ("valid", "test"):
         if split not in dataset.examples:
             print(f"{dataset.name} has no {split} file: no {split} scores")
             continue
         records = answers(split)
-        metrics = score(records) | {"data": prints[split]}
+        scores[split] = score(records) | {"data": prints[split]}
         if rank == 0:
             write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
-            write_json(run_dir / f"metrics-{split}.json", metrics)
-        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {epoch}"))
-    if rank == 0:
-        (run_dir / "state.pt").unlink(missing_ok=True)  # finished
+            write_json(run_dir / f"metrics-{split}.json", scores[split])
+        print(format_scores(scores[split], f"\n{run_dir.name} {split}, epoch {epoch}"))
+    return scores
+
+
+def how_to_go_on(args, progress):
+    """What is said of a run that Ctrl-C or SIGTERM has stopped."""
+    place = f"in epoch {progress['epoch']} after {progress['step']} steps"
+    if progress["epoch"] > args.epochs:
+        place = "while its best epoch was scored"
+    command = "the same command"
+    if not args.resume:
+        command += " with --resume in place of --overwrite" if args.overwrite else " with --resume"
+    return f"{args.run_dir}: stopped {place}; {command} goes on"
 
 
 def run(args, stack):
@@ -339,21 +302,20 @@ def run(args, stack):
     check_folder(run_dir, args)
     if processes > 1 and "local" in args.align:
         raise ValueError("--align local: needs all posts of a batch in one process; leave torchrun out")
+    tracker = Tracker(args.track if rank == 0 else None)
     torch.manual_seed(args.seed)
     dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)
-    config = vars(args) | facts | {"versions": versions(), "processes": processes}
+    config = vars(args) | facts | {"word_rule_auto": args.word_rule == "auto"}
+    config |= {"versions": versions(), "processes": processes}
     model = SYSTEMS[args.model].model(encoder, config).to(device)
+    if args.init:
+        start_from(args.init, model, tokenizer, config)
     config |= tell_parameters(model, args)
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if processes > 1 else model
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # one pass: 7 times as fast
-    train, known = posts["train"], mentions(dataset.examples["train"])
-    lengths = train.showing(None).lengths()  # with own photos: a control has the batches of the run itself
-    labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in train.rows])  # of each post
-    steps = args.epochs * len(length_batches(lengths, args.batch_size))
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
+    training = Training(model, posts["train"], args, device, rank, processes)
     folder = begin(args, config, encoder, tokenizer, rank, processes, stack)
     if folder is None:  # finished
         return run_dir
+    known = mentions(dataset.examples["train"])
 
     def answers(split):
         mine = posts[split].part(range(rank, len(posts[split]), processes))
@@ -361,65 +323,39 @@ def run(args, stack):
         name = split if rank == 0 else ""  # of the bar; without, there is none
         return gather(predict_posts(model, mine, *settings, known, name), processes)
 
-    begun = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # of an epoch
-    progress = {"epoch": 1, "best": -1.0, "best_epoch": 0, "log": [], "timing": []} | begun
-    due = time.monotonic() + min(60, args.save_every)  # the next state; one more at each epoch's end
     if (folder / "state.pt").exists():
-        progress = load_state(folder / "state.pt", model, optimizer, scheduler, device)
-        print(f"resuming   in epoch {progress['epoch']} after {progress['step']} steps")
-    for epoch in range(progress["epoch"], args.epochs + 1):
-        started, rng = time.perf_counter(), np.random.default_rng([args.seed, epoch])
-        batches, before = length_batches(lengths, args.batch_size, rng), progress["step"]
-        loss_sum, labelled = torch.tensor(progress["loss"], device=device), progress["labelled"]
-        first_bad = torch.tensor(math.inf, device=device)  # step whose loss or gradient is not finite
-        done = sum(map(len, batches[:before]))
-        bar = progress_bar(len(train), "post", True, initial=done, desc=f"epoch {epoch}", disable=rank > 0)
-        stack.callback(bar.close)  # else an error would stand on its line
-        model.train()
-        for step, chosen in enumerate(batches, 1):
-            drawn = draw(rng, len(chosen), train, args)
-            if step <= before:  # done before the stop; its random numbers had to be drawn
-                continue
-            batch, weight = share(train, chosen, drawn, rank, processes)
-            if processes > 1:  # dropout of its own for each, the same again after --resume
-                torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
-            count = int(labels[chosen].sum())
-            with autocast(device, args.precision):
-                losses = parallel(to_device(batch, device), return_losses=True).losses
-            summed, norm = train_step(model, losses, optimizer, scheduler, weight, count, len(chosen), args)
-            loss_sum, labelled = loss_sum + summed, labelled + count
-            first_bad = torch.where(torch.isfinite(summed.sum() + norm), first_bad, first_bad.clamp(max=step))
-            bar.update(len(chosen))
-            save = rank == 0 and time.monotonic() >= due
-            # Not each step: reading a value makes the device wait. A bad step only stops the run: the weights
-            # have taken it in, the last state has not.
-            if save or step % 50 == 0 or step == len(batches):
-                check_finite(first_bad.item(), train, batches, epoch, args)
-                bar.set_postfix(loss=f"{loss_sum[0].item() / max(1, labelled):.4f}", refresh=False)
-            if save:
-                progress |= {"epoch": epoch, "step": step, "loss": loss_sum.tolist(), "labelled": labelled}
-                save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
-                due = time.monotonic() + args.save_every
-        bar.close()
-        trained = time.perf_counter()
-        metrics = score(answers("valid"))
-        seconds = trained - started, time.perf_counter() - trained
-        best, message = log_epoch(progress, model, loss_sum, labelled, len(train), metrics, seconds)
-        if rank == 0:
-            if best:
-                save_weights(model, folder)
-            for name in ("log", "timing"):
-                write_json_lines(folder / f"{name}.jsonl", progress[name])
-            if folder != run_dir:  # it has something to show now: the old run makes room
-                folder = settle(run_dir)
-        rate = f"{(len(train) - done) / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
-        print(f"epoch {epoch}/{args.epochs}  {message}  {rate}", flush=True)
-        progress |= {"epoch": epoch + 1} | begun
-        if rank == 0:
-            save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
-            due = time.monotonic() + args.save_every
-    wait_for_all(processes)
-    score_splits(model, dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
+        training.load(folder)
+    tracker.begin(dataset.name, run_dir.name, config, stack)
+    stop, progress = Stop(stack, processes), training.progress
+    try:
+        while progress["epoch"] <= args.epochs:
+            times, epoch = [time.perf_counter()], progress["epoch"]
+            with stop.held():
+                count = training.epoch(folder, stop, tracker)
+            times.append(time.perf_counter())
+            metrics = score(answers("valid"))
+            times.append(time.perf_counter())
+            with stop.held():
+                seconds = times[1] - times[0], times[2] - times[1]
+                best, line = training.log_epoch(metrics, seconds)
+                if rank == 0:
+                    if best:
+                        save_weights(model, folder)
+                    for name in ("log", "timing"):
+                        write_json_lines(folder / f"{name}.jsonl", progress[name])
+                    if folder != run_dir:  # it has something to show now: the old run makes room
+                        folder = settle(run_dir)
+                tracker.log(progress["log"][-1], training.scheduler.last_epoch)
+                speed = f"{count / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
+                print(f"epoch {epoch}/{args.epochs}  {line}  {speed}", flush=True)
+                training.begin_epoch(epoch + 1)
+        wait_for_all(processes)
+        scores = score_splits(model, dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
+    except Stopped as error:
+        raise Stopped(error.number, how_to_go_on(args, progress) if rank == 0 else "") from None
+    tracker.log({f"best_{split}_main_f1": main_score(metrics) for split, metrics in scores.items()}, None)
+    if rank == 0:
+        (run_dir / "state.pt").unlink(missing_ok=True)  # finished
     return run_dir
 
 

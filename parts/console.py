@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import sysconfig
 import traceback
@@ -17,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from parts.datasets import DATASETS
-from parts.processes import out_of_memory
+from parts.processes import Stopped, out_of_memory
 
 PROJECT = Path(__file__).resolve().parents[1]
 # What moves a terminal's cursor, types for its user or turns words around: control characters but tab and
@@ -159,9 +160,11 @@ def command_line(main, lower="use another --device"):
         else:
             raise
         sys.exit(shown(f"{Path(sys.argv[0]).name}: error: {message}"))
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        if text := str(error) if isinstance(error, Stopped) else "interrupted":
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(128 + number)
     finally:
         if not isinstance(sys.exception(), Exception):  # else its traceback is still to be printed there
             sys.stdout, sys.stderr = streams

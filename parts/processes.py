@@ -5,7 +5,9 @@ import ctypes
 import errno
 import functools
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -124,6 +126,59 @@ def gather(part, processes):
     for rank, part in enumerate(parts):
         whole[rank::processes] = part
     return whole
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, the signal `number`, where a state is kept; the text says how to go on."""
+
+    def __init__(self, number, text=""):
+        super().__init__(text)
+        self.number = number
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, until `stack` closes: raised as `Stopped`, or `held` back while a step is computed.
+
+    A second one acts as it did before, so it ends the process at once. Outside of the main thread signals are
+    none of ours, and one that is ignored stays so.
+    """
+
+    def __init__(self, stack, processes):
+        self.number, self.holding, self.handlers, self.group = 0, False, {}, None
+        if processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.handlers[number] = signal.signal(number, self.take)
+        stack.callback(self.put_back)
+
+    def put_back(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def take(self, number, frame):
+        self.put_back()
+        self.number = number
+        if not self.holding:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """A signal that comes in this context is raised at its end, if nobody has asked before."""
+        self.holding = True
+        yield
+        self.holding = False
+        if self.number:
+            raise Stopped(self.number)
+
+    def agreed(self):
+        """The number of a signal that has come to any process, else 0; they all ask together, once a step."""
+        if self.group is None:
+            return self.number
+        number = torch.tensor(self.number)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, self.group)
+        return int(number)
 
 
 def lock(path, flags=os.O_RDONLY):

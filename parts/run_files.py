@@ -23,10 +23,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModel
 
+from align import ALIGNMENTS
 from encoding import special_ends
 from fusion import FUSIONS
 from parts.console import first_line, in_users_layer
-from parts.model import LEFT_OUT
 from parts.photos import FITS
 from parts.processes import out_of_memory
 from parts.systems import SYSTEMS, backbones_of
@@ -57,11 +57,11 @@ def or_null(fits, wanted):
     return lambda value: value is None or fits(value), f"{wanted}, or null"
 
 
-def named_weights(value):
+def is_weights(value):
     return isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values())
 
 
-def told(*keys):
+def with_text(*keys):
     """A row of `KEYS`: an object with text under `keys`."""
     return (
         lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys),
@@ -69,9 +69,9 @@ def told(*keys):
     )
 
 
-def made_features(value):
+def is_provenance(value):
     """Whether a value says how the features of a photo are made."""
-    (fits, _), (size, _) = told("backbone", "weights", "sha256"), number((int,), 1, 4096)
+    (fits, _), (size, _) = with_text("backbone", "weights", "sha256"), number((int,), 1, 4096)
     backbones = {backbone for system in SYSTEMS.values() for backbone in backbones_of(system)}
     if not fits(value) or value["backbone"] not in backbones:
         return False
@@ -84,7 +84,8 @@ SEED = number((int,), 0, 2**32)
 COUNT, AMOUNT = number((int,), 1, 10**6), number((int, float), 0, 1e9)
 # Per key of config.json that anything reads again: whether a value is one, and what it has to be.
 KEYS = {
-    "dataset": TEXT, "data_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT, "model": TEXT,
+    "dataset": TEXT, "data_dir": TEXT, "cache_dir": TEXT, "data": SETTINGS, "text_encoder": TEXT,
+    "model": TEXT, "img_size": COUNT, "init": or_null(*TEXT), "word_rule_auto": FLAG,
     "task": one_of("ner", "relation"),
     "labels": (
         lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
@@ -93,17 +94,16 @@ KEYS = {
     "fusion": or_null(*TEXT),
     "decoder": one_of("softmax", "crf", "visual-crf"),
     "heads": or_null(*COUNT), "dropout": number((int, float), 0, 1), "region_dim": or_null(*COUNT),
-    "features": or_null(*TEXT), "features_made": or_null(made_features, "what a feature file says of itself"),
-    "generated": or_null(*TEXT), "generated_made": or_null(*told("sha256")), "notes": or_null(*TEXT),
+    "features": or_null(*TEXT), "features_made": or_null(is_provenance, "what a feature file says of itself"),
+    "generated": or_null(*TEXT), "generated_made": or_null(*with_text("sha256")), "notes": or_null(*TEXT),
     "notes_sha256": or_null(*TEXT), "extra": one_of("none", "post", "photo", "both"), "extra_len": COUNT,
     "shuffle_notes": FLAG, "shuffle_photos": FLAG, "train_share": number((int, float), 0, 1),
-    "align": (named_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
+    "align": (is_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
     "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
     "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
     "precision": one_of("auto", "float32", "bfloat16"), "word_rule": or_null(*one_of(*RULES)),
 }  # fmt: skip
-
-
+NEWER = {"init": None, "word_rule": None, "word_rule_auto": True}  # what a run made before them lacks
 OF_LOG = ("epoch", "loss", "valid_main_f1", "valid_accuracy", "best_epoch")
 
 
@@ -134,20 +134,36 @@ def read_object(path, most=MOST_BYTES):
 
 
 def read_config(run_dir):
-    """A run's config.json as a dict; ValueError if a value is of a wrong kind."""
+    """What `read_config_file` reads in a run's folder."""
     path = Path(run_dir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
         )
-    config = read_object(path)
-    if not {"dataset", "model", "fusion", "labels", "data"} <= config.keys():
-        raise ValueError(f"{path}: not the configuration of a run of train.py; name another folder")
-    config = LEFT_OUT | config
+    return read_config_file(path)
+
+
+def read_config_file(path):
+    """A run's config.json as a dict, complete; ValueError if a value is missing or of a wrong kind."""
+    config = NEWER | read_object(Path(path))
     for key, (fits, wanted) in KEYS.items():
-        if key in config and not fits(config[key]):
+        if key not in config:
+            raise ValueError(f"{path}: no {key}, so not the configuration of a run of train.py; name another")
+        if not fits(config[key]):
             raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
-    return {"word_rule": OF_TASK.get(config.get("task"))} | config
+    if config["word_rule"] is None:
+        config["word_rule"] = OF_TASK[config["task"]]
+    return config
+
+
+def check_known(config, path):
+    """ValueError if a run, at `path`, needs a system, fusion or loss that nobody has registered here."""
+    fusions = (None, *FUSIONS)
+    names = [("model", config["model"], SYSTEMS), ("fusion", config["fusion"], fusions)]
+    for kind, name, known in names + [("alignment", name, ALIGNMENTS) for name in config["align"]]:
+        if name not in known:
+            raise ValueError(f"{path}: {kind} {name:.60} is not known here; import the script that registers"
+                             " it, as examples/own.py does")  # fmt: skip
 
 
 def read_log(run_dir):
@@ -156,11 +172,11 @@ def read_log(run_dir):
     for number, text in enumerate(read_bytes(path, 16 * MOST_BYTES).splitlines(), 1):
         try:
             line = json.loads(text)
-            whole = all(type(value) in (int, float) and math.isfinite(value) for value in line.values())
-            whole = whole and {*OF_LOG} <= line.keys() and 1 <= line["best_epoch"] <= 10**6
+            fits = all(type(value) in (int, float) and math.isfinite(value) for value in line.values())
+            fits = fits and {*OF_LOG} <= line.keys() and 1 <= line["best_epoch"] <= 10**6
         except (ValueError, RecursionError, AttributeError):
-            whole = False
-        if not whole:
+            fits = False
+        if not fits:
             wanted = f"an object of numbers with {', '.join(OF_LOG)}"
             raise ValueError(f"{path}:{number}: no line of a log, which is {wanted}; restore it")
         lines.append(line)
@@ -175,14 +191,14 @@ def read_image_check(path):
     try:
         scores = [metrics[{"ner": "entity", "relation": "relation"}[metrics["task"]]]["f1"]
                   for metrics in (check["true"], check["none"], *check["shuffled"])]  # fmt: skip
-        found = check["bootstrap"] or {}
-        scores += [found.get(key, 0) for key in ("difference", "low", "high")]
-        whole = len(check["shuffled"]) > 0 and type(check["photos"]) is int
-        whole = whole and all(type(value) in (int, float) and -1 <= value <= 1 for value in scores)
-        whole = whole and (bool(found) or check["photos"] < 2)
+        interval = check["bootstrap"] or {}
+        scores += [interval.get(key, 0) for key in ("difference", "low", "high")]
+        fits = len(check["shuffled"]) > 0 and type(check["photos"]) is int
+        fits = fits and all(type(value) in (int, float) and -1 <= value <= 1 for value in scores)
+        fits = fits and (bool(interval) or check["photos"] < 2)
     except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        fits = False
+    if not fits:
         raise ValueError(f"{path}: not what evaluate.py --image-check writes; run that again")
     return check
 
@@ -237,13 +253,13 @@ def check_weights(path, encoder_config, config):
             raise ValueError(f"{path.name} says over {MOST_BYTES:,} bytes of itself")
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        held = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         kinds = {name: part.get_dtype() for name, part in slices.items()}
     thread, count = threading.get_ident(), itertools.count()
 
     def stop(*_):
-        if threading.get_ident() == thread and next(count) > 2 * len(held) + 100:
-            raise ValueError(f"its configuration has far more than the {len(held)} tensors of {path.name}")
+        if threading.get_ident() == thread and next(count) > 2 * len(shapes) + 100:
+            raise ValueError(f"its configuration has far more than the {len(shapes)} tensors of {path.name}")
 
     hook = register_module_parameter_registration_hook(stop)
     try:
@@ -251,17 +267,17 @@ def check_weights(path, encoder_config, config):
             model = build(encoder_config, config)
     finally:
         hook.remove()
-    wanted = model.state_dict(keep_vars=True)
+    tensors = model.state_dict(keep_vars=True)
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > 2 * path.stat().st_size + 2**28:
         raise ValueError(f"its configuration takes {size:,} bytes, far more than {path.name}")
-    shared = {id(wanted[name]) for name in held.keys() & wanted.keys()}  # one of several names is saved
-    for name in sorted(held.keys() | wanted.keys()):
-        shape = tuple(wanted[name].shape) if name in wanted else None
-        if held.get(name) != shape and not (name not in held and id(wanted[name]) in shared):
-            sides = f"{held.get(name, 'missing')} in {path.name}, {shape or 'missing'} by its configuration"
+    saved = {id(tensors[name]) for name in shapes.keys() & tensors.keys()}  # under one of several names
+    for name in sorted(shapes.keys() | tensors.keys()):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shapes.get(name) != shape and not (name not in shapes and id(tensors[name]) in saved):
+            sides = f"{shapes.get(name, 'missing')} in {path.name}, {shape or 'missing'} by its configuration"
             raise ValueError(f"{name} is {sides}")
-        if name in held and wanted[name].is_floating_point() and kinds[name] not in FLOATS:
+        if name in shapes and tensors[name].is_floating_point() and kinds[name] not in FLOATS:
             raise ValueError(f"{name} is of type {kinds[name]} in {path.name}")
 
 
@@ -305,12 +321,7 @@ def load_run(run_dir, device="cpu"):
             read_bytes(path)
             if path.stat().st_size > MOST_OF_ENCODER[1]:
                 raise ValueError(f"{path}: over {MOST_OF_ENCODER[1]:,} bytes, so no tokenizer's; restore it")
-    for key, known in (("model", SYSTEMS), ("fusion", (None, *FUSIONS))):
-        if config[key] not in known:
-            raise ValueError(
-                f"{run_dir}: its {key}, {config[key]!r:.60}, is not known here; call the script that"
-                " registers it (examples/own.py does so)"
-            )
+    check_known(config, run_dir)
     try:
         encoder_config, tokenizer = read_encoder(run_dir / "encoder", SYSTEMS[config["model"]].checkpoint)
         check_weights(weights, encoder_config, config)
@@ -326,14 +337,40 @@ def load_run(run_dir, device="cpu"):
         users = in_users_layer(traceback.extract_tb(error.__traceback__))
         if users or not (of_rust or isinstance(error, Exception)):
             raise
-        system = re.search(r"os error (\d+)", str(error))
-        if system:  # as libraries in Rust say what the system said
-            raise OSError(int(system[1]), os.strerror(int(system[1])), str(run_dir)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        if number:  # as libraries in Rust say what the system said
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(run_dir)) from None
         if out_of_memory(error) or getattr(error, "errno", None):
             raise
         reason = f"the run does not load ({first_line(error)}); restore its files or train it again"
         raise ValueError(f"{run_dir}: {reason}") from None
     return model.eval().to(device), tokenizer, config
+
+
+def start_from(run_dir, model, tokenizer, config):
+    """Give a new model the weights of a finished run, wherever both have them; how many is said.
+
+    ValueError if the run has other labels, another vocabulary, or a tensor of another shape.
+    """
+    with torch.random.fork_rng(devices=[]):  # else the new run would draw other numbers
+        other, other_tokenizer, other_config = load_run(run_dir)
+    if (labels := " ".join(other_config["labels"])) != " ".join(config["labels"]):
+        raise ValueError(f"--init {run_dir}: its labels are {labels:.200}, and not"
+                         f" {' '.join(config['labels']):.200}; name another run")  # fmt: skip
+    if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--init {run_dir}: has another vocabulary than {config['text_encoder']}; add"
+                         f" --text-encoder {other_config['text_encoder']}")  # fmt: skip
+    theirs, ours = other.state_dict(), model.state_dict()
+    for name in theirs.keys() & ours.keys():
+        if theirs[name].shape != ours[name].shape:
+            shapes = f"{tuple(theirs[name].shape)} there and {tuple(ours[name].shape)} here"
+            raise ValueError(f"--init {run_dir}: {name} is {shapes}; choose the options of that run")
+    model.load_state_dict({name: theirs[name] for name in theirs.keys() & ours.keys()}, strict=False)
+    print(f"init       {run_dir}: {len(theirs.keys() & ours.keys())} of {len(ours)} tensors")
+    for names, what in ((ours.keys() - theirs.keys(), "start from scratch"),
+                        (theirs.keys() - ours.keys(), "of that run have no place here")):  # fmt: skip
+        if names:
+            print(f"           {len(names)} {what} (first: {min(names)})")
 
 
 def predictions_file(run, split):

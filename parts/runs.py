@@ -13,11 +13,12 @@ from parts.console import first_line
 from parts.files import check_output, is_temporary, replacing, write_json
 from parts.processes import lock, out_of_memory, wait_for_all
 from parts.run_files import read_bytes, read_config
+from parts.systems import system_name
 
 # What two runs of one system may differ in: their seed, where things lie, how a run is written, and the
 # machine. Of the features also the last bits, which another machine computes differently.
 PLACES = {"data_dir", "images", "cache_dir", "features", "generated", "notes", "run_dir", "file", "made_from"}
-WRITING = {"overwrite", "resume", "save_every", "system"}
+WRITING = {"overwrite", "resume", "save_every", "system", "config", "track", "word_rule_auto"}
 MACHINE = {"device", "threads", "processes", "versions"}
 OF_FEATURES = {"dataset", "engine", "batch_size", "sha256", "attrs_crc32", "format"}
 # What the scripts write into a run's folder and its encoder/: of an old run, nothing else is ever removed.
@@ -67,14 +68,17 @@ def check_folder(run_dir, args):
 def check_same_run(run_dir, config):
     """ValueError if the run there was begun with other settings or data; another machine is a warning."""
     free = WRITING | {"run_dir"}
-    before, asked = ({key: value for key, value in flat(side).items() if key not in free}
-                     for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
-    changes = differing(before, asked, ("run", "now"))
-    others = [text for key, text in changes.items() if key.partition(".")[0] not in MACHINE]
+    before, now = ({key: value for key, value in flat(side).items() if key not in free}
+                   for side in (read_config(run_dir), json.loads(json.dumps(config))))  # fmt: skip
+    changes = differing(before, now, ("run", "now"))
+    others = {key: text for key, text in changes.items() if key.partition(".")[0] not in MACHINE}
     if others:
+        advice = "give those, or name another folder with --run-dir"
+        finished = not (run_dir / "state.pt").exists()
+        if others.keys() == {"epochs"} and now["epochs"] > before["epochs"] and finished:
+            advice = f"its rates have gone down to 0: --init {run_dir} --run-dir ANOTHER trains on"
         raise ValueError(
-            f"{run_dir}: begun with other settings or data: {'; '.join(others)[:500]}; give those, or name"
-            " another folder with --run-dir"
+            f"{run_dir}: begun with other settings or data: {'; '.join(others.values())[:500]}; {advice}"
         )
     for text in changes.values():
         print(f"WARNING    begun on another machine, {text}: the last digits may differ")
@@ -96,15 +100,15 @@ def begin(args, config, encoder, tokenizer, rank, processes, stack):
         if (coming / "config.json").exists() and not (run_dir / "config.json").exists():
             settle(run_dir)  # a kill stopped it
     wait_for_all(processes)
-    begun = (run_dir / "config.json").exists()
-    if begun and args.resume:
+    old = (run_dir / "config.json").exists()
+    if old and args.resume:
         folder = coming if (coming / "config.json").exists() else run_dir
         try:
             check_same_run(folder, config)
         except ValueError:
             if folder == run_dir or shows(coming):
                 raise
-            folder = run_dir  # the one begun has come to nothing: the one that stands there may be meant
+            folder = run_dir  # the new one has come to nothing: the one that stands there may be meant
             check_same_run(folder, config)
         last = "test" if "test" in config["data"] else "valid"
         if not (folder / "state.pt").exists():
@@ -121,15 +125,15 @@ def begin(args, config, encoder, tokenizer, rank, processes, stack):
         encoder.config.save_pretrained(coming / "encoder")
         tokenizer.save_pretrained(coming / "encoder")
         write_json(coming / "config.json", config)
-        if begun:  # unless it comes to something, the old run stays alone
+        if old:  # unless the new one comes to something, the old one stays alone
             stack.callback(lambda: shows(coming) or not (run_dir / "config.json").exists() or remove(coming))
         else:
             settle(run_dir)
-        others = {path.name for path in run_dir.iterdir()} - {path.name for path in own_files(run_dir)}
-        if kept := sorted(others - {"encoder", COMING}):
-            print(f"{run_dir}: left as they are, since no run wrote them: {', '.join(kept)[:500]}")
+        ours = {path.name for path in own_files(run_dir)} | {"encoder", COMING}
+        if others := sorted({path.name for path in run_dir.iterdir()} - ours):
+            print(f"{run_dir}: left as they are, since no run wrote them: {', '.join(others)[:500]}")
     wait_for_all(processes)
-    return coming if begun else run_dir
+    return coming if old else run_dir
 
 
 def shows(coming):
@@ -212,10 +216,10 @@ def save_weights(model, run_dir):
 
 def flat(config, prefix=""):
     """A nested dict as {"a.b.c": value}."""
-    made = {}
+    values = {}
     for key, value in config.items():
-        made |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return made
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
 def system_settings(config):
@@ -225,15 +229,17 @@ def system_settings(config):
     """
     # The median is of the posts that --train-share drew with the seed.
     left_out = {"seed", "relevance_median", "eval_batch_size"} | PLACES | WRITING | MACHINE
-    kept = {key: value for key, value in config.items() if key not in left_out}
+    settings = {key: value for key, value in config.items() if key not in left_out}
     for name in ("dataset", "text_encoder"):  # folders may be named from elsewhere
-        kept[name] = Path(config[name]).name
+        settings[name] = Path(config[name]).name
+    if config["init"]:
+        settings["init"] = system_name(config["init"])
     for name in ("features_made", "generated_made"):
-        if features := config.get(name):
-            kept[name] = {
+        if features := config[name]:
+            settings[name] = {
                 k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")
             }
-    return {key: value for key, value in flat(kept).items() if key.rpartition(".")[2] not in PLACES}
+    return {key: value for key, value in flat(settings).items() if key.rpartition(".")[2] not in PLACES}
 
 
 def differing(a, b, names=("one", "other")):

@@ -4,6 +4,7 @@ A system is one row of `SYSTEMS`: the text encoder it starts from, the backbone 
 class.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,64 +84,67 @@ def mistake(args, task, system, regions):
 
     `regions`: whether the model reads cached regions through a fusion to choose.
     """
-    named = f"--fusion {args.fusion}" if args.fusion else args.model
+    reader = f"--fusion {args.fusion}" if args.fusion else args.model
     if args.system and task != "ner" and args.decoder != "softmax":
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
     if args.fusion and not regions:
-        return f"{named}: {args.model} has a fusion of its own and no other; leave it out"
+        return f"{reader}: {args.model} has a fusion of its own and no other; leave it out"
     layer = FUSIONS.get(args.fusion, Fusion)  # of blip and vilt none
     behind = args.fusion not in (None, "none") and not layer.soft_tokens
-    if args.heads and not layer.has_heads and not args.bottleneck:
-        return f"--heads: {args.fusion or args.model} has none to choose; leave it out"
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
     if system.backbone == "auto" and args.fusion != "none" and not args.features:
-        made = "extract_features.py --backbone auto --weights ENCODER makes it"
-        return f"--model {args.model}: name its feature file with --features ({made})"
-    if args.fusion == "none" and (args.images or args.features):
-        return "--images and --features: --fusion none is shown no photo; leave them out"
+        maker = "extract_features.py --backbone auto --weights ENCODER makes it"
+        return f"--model {args.model}: name its feature file with --features ({maker})"
     if args.images and system.backbone in WORDED:
-        said = "captions" if system.backbone == "caption" else "phrases"
-        return f"--images: {args.model} reads {said}, no photo; leave it out"
+        kind = "captions" if system.backbone == "caption" else "phrases"
+        return f"--images: {args.model} reads {kind}, no photo; leave it out"
     if args.shuffle_photos and args.fusion == args.extra == "none":
         return "--shuffle-photos: --fusion none is shown no photo; leave one of them out"
     if args.decoder != "softmax" and task != "ner":
-        said = "labels of words are decoded together, a relation is one label"
-        return f"--decoder {args.decoder}: {said}; leave it out"
+        reason = "labels of words are decoded together, a relation is one label"
+        return f"--decoder {args.decoder}: {reason}; leave it out"
     if args.decoder == "visual-crf" and (not regions or args.fusion == "none"):
-        return f"--decoder visual-crf: {named} has no cached regions to look at; take --decoder crf"
+        return f"--decoder visual-crf: {reader} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
-        return f"--align: {named} has no cached regions to align; leave it out, or --align none"
+        return f"--align: {reader} has no cached regions to align; leave it out, or --align none"
     if args.bottleneck and not behind:
-        return f"--bottleneck: {named} takes no codes of regions; leave it out"
+        return f"--bottleneck: {reader} takes no codes of regions; leave it out"
     if args.generated and "generated" not in layer.reads:
-        readers = [name for name, row in FUSIONS.items() if "generated" in row.reads]
-        choice = f"choose --fusion {' or '.join(readers)}, or leave it out"
-        return f"--generated: {named} reads no second picture; {choice}"
+        fusions = [name for name, row in FUSIONS.items() if "generated" in row.reads]
+        choice = f"choose --fusion {' or '.join(fusions)}, or leave it out"
+        return f"--generated: {reader} reads no second picture; {choice}"
     if args.relevance != "none" and args.generated:
-        said = "it says how much of the photo is used, not of a second picture"
-        return f"--relevance and --generated: {said}; leave one out"
+        reason = "relevance says how much of the photo is used, not of a second picture"
+        return f"--relevance and --generated: {reason}; leave one out"
     if args.relevance != "none" and not behind:
-        return f"--relevance: {named} has no layer behind the encoder to weigh; leave it out"
+        return f"--relevance: {reader} has no layer behind the encoder to weigh; leave it out"
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
         return "--relevance-loss: it teaches what --notes give; add --notes FILE --relevance given"
-    needs = [f"--extra {args.extra}"] * (args.extra != "none")
-    needs += ["--relevance given"] * (args.relevance == "given")
-    needs += ["--align supervised"] * ("supervised" in args.align)
-    if needs and args.notes is None:
-        made = f"write_notes.py --dataset {args.dataset} makes one"
-        return f"{' and '.join(needs)}: taken from notes; add --notes FILE ({made})"
+    readers = {
+        f"--extra {args.extra}": args.extra != "none", "--relevance given": args.relevance == "given",
+        "--align supervised": "supervised" in args.align,
+    }  # fmt: skip
+    if any(readers.values()) and args.notes is None:
+        flags, maker = " and ".join(filter(readers.get, readers)), f"write_notes.py --dataset {args.dataset}"
+        return f"{flags}: taken from notes; add --notes FILE ({maker} makes one)"
     if args.notes is not None and args.extra == "none" and not reads_relevance(vars(args)):
         return "--notes: nothing reads them; add --extra post, --relevance given or --align supervised=0.1"
     if args.shuffle_notes and args.extra not in ("post", "both"):
         return "--shuffle-notes: it gives posts others' notes on the post; add --notes FILE --extra post"
     if args.extra != "none" and system.checkpoint:
-        full = "has no room for it, 40 sub-tokens in all"
-        why = full if system.checkpoint == "vilt" else "would show each word of it the photo"
-        return f"--extra {args.extra}: {args.model} {why}; choose another --model"
+        reason = "would show each word of it the photo"
+        if system.checkpoint == "vilt":
+            reason = "has no room for it, 40 sub-tokens in all"
+        return f"--extra {args.extra}: {args.model} {reason}; choose another --model"
     if args.resume and args.overwrite:
         return "--resume and --overwrite: one goes on with a run, the other begins it anew; leave one out"
     return ""
+
+
+def system_name(run_dir):
+    """The name of a run without its seed."""
+    return re.sub(r"-s\d+$", "", Path(run_dir).absolute().name)
 
 
 def run_name(args, defaults, dataset, system):
@@ -151,8 +155,9 @@ def run_name(args, defaults, dataset, system):
     usual = args.text_encoder == system.text_encoder
     # A feature file's name says which vision encoder, and whether it is of boxes.
     features, vision = Path(args.features).stem, system.backbone == "auto" and args.fusion != "none"
-    taught = ["notes"] * (args.relevance == "predicted" and args.notes is not None)
-    taught += [f"loss{args.relevance_loss:g}"] * (args.relevance_loss != 0.5)
+    taught = ["notes"] if args.relevance == "predicted" and args.notes is not None else []
+    if args.relevance_loss != 0.5:
+        taught.append(f"loss{args.relevance_loss:g}")
     parts = {
         "model": args.model,
         "features": features.removeprefix(f"{dataset}-") if vision else "",
@@ -160,6 +165,7 @@ def run_name(args, defaults, dataset, system):
         "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
         "word_rule": f"words-{args.word_rule}" if args.word_rule != "auto" else "",
+        "init": f"from-{system_name(args.init)}" if args.init else "",
         "train_share": f"train{args.train_share:g}" if args.train_share < 1 else "",
         "align": "-".join(f"{name}{weight:g}" for name, weight in args.align.items()),
         "bottleneck": f"bottleneck{args.bottleneck:g}" if args.bottleneck else "",

@@ -169,18 +169,18 @@ def test_a_state_is_there_after_the_first_minute_and_at_each_epochs_end(flags, t
         real(path, progress, *more)
 
     def share(*args):
-        clock[0] += 25  # seconds a step; 24 posts are three steps
+        clock[0] += 25  # seconds a step; 24 posts are four steps
         return real_share(*args)
 
     real_share = train.share
     monkeypatch.setattr(train, "save_state", save)
     monkeypatch.setattr(train, "share", share)
-    run(flags, tmp_path / "run", "--epochs", 2)
-    assert saved == [(1, 3), (2, 0), (3, 0)]
+    run(flags, tmp_path / "run", "--epochs", 2, "--batch-size", 6)
+    assert saved == [(1, 3), (1, 4), (2, 4)]
     saved.clear()
     monkeypatch.setattr(train, "share", real_share)  # all in the first minute
     run(flags, tmp_path / "quick", "--epochs", 2)
-    assert saved == [(2, 0), (3, 0)]
+    assert saved == [(1, 3), (2, 3)]
 
 
 @pytest.mark.parametrize("settings", [("--seed", 7), ("--seed", 1337)])
@@ -227,7 +227,7 @@ def test_a_begun_run_is_told_to_take_another_folder_first(flags, folder):
     before = contents(folder)
     with pytest.raises(ValueError, match="run already; name another folder with --run-dir, or .*--resume"):
         run(flags, folder)
-    with pytest.raises(ValueError, match=r"settings or data: epochs \(run: 1, now: 3\); give those, or"):
+    with pytest.raises(ValueError, match=r"settings or data: epochs \(run: 1, now: 3\); .* --init .*run --run-dir"):
         run(flags, folder, "--resume", "--epochs", 3)
     assert contents(folder) == before
     run(flags, folder, "--resume")

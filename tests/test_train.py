@@ -213,14 +213,14 @@ def test_alignments_that_cannot_be_are_refused(more, said, capsys):
 
 def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys):
     posts, trained = load_dataset("demo", data_dir).examples["train"], []
-    monkeypatched = opening.encode
+    make = opening.make_posts
 
-    def watched(tokenizer, examples, *args):
+    def watched(config, tokenizer, examples, *more):
         trained.append([example.id for example in examples])
-        return monkeypatched(tokenizer, examples, *args)
+        return make(config, tokenizer, examples, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "encode", watched)
+        patch.setattr(opening, "make_posts", watched)
         for seed in (1, 1, 2):
             run(
                 flags, tmp_path / str(len(trained)), "--fusion", "none", "--epochs", 1, "--seed", seed,
@@ -719,13 +719,8 @@ def test_run_folders_tell_encoders_apart():
 
 
 OF_TRAINING = [
-    (["--heads", "4"], "--heads: film has none to choose"),
-    (["--heads", "4", "--fusion", "co-attention"], "--heads: co-attention has none to choose"),
-    (["--heads", "4", "--model", "vilt"], "--heads: vilt has none"),
     (["--img-size", "64", "--features", "x.h5"],
         "--img-size and --features: either tells which feature file"),
-    (["--fusion", "none", "--features", "x.h5"], "--fusion none is shown no photo"),
-    (["--fusion", "none", "--images", "x"], "--images"),
     (["--model", "bert-caption", "--images", "x"], "--images: bert-caption reads captions"),
 ]  # fmt: skip
 OF_EVALUATION = [
