@@ -77,7 +77,7 @@ MADE = {  # name: what the command makes
         "metrics-valid.json", "metrics-test.json",
     )),
     "predict.py": ("answers.jsonl",),
-    "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv", "benchmarks/results.tex",
+    "tables.py": ("benchmarks/RESULTS.md", "benchmarks/results.csv",
                   *(f"runs/demo-roberta-resnet50-encoder-{fusion}-{DEMO}-s1/{name}"
                     for fusion in ("none", "film")
                     for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"))),

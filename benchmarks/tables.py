@@ -5,9 +5,9 @@
     python benchmarks/tables.py --only systems/ --text-encoder models/mine --lr 1e-4
 
 Run it where data/, features/ and runs/ are. A finished run is not run again, so a table that was stopped goes
-on where it stopped. All tables are written each time, from all runs there are: RESULTS.md, results.csv and
-results.tex. A row that results.csv has of more seeds than there are runs here stays as it is there: runs may
-be deleted, or lie on another machine.
+on where it stopped. results.csv keeps what was measured, a value a line; RESULTS.md is written from it and
+all runs there are. A row that results.csv has of more seeds than there are runs here stays as it is there:
+runs may be deleted, or lie on another machine. Tables of runs of your own: `evaluate.py --table`.
 """
 
 import argparse
@@ -28,11 +28,11 @@ sys.path.insert(0, str(PROJECT))
 
 import train  # noqa: E402
 from features import FeatureCache  # noqa: E402
-from parts.checks import paired_bootstrap  # noqa: E402
 from parts.console import command_line  # noqa: E402
 from parts.datasets import DATASETS, load_dataset  # noqa: E402
 from parts.files import write_text  # noqa: E402
 from parts.run_files import predictions_file, read_config  # noqa: E402
+from parts.run_table import gain_over, markdown, shown_gain, spread  # noqa: E402
 from parts.runs import RUN_FORMAT, differing, system_settings  # noqa: E402
 from parts.scores import main_score, read_predictions  # noqa: E402
 
@@ -131,7 +131,7 @@ NOTES = {
     "published": "Five published systems, none with code that can be run: `train.py --system` builds each in"
     " the manner of its paper, from what is certain of it and what we infer. The published entity F1 is of"
     " base-size encoders with the real photos on Twitter-2015 / Twitter-2017; ours has all-MiniLM-L6-v2"
-    " (22M) and the inputs that the last column names. Not a reproduction.",
+    " (22M) and the inputs that are named below the table. Not a reproduction.",
     "captions": "The regions of a photo are the token states of its caption under the frozen text encoder"
     " (`extract_features.py --backbone caption`): what a captioner knows of the real photo, with no pixel."
     " The placeholder picture's caption counts as missing. Text encoder all-MiniLM-L6-v2, at the rate chosen"
@@ -198,7 +198,7 @@ def all_rows():
     photos = "--shuffle-photos"
     for fusion in ("none", *FUSION):
         flags = (*small, "--model", "bert-caption", "--fusion", fusion)
-        rows.append(Row("captions", fusion, "twitter2017", flags, control=photos * (fusion != "none")))
+        rows.append(Row("captions", fusion, "twitter2017", flags, control=photos if fusion != "none" else ""))
     extras = "post", "photo", "both"
     notes = {"none": ()} | {extra: ("--notes", NOTES_FILE, "--extra", extra) for extra in extras}
     controls = {"none": "", "post": "--shuffle-notes", "photo": photos, "both": "--shuffle-notes"}
@@ -234,25 +234,26 @@ def all_rows():
         flags = ("--model", model, "--img-size", size)
         flags += ("--text-encoder", f"data/demo/{encoder}", "--epochs", 15)
         fusion = () if model in ("blip", "vilt") else ("--fusion", name.split(", ")[-1])
-        rows.append(Row("demo", name, "demo", flags + rates + fusion, control=photos * (name != "none")))
+        control = photos if name != "none" else ""
+        rows.append(Row("demo", name, "demo", flags + rates + fusion, control=control))
     tiny = ("--img-size", 96, "--text-encoder", "data/demo-notes/encoder", "--epochs", 15, *rates)
-    told, plain = ("--notes", "demo-notes/notes.jsonl"), ("--model", "bert-resnet50")
+    noted, plain = ("--notes", "demo-notes/notes.jsonl"), ("--model", "bert-resnet50")
     drawn = ("--generated", "generated/demo-notes-resnet50-96.h5")
     for name, more, control, over in (
         ("none", (*plain, "--fusion", "none"), "", ()),
         ("none, crf", (*plain, "--fusion", "none", "--decoder", "crf"), "", ("none",)),
-        ("post", (*plain, "--fusion", "none", *told, "--extra", "post"), "--shuffle-notes", ("none",)),
-        ("post, crf", (*plain, "--fusion", "none", *told, "--extra", "post", "--decoder", "crf"), "",
+        ("post", (*plain, "--fusion", "none", *noted, "--extra", "post"), "--shuffle-notes", ("none",)),
+        ("post, crf", (*plain, "--fusion", "none", *noted, "--extra", "post", "--decoder", "crf"), "",
          ("none, crf",)),
-        ("photo, crf", (*plain, "--fusion", "none", *told, "--extra", "photo", "--decoder", "crf"), photos,
+        ("photo, crf", (*plain, "--fusion", "none", *noted, "--extra", "photo", "--decoder", "crf"), photos,
          ("none, crf",)),
         ("cross-attention", (*plain, "--fusion", "cross-attention"), photos, ("none",)),
-        ("cross-attention, relevance", (*plain, "--fusion", "cross-attention", *told, "--relevance", "given"),
-         photos, ("cross-attention",)),
+        ("cross-attention, relevance",
+         (*plain, "--fusion", "cross-attention", *noted, "--relevance", "given"), photos, ("cross-attention",)),
         ("minige", ("--system", "minige", *drawn), photos, ("none, crf",)),
-        ("tia", ("--system", "tia", *told), photos, ("post, crf", "tia, no relevance")),
-        ("tia, no relevance", ("--system", "tia", *told, "--relevance", "none"), "", ("post, crf",)),
-        ("icka", ("--system", "icka", *told), photos, ("photo, crf",)),
+        ("tia", ("--system", "tia", *noted), photos, ("post, crf", "tia, no relevance")),
+        ("tia, no relevance", ("--system", "tia", *noted, "--relevance", "none"), "", ("post, crf",)),
+        ("icka", ("--system", "icka", *noted), photos, ("photo, crf",)),
         ("coatt", ("--system", "coatt", "--img-size", 32), photos, ("none, crf",)),
         ("dha", ("--system", "dha"), photos, ("none, crf",)),
     ):  # fmt: skip
@@ -270,17 +271,17 @@ def all_rows():
 def argument_list(row, seed, args, shuffled=False):
     """What to give train.py for one run of a row; --text-encoder and --lr win, but not in the demo."""
     places = {"--data-dir": args.data_dir, "--cache-dir": args.cache_dir}
-    given = {"--dataset": row.dataset}
-    given |= {flag: place for flag, place in places.items() if place != PLACES[flag]}
-    given |= dict(zip(row.flags[::2], row.flags[1::2], strict=True))
+    options = {"--dataset": row.dataset}
+    options |= {flag: place for flag, place in places.items() if place != PLACES[flag]}
+    options |= dict(zip(row.flags[::2], row.flags[1::2], strict=True))
     for flag, place in (("--notes", args.data_dir), ("--generated", args.cache_dir)):
-        if flag in given:
-            given[flag] = f"{place}/{given[flag]}"
+        if flag in options:
+            options[flag] = f"{place}/{options[flag]}"
     for flag, value in (("--text-encoder", args.text_encoder), ("--lr", args.lr)):
         if value is not None and row.table not in DRAWN:
-            given[flag] = value
-    argv = [str(part) for pair in (given | {"--seed": seed}).items() for part in pair]
-    argv += [row.control] * shuffled
+            options[flag] = value
+    argv = [str(part) for pair in (options | {"--seed": seed}).items() for part in pair]
+    argv += [row.control] if shuffled else []
     folder = Path(train.parse_args(argv).run_dir).name
     return [*argv, "--run-dir", f"{args.runs}/{folder}"]
 
@@ -294,13 +295,13 @@ def other_run(argv):
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
-    asked = vars(train.parse_args(argv)) | {"run_format": RUN_FORMAT}
-    if asked["notes"] and Path(asked["notes"]).is_file():
-        asked["notes_sha256"] = hashlib.sha256(Path(asked["notes"]).read_bytes()).hexdigest()
-    made, asked = (system_settings(config) for config in (read_config(folder), asked))
-    made = {key: made.get(key) for key in asked}
-    made |= {"precision": asked["precision"]}  # auto: it follows the machine
-    other = differing(made, asked, ("its", "this row's"))
+    wanted = vars(train.parse_args(argv)) | {"run_format": RUN_FORMAT}
+    if wanted["notes"] and Path(wanted["notes"]).is_file():
+        wanted["notes_sha256"] = hashlib.sha256(Path(wanted["notes"]).read_bytes()).hexdigest()
+    theirs, wanted = (system_settings(config) for config in (read_config(folder), wanted))
+    theirs = {key: theirs.get(key) for key in wanted}
+    theirs |= {key: "auto" for key, value in wanted.items() if value == "auto"}  # left to machine or data
+    other = differing(theirs, wanted, ("its", "this row's"))
     return f"{folder} is another run, {', '.join(other.values())}" if other else ""
 
 
@@ -322,17 +323,17 @@ def splits(dataset, data_dir):
 
 def lacks(row, argv):
     """What a row cannot be run without, in a few words, or ""."""
-    asked = train.parse_args(argv)
+    wanted = train.parse_args(argv)
     try:
-        found = splits(row.dataset, asked.data_dir)
-        for features in (asked.features if asked.fusion != "none" else None, asked.generated):
+        names = splits(row.dataset, wanted.data_dir)
+        for features in (wanted.features if wanted.fusion != "none" else None, wanted.generated):
             if features:
                 FeatureCache(features)
     except (FileNotFoundError, ValueError) as error:
         return str(error).split(";")[0].split(":")[0]
-    if asked.notes and not Path(asked.notes).is_file():
-        return f"no notes file {asked.notes}"
-    if "test" not in found and row.reference:
+    if wanted.notes and not Path(wanted.notes).is_file():
+        return f"no notes file {wanted.notes}"
+    if "test" not in names and row.reference:
         return f"no test file of {row.dataset}"
     return ""
 
@@ -376,28 +377,20 @@ def shown_command(argv):
 # ---------------------------------------------------------------------------------------------------- results
 
 
-def spread(values):
-    """Mean ± standard deviation, as text; "" of nothing."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+def finished_runs(row, args, shuffled=False):
+    """{seed: run folder} of the runs of a row that are finished."""
+    runs = {seed: argument_list(row, seed, args, shuffled) for seed in args.seeds}
+    return {seed: run_folder(argv) for seed, argv in runs.items() if finished(argv)}
 
 
 def read_metrics(folders):
-    """[(split, metrics, config)] of run folders."""
-    found = []
-    for folder in folders:
-        path = predictions_file(folder, None)
-        split = path.stem.removeprefix("predictions-")
-        metrics = json.loads((folder / f"metrics-{split}.json").read_text())
-        found.append((split, metrics, json.loads((folder / "config.json").read_text())))
-    return found
-
-
-def done_folders(row, args, shuffled=False):
-    runs = (argument_list(row, seed, args, shuffled) for seed in args.seeds)
-    return [run_folder(argv) for argv in runs if finished(argv)]
+    """[(split, metrics, config)] of run folders, in order."""
+    metrics = []
+    for folder in folders.values():
+        split = predictions_file(folder, None).stem.removeprefix("predictions-")
+        scores = json.loads((folder / f"metrics-{split}.json").read_text())
+        metrics.append((split, scores, json.loads((folder / "config.json").read_text())))
+    return metrics
 
 
 def judged(row):
@@ -414,211 +407,183 @@ def judged(row):
     return notes
 
 
-def gain(a, b):
-    """How much better runs in `a` are than `b`'s of the same seeds, by paired bootstrap; "" of nothing."""
-    sides = [{folder.name.rpartition("-s")[2]: folder for folder in side} for side in (a, b)]
-    both = [seed for seed in sides[0] if seed in sides[1]]
-    if not both:
-        return ""
-    files = [[predictions_file(side[seed], None) for seed in both] for side in sides]
-    found = paired_bootstrap(*([read_predictions(path) for path in paths] for paths in files))
-    fewer = f" ({len(both)} seed{'s' * (len(both) > 1)})" * (len(both) < len(a))
-    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]{fewer}"
+def gain(folders, others):
+    """How much better runs are than others of the same seeds, as text; "" of nothing."""
+    sides = [
+        {seed: read_predictions(predictions_file(folder, None)) for seed, folder in side.items()}
+        for side in (folders, others)
+    ]
+    return shown_gain(gain_over(*sides), len(folders))
 
 
-def cells(row, args, rows):
+def measured(row, args, rows):
     """{column: text} of one row, with `seeds` and `made with`; {} where no run of it is finished.
 
     `rows`: all, by key.
     """
-    true, wrong = done_folders(row, args), done_folders(row, args, shuffled=True) if row.control else []
+    true = finished_runs(row, args)
+    wrong = finished_runs(row, args, shuffled=True) if row.control else {}
     if not true:
         return {}
-    runs, notes, made = read_metrics(true), judged(row), {"row": row.name, "data": row.dataset}
+    runs, notes, cells = read_metrics(true), judged(row), {"row": row.name, "data": row.dataset}
     if row.table == "published":
         paper, *published, differs = PUBLISHED[row.name]
-        made |= {"paper": paper, "published": " / ".join(f"{value:.4f}" for value in published)}
+        cells |= {"paper": paper, "published": " / ".join(f"{value:.4f}" for value in published)}
         notes.append(differs)
-    made["seeds"] = f"{len(true)} + {len(wrong)}" if wrong else f"{len(true)}"
+    cells["seeds"] = f"{len(true)} + {len(wrong)}" if wrong else f"{len(true)}"
     if row.reference:
-        made["reference"] = " ".join(f"{value:.4f}" for value in row.reference)
+        cells["reference"] = " ".join(f"{value:.4f}" for value in row.reference)
     level = "row" if DATASETS[row.dataset][0] == "relation" else "token"
     columns = METRICS[: len(row.reference) or 1]
-    made["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in columns)
-    made["main F1"] = spread([main_score(m) for _, m, _ in runs])
+    cells["ours"] = "; ".join(spread([m[level][metric] for _, m, _ in runs]) for metric in columns)
+    cells["main F1"] = spread([main_score(m) for _, m, _ in runs])
     if row.table in ("published", "notes", "base", "few-shot", "demo-notes"):
         for part in ("seen", "unseen"):
-            made[f"F1, mentions {part}"] = spread([m[f"entity_{part}"]["f1"] for _, m, _ in runs])
+            cells[f"F1, mentions {part}"] = spread([m[f"entity_{part}"]["f1"] for _, m, _ in runs])
     for over in row.over:
         other = rows.get(f"{over}/{row.dataset}") or rows.get(f"{row.table}/{over}/{row.dataset}")
         if other and other != row:
-            made[f"over {other.name}"] = gain(true, done_folders(other, args))
-    made["over its control"] = gain(true, wrong)
-    made["main F1, trained on shuffled"] = spread([main_score(m) for _, m, _ in read_metrics(wrong)])
-    shown = [json.loads(path.read_text()) for folder in true for path in folder.glob("image-check-*.json")]
-    made["main F1, shown shuffled"] = spread([statistics.mean(map(main_score, c["shuffled"])) for c in shown])
-    made["main F1, shown none"] = spread([main_score(c["none"]) for c in shown])
+            cells[f"over {other.name}"] = gain(true, finished_runs(other, args))
+    cells["over its control"] = gain(true, wrong)
+    cells["main F1, trained on shuffled"] = spread([main_score(m) for _, m, _ in read_metrics(wrong)])
+    paths = [path for folder in true.values() for path in folder.glob("image-check-*.json")]
+    checks = [json.loads(path.read_text()) for path in paths]
+    cells["main F1, shown shuffled"] = spread(
+        [statistics.mean(map(main_score, check["shuffled"])) for check in checks]
+    )
+    cells["main F1, shown none"] = spread([main_score(check["none"]) for check in checks])
     split, metrics, config = runs[0]
-    made["majority"] = f"{metrics['baseline']['accuracy']:.4f}"
+    cells["majority"] = f"{metrics['baseline']['accuracy']:.4f}"
     if split == "valid":
         notes.append("scored on valid, which also chose the epoch: no test file")
     features, versions = config["features_made"], config["versions"]
     photos = f", {features['backbone']} features of weights {features['weights']}" if features else ""
     encoder = Path(config["text_encoder"]).name
     notes.append(f"{config['data'][split]['variant']}, text encoder {encoder}{photos}")
-    made["notes"] = "; ".join(notes)
-    made["made with"] = (
+    cells["notes"] = "; ".join(notes)
+    cells["made with"] = (
         f"torch {versions['torch']}, transformers {versions['transformers']}, {config['threads']} thread(s)"
         f" of {config['device']}, {config['precision']}"
     )
-    made["flags"] = flags(row, args)
-    return {key: text for key, text in made.items() if text}
+    cells["flags"] = flags(row, args)
+    return {key: text for key, text in cells.items() if text}
 
 
 def flags(row, args):
     """What makes a row's runs, as text: what results.csv has of other flags is not of this row."""
-    given = (args.text_encoder, args.lr) if row.table not in DRAWN else ()
-    return shlex.join(map(str, [*row.flags, *(value for value in given if value is not None)]))
+    more = (args.text_encoder, args.lr) if row.table not in DRAWN else ()
+    return shlex.join(map(str, [*row.flags, *(value for value in more if value is not None)]))
 
 
-def seeds(made):
+def count_runs(cells):
     """How many runs the cells of a row are made of."""
-    return sum(map(int, made["seeds"].split(" + "))) if made else 0
+    return sum(map(int, cells["seeds"].split(" + "))) if cells else 0
 
 
 def read_results(path):
     """{(table, row, data set): {column: text}} of a results.csv; {} if there is none."""
-    found = {}
+    results = {}
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
                 row = line["table"], line["row"], line["data set"]
-                found.setdefault(row, {})[line["column"]] = line["value"]
-    return found
+                results.setdefault(row, {})[line["column"]] = line["value"]
+    return results
 
 
-def latex(title, header, body):
-    """A table as lines of LaTeX."""
-    escaped = {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$"}
+def table_lines(rows, cells):
+    """A table of Markdown of the cells of some rows, and below it what all or some of them share."""
+    shown = {row: shown_cells(cells[row]) for row in rows}
+    one_data_set = len({row.dataset for row in rows}) == 1
+    keys = [key for key in HEADINGS if any(key in cell for cell in shown.values())]
+    keys = [key for key in keys if key != "data" or not one_data_set]
+    body = [[cell.get(key, "") for key in keys] for cell in shown.values()]
+    lines = ["", *markdown([HEADINGS[key] for key in keys], body), ""]
+    majorities = dict.fromkeys((row.dataset, cells[row]["majority"]) for row in rows)
+    always = ", ".join(f"{accuracy} ({dataset})" for dataset, accuracy in majorities)
+    lines.append(f"- Accuracy of always answering the majority label: {always}.")
+    return lines + row_notes({row: cells[row]["notes"] for row in rows})
 
-    def line(parts):
-        return " & ".join("".join(escaped.get(c, c) for c in part) for part in parts) + r" \\"
 
-    columns = "l" * len(header)
+def row_notes(notes):
+    """Lines of a list of what is said of rows, {row: text}; rows of one text share a line."""
+    names = {}
+    for row, text in notes.items():
+        names.setdefault(text, []).append(row.name)
     return [
-        r"\begin{table}", rf"\caption{{{title}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline",
-        line(header), r"\hline", *map(line, body), r"\hline", r"\end{tabular}", r"\end{table}", "",
-    ]  # fmt: skip
+        f"- {'All rows' if len(names) == 1 and len(notes) > 1 else '; '.join(dict.fromkeys(rows))}: {text}."
+        for text, rows in names.items()
+    ]
+
+
+def shown_cells(cells):
+    """The cells of a row as RESULTS.md has them: the gains over other rows in one."""
+    names = {"none": "text only", "none, crf": "text only, crf"}
+    overs = [key.removeprefix("over ") for key in cells if key.startswith("over ")]
+    gains = [f"{names.get(name, name)}: {cells[f'over {name}']}" for name in overs if name != "its control"]
+    return cells | ({"gain": "; ".join(gains)} if gains else {})
 
 
 def write_results(rows, reasons, args):
-    """Write RESULTS.md, results.csv (one value a line) and results.tex from all finished runs.
-
-    Returns {(table, row): cells}.
-    """
+    """Write results.csv (one value a line) from all finished runs and what it has already, and RESULTS.md."""
     earlier, by_key = read_results(args.output / "results.csv"), {row.key: row for row in rows}
     kept = {row: earlier.get((row.table, row.name, row.dataset), {}) for row in rows}
     kept = {row: cell if cell.get("flags") == flags(row, args) else {} for row, cell in kept.items()}
-    made = {row: max(cells(row, args, by_key), kept[row], key=seeds) for row in rows}  # of equals the first
-    text, tex, values = [], [], [["table", "row", "data set", "column", "value"]]
+    # Of equals the first.
+    cells = {row: max(measured(row, args, by_key), kept[row], key=count_runs) for row in rows}
+    text, values = [], [["table", "row", "data set", "column", "value"]]
     for table, title in TITLES.items():
         mine = [row for row in rows if row.table == table]
-        ran, missing = [row for row in mine if made[row]], [row for row in mine if not made[row]]
+        ran, missing = [row for row in mine if cells[row]], [row for row in mine if not cells[row]]
+        command = f"`python benchmarks/tables.py --only {table}/`"
         text.append(f"\n## {title}\n\n{NOTES[table]}")
         if ran:
-            last = ("majority", "notes", "made with", "flags")
-            keys = [*dict.fromkeys(key for row in ran for key in made[row] if key not in last), *last[:2]]
-            header = [HEADINGS.get(key, key) for key in keys]
-            body = [[made[row].get(key, "") for key in keys] for row in ran]
-            text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
-            tex += latex(title, header, body)
-            commands = (shown_command(argument_list(row, args.seeds[0], args)) for row in ran)
-            text += ["\nCommands, first seed:\n", *dict.fromkeys(f"    {command}" for command in commands)]
-        if table == "published" and missing:
-            header = [HEADINGS[key] for key in ("row", "paper", "published", "notes")]
-            papers = [(row.name, *PUBLISHED[row.name]) for row in missing]
-            body = [[name, paper, f"{a:.4f} / {b:.4f}", said] for name, paper, a, b, said in papers]
-            text += ["", markdown(header), "|" + " --- |" * len(header), *map(markdown, body)]
+            text += [*table_lines(ran, cells), f"- Commands: {command[:-1]} --dry-run`."]
         if missing:
-            why = {row: reasons.get(row.key) or other_run(argv) or lacks(row, argv) for row in missing
-                   for argv in [argument_list(row, args.seeds[0], args)]}  # fmt: skip
-            said = f": {'; '.join(filter(None, dict.fromkeys(why.values())))}" if any(why.values()) else ""
-            names = ", ".join(dict.fromkeys(row.name for row in missing))
-            text.append(
-                f"\nNot run, {len(missing)} of {len(mine)} rows ({names}){said}. `python benchmarks/tables.py"
-                f" --only {table}/`"
-            )
+            why = [reasons.get(row.key) or other_run(argv) or lacks(row, argv) for row in missing
+                   for argv in [argument_list(row, args.seeds[0], args)]]  # fmt: skip
+            why = [reason for reason in dict.fromkeys(why) if reason]
+            more = f" (and {len(why) - 1} more)" if len(why) > 1 else ""
+            reason = f": {why[0]}{more}" if why else ""
+            names = "; ".join(dict.fromkeys(row.name for row in missing))
+            text.append(f"\nNot run, {len(missing)} of {len(mine)} rows ({names}){reason}. {command}")
         for row in ran:
-            values += [[table, row.name, row.dataset, key, value] for key, value in made[row].items()]
-    ways = sorted({cell["made with"] for cell in made.values() if "made with" in cell})
-    with_what = "; ".join(ways) or "no finished runs"
+            values += [[table, row.name, row.dataset, key, value] for key, value in cells[row].items()]
+    ways = sorted({cell["made with"] for cell in cells.values() if "made with" in cell})
     args.output.mkdir(parents=True, exist_ok=True)
-    write_text(args.output / "RESULTS.md", "\n".join([INTRO.format(with_what), *text]) + "\n")
-    write_text(args.output / "results.tex", "\n".join(tex) + "\n")
+    intro = INTRO.format("; ".join(ways) or "no finished runs")
+    write_text(args.output / "RESULTS.md", "\n".join([intro, *text]) + "\n")
     rows_of_csv = io.StringIO(newline="")
     csv.writer(rows_of_csv, lineterminator="\n").writerows(values)
     write_text(args.output / "results.csv", rows_of_csv.getvalue())
-    print(f"{args.output}: RESULTS.md, results.csv, results.tex")
-    return {(row.table, row.name): cell for row, cell in made.items()}
+    print(f"{args.output}: RESULTS.md, results.csv")
 
 
-def plot_few_shot(made, output):
-    """few-shot.png: entity F1 on test, mean and deviation, over the share of train, with notes or none.
-
-    `made`: what `write_results` gives.
-    """
-    curves = {}
-    for extra in ("none", "post"):
-        few = [(share, ("few-shot", f"{extra}, {share}%")) for share in (10, 30)]
-        curves[extra] = [(n, made.get(row, {}).get("main F1")) for n, row in [*few, (100, ("notes", extra))]]
-    if not all(text for curve in curves.values() for _, text in curve):
-        return
-    import matplotlib  # a requirement of this part alone
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    for extra, label in (("none", "text only"), ("post", "and notes on the post")):
-        shares, texts = zip(*curves[extra], strict=True)
-        values = ([float(part) for part in f"{text} ± 0".split(" ± ")[:2]] for text in texts)
-        means, spreads = zip(*values, strict=True)
-        axes.errorbar(shares, means, spreads, fmt="o-", capsize=3, label=label)
-    axes.set(xscale="log", xlabel="training posts of Twitter-2017, %", ylabel="test entity F1")
-    axes.set(xticks=(10, 30, 100), xticklabels=("10", "30", "100"))
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(output / "few-shot.png", dpi=120)
-
-
-def markdown(parts):
-    return "| " + " | ".join(parts) + " |"
-
-
-HEADINGS = {
-    "row": "row", "notes": "notes",
-    "data": "data set", "paper": "in the manner of", "published": "published entity F1, 2015 / 2017",
-    "seeds": "seeds (+ of its control)", "reference": "reference: accuracy [precision recall F1]",
-    "ours": "accuracy [precision recall F1] of tokens or rows",
-    "main F1": "entity F1 (relations: micro F1 without None)",
-    "F1, mentions seen": "of mentions that train has", "F1, mentions unseen": "of those it has not",
-    "over none": "over text only", "over none, crf": "over text only, crf",
-    "main F1, trained on shuffled": "F1 of its control",
-    "main F1, shown shuffled": "F1 shown others' photos", "main F1, shown none": "F1 shown no photo",
-    "majority": "accuracy of always answering the majority label",
+HEADINGS = {  # in the order of the columns
+    "row": "row", "data": "data set", "paper": "in the manner of",
+    "published": "published entity F1, 2015 / 2017", "seeds": "seeds (+ of its control)",
+    "reference": "reference", "ours": "accuracy", "main F1": "F1",
+    "F1, mentions seen": "F1, seen in train", "F1, mentions unseen": "F1, unseen", "gain": "gain over",
+    "over its control": "gain over its control", "main F1, trained on shuffled": "F1 of its control",
+    "main F1, shown shuffled": "F1, others' photos", "main F1, shown none": "F1, no photo",
 }  # fmt: skip
 INTRO = """# Results
 
-Written by `benchmarks/tables.py` from finished runs; mean ± standard deviation over seeds. Token and row
-scores include `O` and `None` and stand beside the accuracy of always answering the majority label; the F1
-that tells systems apart is the one of whole entities, or of relations without `None`. The best epoch is
-chosen on valid, test is scored once.
+Mean ± standard deviation over seeds. Of one seed there is no deviation.
 
-A row's control is the same run trained on other posts' photos, or notes. Gains, "over", are differences of
-that F1 with the 95% interval of a paired bootstrap over test posts (photos for relations; 10,000 resamples,
-the same seeds on both sides): it holds what other posts could have changed, not what other seeds could have.
-An interval that holds 0 tells nothing apart.
+- **F1** is of whole entities, or of relations without `None`. It tells systems apart.
+- **Accuracy** is of tokens, or of rows, `O` and `None` included. Some references have precision, recall and
+  F1 of the same kind behind it.
+- **Seen in train**: F1 of mentions that the training posts have, too; unseen: of the others.
+- **Control**: the same run, trained on other posts' photos or notes.
+- **Gain**: a difference of that F1 with the 95% interval of a paired bootstrap over test posts (photos for
+  relations; 10,000 resamples; the same seeds on both sides, n = how many where they are fewer). It holds what
+  other posts could have changed, not what other seeds could have. An interval that holds 0 tells nothing
+  apart.
+- **Others' photos, no photo**: the same model, shown those.
+
+The best epoch is chosen on valid, test is scored once. Written by `benchmarks/tables.py`, whose source is
+[results.csv](results.csv).
 
 Made with {}."""
 
@@ -653,7 +618,7 @@ def main(argv=None):
     for row in chosen:
         reasons[row.key] = run_row(row, args)
     if not args.dry_run:
-        plot_few_shot(write_results(rows, reasons, args), args.output)
+        write_results(rows, reasons, args)
 
 
 if __name__ == "__main__":

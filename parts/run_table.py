@@ -247,7 +247,7 @@ def add_gains(rows, baseline, split, name):
     first = next(iter(others.values()))
     unit = "posts" if isinstance(first[0]["gold"], list) else "photos"
     return (f"gain: over {Path(baseline).name} on {split}, paired bootstrap over its {unit}, the same seeds"
-            " on both sides; an interval that holds 0 tells nothing apart")  # fmt: skip
+            " on both sides (n, where some lack); an interval that holds 0 tells nothing apart")  # fmt: skip
 
 
 def gain_over(runs, others, name="f1"):
@@ -302,7 +302,7 @@ def shown_gain(gain, seeds):
     """A `gain_over` as text, of a row of so many `seeds`; "" where there is none."""
     if gain is None:
         return ""
-    fewer = f" ({gain['shared']} of {seeds} seeds)" if gain["shared"] < seeds else ""
+    fewer = f" n={gain['shared']}" if gain["shared"] < seeds else ""
     return f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]{fewer}"
 
 

@@ -80,7 +80,7 @@ def test_a_row_is_the_mean_of_its_seeds_and_valid_chooses(runs, tmp_path):
                       "gain [95% interval]"]  # fmt: skip
     valid, test = (main_scores(runs, FILM, split) for split in ("valid", "test"))
     means = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in (valid, test)]
-    gain = f"{by_hand['difference']:+.4f} [{by_hand['low']:+.4f}, {by_hand['high']:+.4f}] (2 of 3 seeds)"
+    gain = f"{by_hand['difference']:+.4f} [{by_hand['low']:+.4f}, {by_hand['high']:+.4f}] n=2"
     assert body[1] == ["*", "film", "0.001", "no", "3", *means, gain]
     (alone,) = main_scores(runs, ["fast-s1"], "test")
     assert body[3][4] == "one seed" and body[3][6] == f"{alone:.4f}"
