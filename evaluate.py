@@ -205,7 +205,8 @@ def print_probe(args):
           f" {result['lost']} left out, beyond what {source} reads")  # fmt: skip
     print(f"accuracy of a linear model on frozen states, its penalty chosen on valid ({cache.path})")
     print(f"  always train's most frequent answer  {result['majority']:.4f}")
-    titles = {"photo": "photo", "text": "text", "both": "text and photo", "control": "text and another's photo"}
+    titles = {"photo": "photo", "text": "text", "both": "text and photo"}
+    titles["control"] = "text and another's photo"
     for name, title in titles.items():
         print(f"  {title:<36} {result[name]:.4f}")
     for name, title in (("gain", "photo over text"), ("control_gain", "another's photo over text")):

@@ -31,7 +31,7 @@ from parts.console import command_line, progress_bar
 from parts.files import write_json, write_json_lines
 from parts.opening import open_inputs
 from parts.options import parse_args
-from parts.posts import predict_posts
+from parts.posts import mean_regions, predict_posts
 from parts.processes import Stop, Stopped, autocast, fit_threads, gather, join_processes, keep_heap
 from parts.processes import pick_precision, wait_for_all
 from parts.run_files import start_from
@@ -310,6 +310,12 @@ def run(args, stack):
     model = SYSTEMS[args.model].model(encoder, config).to(device)
     if args.init:
         start_from(args.init, model, tokenizer, config)
+    if args.standardise and args.fusion != "none":
+        photos = dict.fromkeys(example.image_id for example in posts["train"].examples)
+        means, real = mean_regions(posts["train"].cache, photos)
+        if not real.any():
+            raise ValueError("--standardise: no post of train has a photo; leave it out")
+        model.standardise.fit(torch.from_numpy(means[real]))
     config |= tell_parameters(model, args)
     training = Training(model, posts["train"], args, device, rank, processes)
     folder = begin(args, config, encoder, tokenizer, rank, processes, stack)

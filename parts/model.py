@@ -10,7 +10,7 @@ from align import ALIGNMENTS
 from crf import Crf
 from encoding import IGNORE
 from fusion import FUSIONS, clean, pyramid_levels, unit_length
-from stages import Bottleneck, PhotoBias, Prefix, Relevance
+from stages import Bottleneck, PhotoBias, Prefix, Relevance, Standardise
 
 FUSIONS["prefix"] = Prefix  # a fusion to choose, though it is asked before the encoder
 
@@ -19,7 +19,7 @@ LEFT_OUT = {
     "decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
     "shuffle_notes": False, "shuffle_photos": False, "train_share": 1.0, "align": {}, "relevance": "none",
     "relevance_loss": 0.5, "relevance_median": None, "generated": None, "generated_made": None,
-    "bottleneck": 0.0,
+    "bottleneck": 0.0, "standardise": False,
 }  # fmt: skip
 
 
@@ -143,9 +143,9 @@ class TextRegions(Model):
     """A text encoder, one layer of `fusion.FUSIONS` over cached regions, and a head.
 
     With --fusion prefix the encoder itself reads the photo, as a `Prefix`, and no layer follows. With a
-    `Bottleneck` all that follows gets its codes in place of text states and regions. `ALIGNMENTS` come before
-    the fusion. With --relevance a post has the share of the fusion that its photo's relevance, given or
-    `Relevance`'s, says.
+    `Standardise` all but a `PhotoBias` reads its regions. With a `Bottleneck` all that follows gets its codes
+    in place of text states and regions. `ALIGNMENTS` come before the fusion. With --relevance a post has the
+    share of the fusion that its photo's relevance, given or `Relevance`'s, says.
     """
 
     def __init__(self, encoder, config):
@@ -155,6 +155,7 @@ class TextRegions(Model):
         heads, dropout = config["heads"], config["dropout"]
         more = {"heads": heads} if layer.has_heads else {}
         self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
+        self.standardise = Standardise(region_dim) if config["standardise"] and region_dim else None
         if layer.soft_tokens:
             embedding_dim = encoder.get_input_embeddings().weight.shape[1]
             self.prefix = layer(embedding_dim, region_dim, dropout=dropout, **more)
@@ -210,6 +211,9 @@ class TextRegions(Model):
         return losses
 
     def states(self, batch, return_weights, return_losses):
+        if self.standardise is not None:
+            pictures = {name: (batch[name], batch[PICTURES[name][0]]) for name in PICTURES if name in batch}
+            batch = batch | {name: self.standardise(*picture) for name, picture in pictures.items()}
         losses, (text, weights) = {}, self.read(batch, return_weights)
         # No token of a second segment reaches the fusion.
         mask = batch.get("text_mask", batch["attention_mask"]).bool()

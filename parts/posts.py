@@ -154,6 +154,14 @@ def record_of(posts, i, answer, chance, labels, known):
     return record | {"seen": seen_spans(record["words"], known)}
 
 
+def mean_regions(cache, image_ids):
+    """([N, D] float32, the mean region of each photo's first view, or zeros; [N] True = there is one)."""
+    batches = [cache.read([image_id]) for image_id in image_ids]
+    masks = torch.cat([batch["region_mask"] for batch in batches])
+    means = [batch["regions"][0][batch["region_mask"][0]].float().mean(0) for batch in batches]
+    return torch.stack(means).nan_to_num(0).numpy(), masks.any(1).numpy()
+
+
 def shuffled_photos(image_ids, cache, seed, notes=None):
     """{image id: another post's image id}, by one random cycle through the photos: none stays where it was.
 

@@ -19,7 +19,7 @@ from data import NerExample
 from encoding import collate, encode, length_batches, to_device
 from parts.checks import paired_bootstrap
 from parts.console import progress_bar
-from parts.posts import shuffled_photos
+from parts.posts import mean_regions, shuffled_photos
 from parts.scores import entity_spans
 from parts.text_encoder import load_text_encoder, longest_input
 
@@ -57,18 +57,11 @@ def text_states(encoder, tokenizer, examples, asked, device, batch_size=32):
                     spans = [starts[start:end] for start, end in asked[number][1]]
                     parts = [state[span[span >= 0]] for span in (*spans, starts)]
                     lost = any(len(part) == 0 for part in parts)
-                    means = [np.full(state.shape[1], np.nan) if lost else part.mean(0) for part in parts]
+                    nothing = np.full(state.shape[1], np.nan)
+                    means = [nothing if lost else part.mean(0) for part in parts]
                     states[number] = np.concatenate(means)
             bar.update(len(chosen))
     return np.stack(states).astype(np.float32)
-
-
-def photo_states(cache, image_ids):
-    """([N, D] the mean region of each post's photo, zeros without; [N] True = there is one)."""
-    batches = [cache.read([image_id]) for image_id in image_ids]
-    masks = torch.cat([batch["region_mask"] for batch in batches])
-    means = [batch["regions"][0][batch["region_mask"][0]].float().mean(0) for batch in batches]
-    return torch.stack(means).nan_to_num(0).numpy(), masks.any(1).numpy()
 
 
 def standardised(states, real):
@@ -122,9 +115,9 @@ def photo_probe(dataset, cache, source, split, device, seed=1337):
         asked = [question for question, keep in zip(asked, kept, strict=True) if keep]
         text[name], gold[name] = states[kept], [answer for _, _, answer in asked]
         ids[name] = [examples[i].image_id for i, _, _ in asked]
-        photo[name], real[name] = photo_states(cache, ids[name])
+        photo[name], real[name] = mean_regions(cache, ids[name])
         swap = shuffled_photos([example.image_id for example in examples], cache, seed)
-        other[name], _ = photo_states(cache, [swap[image_id] for image_id in ids[name]])
+        other[name], _ = mean_regions(cache, [swap[image_id] for image_id in ids[name]])
     if len(set(gold["train"])) < 2:
         raise ValueError(f"{dataset.name}: all answers of train are {gold['train'][0]}; nothing to learn")
     if not real[split].any() or not real["train"].any():

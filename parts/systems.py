@@ -108,6 +108,8 @@ def mistake(args, task, system, regions):
         return f"--decoder visual-crf: {reader} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
         return f"--align: {reader} has no cached regions to align; leave it out, or --align none"
+    if args.standardise and not regions:
+        return f"--standardise: {reader} reads the regions its own way; leave it out"
     if args.bottleneck and not behind:
         return f"--bottleneck: {reader} takes no codes of regions; leave it out"
     if args.generated and "generated" not in layer.reads:
@@ -178,6 +180,7 @@ def run_name(args, defaults, dataset, system):
            if getattr(args, key) != defaults[key]},
         "augment": "" if args.augment else "no-augment",
         "precision": args.precision if args.precision != "auto" else "",
+        "standardise": "standardised" if args.standardise and args.fusion != "none" else "",
         "shuffle_photos": "shuffled" if args.shuffle_photos else "",
         "shuffle_notes": "shuffled-notes" if args.shuffle_notes else "",
     }  # fmt: skip

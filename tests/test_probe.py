@@ -14,6 +14,7 @@ from data import NerExample, RelationExample
 from features import FeatureCache
 from parts import probe
 from parts.datasets import Dataset, load_dataset
+from parts.posts import mean_regions
 from parts.text_encoder import load_text_encoder
 
 KINDS = ("PER", "LOC", "ORG")
@@ -115,7 +116,7 @@ def test_a_span_that_the_encoder_cannot_reach_is_nan(encoder_dir):
 def test_photos_are_the_mean_of_their_regions(data_dir, cache_dir):
     cache = FeatureCache(cache_dir / "demo-resnet50-64.h5")
     ids = [*list(cache.ids)[:5], None]
-    means, real = probe.photo_states(cache, ids)
+    means, real = mean_regions(cache, ids)
     assert real.tolist() == [True] * 5 + [False] and not means[5].any()
     for mean, row in zip(means, range(5), strict=False):
         regions = cache.regions[row, 0, : cache.num_regions[row]].astype(np.float32)

@@ -2,16 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.preprocessing import StandardScaler
 from test_crf import enumerated, log_sum
 from test_fusion import DV, GARBAGE, HEADS, D, close, multi_head_reference, same, spoil, unit
 from torch.distributions import Normal, kl_divergence
 
 from crf import Crf
 from parts.model import Head
-from stages import Bottleneck, Code, PhotoBias, Prefix, Relevance
+from stages import Bottleneck, Code, PhotoBias, Prefix, Relevance, Standardise
 
 K = 3
 ORDER = torch.tensor([3, 0, 4, 1, 2])
@@ -402,3 +404,20 @@ def test_codes_under_autocast():
         rounded, _, divergence = bottleneck(text.bfloat16(), mask, photo)
     assert rounded.dtype == torch.bfloat16 and divergence.dtype == torch.float32
     assert (rounded[mask] - codes[mask]).abs().max() < 0.1 and (divergence / kl - 1).abs().max() < 0.05
+
+
+def test_standardised_regions_against_scikit_learn():
+    torch.manual_seed(0)
+    means, regions = 3 + 2 * torch.randn(50, 6), torch.randn(2, 4, 6)
+    means[:, 5], mask = 7.0, torch.tensor([[1, 1, 0, 1], [0] * 4])  # the last channel says nothing
+    part = Standardise(6)
+    assert torch.equal(part(regions, mask.bool()), regions * mask[..., None])  # not yet fitted
+    part.fit(means)
+    spoiled = regions.masked_fill(~mask.bool()[..., None], math.nan)
+    out = part(spoiled.half(), mask.bool())
+    wanted = StandardScaler().fit(means.numpy()).transform(regions[0].half().numpy())
+    for row in (0, 1, 3):
+        assert np.allclose(out[0, row, :5], wanted[row, :5], rtol=5e-3, atol=5e-3)
+    assert out.isfinite().all() and not out[1].any() and not out[0, 2].any()
+    part.fit(means[:1])  # one photo: nothing varies
+    assert part(means[None, :1], torch.ones(1, 1, dtype=bool)).abs().max() == 0

@@ -461,6 +461,28 @@ def test_resume_is_refused_with_other_settings_and_leaves_a_finished_run_alone(f
         train.parse_args(["--resume", "--overwrite"])
 
 
+def test_regions_are_standardised_by_the_photos_of_train(flags, tmp_path, capsys):
+    folder = run(flags, tmp_path / "run", "--fusion", "film", "--standardise")
+    weights, model = load_file(folder / "model.safetensors"), load_run(folder)[0]
+    posts = open_run(folder, "test", "cpu")[3]
+    train_ids = {example.image_id for example in load_dataset("demo", flags[1]).examples["train"]}
+    regions = [posts.cache.regions[posts.cache.rows[i], 0].astype(np.float32).mean(0) for i in train_ids]
+    assert np.allclose(weights["standardise.mean"], np.mean(regions, 0), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.standardise.deviation, weights["standardise.deviation"])
+    batch = posts.batch(range(4))
+    with torch.no_grad():
+        logits = model(batch).logits
+        by_hand = (batch["regions"].float() - model.standardise.mean) / model.standardise.deviation
+        model.standardise = None
+        assert torch.allclose(model(batch | {"regions": by_hand}).logits, logits, atol=1e-5)
+        assert not torch.allclose(model(batch).logits, logits, atol=1e-5)
+    assert "standardised" in train.parse_args(["--standardise"]).run_dir
+    run(flags, tmp_path / "none", "--fusion", "none", "--standardise", "--epochs", 1)  # a loop over fusions
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "vilt", "--standardise"])
+    assert "--standardise: vilt reads" in capsys.readouterr().err
+
+
 def test_two_runs_into_one_folder(flags, tmp_path):
     folder = run(flags, tmp_path / "run", "--epochs", 1)
     before = (folder / "model.safetensors").read_bytes()
