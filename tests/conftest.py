@@ -14,6 +14,7 @@ from PIL import Image
 import demo
 import extract_features
 from parts import console
+from parts.options import parse_args
 
 console.quiet_libraries()
 # Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
@@ -23,6 +24,11 @@ PARTS = {
     "blip": ("blip", 96, "blip", "blip"),
     "vilt": ("pixels", 96, "vilt", "vilt"),
 }
+# What config.json of a run says, all of it.
+CONFIG = vars(parse_args(["--dataset", "demo", "--device", "cpu"])) | {
+    "task": "ner", "labels": ["O"], "data": {}, "region_dim": None, "features_made": None,
+    "generated_made": None, "notes_sha256": None, "relevance_median": None, "word_rule": "twitter",
+}  # fmt: skip
 RELATIONS = ("None", "/per/per/peer", "/per/org/member_of")
 
 

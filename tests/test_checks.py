@@ -5,10 +5,10 @@ import statistics
 
 import numpy as np
 import pytest
+from conftest import CONFIG
 from PIL import Image
 
 import evaluate
-import train
 from data import NerExample, RelationExample
 from parts.checks import FEWEST, SCORES, auc, files_named_after, leak_check, note_leaks, paired_bootstrap
 from parts.checks import stands_in
@@ -176,9 +176,8 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
     made = {"x-s1": (1, runs[0]), "x-s2": (2, runs[1]), "y-s1": (1, runs[2]), "x-shuffled-s1": (1, runs[2])}
     for name, (seed, records) in made.items():
         (tmp_path / name).mkdir()
-        config = {"dataset": "d", "model": "clip-bert", "fusion": name[0], "labels": ["O"], "data": {},
-                  "seed": seed, "text_encoder": "e"}  # fmt: skip
-        write_json(tmp_path / name / "config.json", config | {"shuffle_photos": "shuffled" in name})
+        config = CONFIG | {"fusion": name[0], "seed": seed, "shuffle_photos": "shuffled" in name}
+        write_json(tmp_path / name / "config.json", config)
         write_json_lines(tmp_path / name / "predictions-test.jsonl", records)
     evaluate.main(["--compare", str(tmp_path / "x-s*"), str(tmp_path / "y-s1"), "--score", "accuracy"])
     out, found = capsys.readouterr().out, paired_bootstrap(runs[:2], runs[2:], "accuracy")
@@ -200,17 +199,19 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
 
 def test_what_counts_as_another_seed_of_the_same_system():
     """Seed, paths and machine; every other setting makes another system."""
-    config = vars(train.parse_args(["--device", "cpu"])) | {
-        "labels": ["O"], "threads": 1, "processes": 1, "versions": {"torch": "2.15"}, "encoder_parameters": 5,
+    config = CONFIG | {
+        "dataset": "twitter2017", "threads": 1, "processes": 1, "versions": {"torch": "2.15"}, "encoder_parameters": 5,
         "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
         "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager",
                           "version_torch": "2.15"},
     }  # fmt: skip
     free = {"seed", "data_dir", "images", "cache_dir", "features", "notes", "run_dir", "device", "overwrite",
             "resume", "save_every", "system", "generated", "relevance_median", "eval_batch_size", "threads",
-            "processes", "versions"}  # fmt: skip
+            "processes", "versions", "config", "track"}  # fmt: skip
     known = system_settings(config)
-    for key in config.keys() - {"data", "features_made", "text_encoder"}:
+    of_seeds = [system_settings(config | {"init": f"runs/x-s{seed}"}) for seed in (1, 2)]  # each from its own
+    assert of_seeds[0] == of_seeds[1] != known
+    for key in config.keys() - {"data", "features_made", "generated_made", "text_encoder"}:
         assert (system_settings(config | {key: "other"}) == known) == (key in free), key
     for part, inner, same in (
         ("data", {"train": {"file": "elsewhere", "sha256": "a", "variant": "v"}}, True),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIG
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_model import make
@@ -27,10 +28,8 @@ def finished(encoder_dir, data_dir, tmp_path_factory):
     """A run folder with the weights of no training."""
     folder, dataset = tmp_path_factory.mktemp("finished"), load_dataset("demo", data_dir)
     model, tokenizer = make(encoder_dir, dataset, "film")
-    config = {"dataset": "demo", "data_dir": str(data_dir), "model": "bert-resnet50", "fusion": "film",
-              "task": "ner", "labels": dataset.labels, "heads": 8, "dropout": 0.1, "max_len": 128,
-              "text_encoder": str(encoder_dir), "region_dim": 2048, "seed": 1, "data": {},
-              "features_made": FEATURES}  # fmt: skip
+    config = CONFIG | {"data_dir": str(data_dir), "labels": dataset.labels, "region_dim": 2048,
+                       "text_encoder": str(encoder_dir), "features_made": FEATURES}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     model.encoder.config.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
@@ -198,12 +197,14 @@ def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
         load_run(copied)
 
 
-@pytest.mark.parametrize("key, value", [("fusion", "add"), ("model", "mine")])
-def test_a_run_of_a_layer_that_is_not_registered_says_so(copied, key, value):
+@pytest.mark.parametrize("key, value, name", [
+    ("fusion", "add", "fusion add"), ("model", "mine", "model mine"), ("align", {"near": 1}, "alignment near"),
+])  # fmt: skip
+def test_a_run_of_a_layer_that_is_not_registered_says_so(copied, key, value, name):
     """Its scores can be read all the same."""
     change(copied / "config.json", **{key: value})
     assert read_config(copied)[key] == value
-    with pytest.raises(ValueError, match=f"{key}, '{value}', is not known here; call the script that"):
+    with pytest.raises(ValueError, match=f"{name} is not known here; import the script that registers it"):
         load_run(copied)
 
 

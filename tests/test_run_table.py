@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+from conftest import CONFIG
 from PIL import Image
 from test_checks import make_runs
 
@@ -14,16 +15,13 @@ from parts.files import write_json, write_json_lines
 from parts.run_table import FACTS, run_table, seeds_of
 from parts.scores import main_score, score
 
-CONFIG = {
-    "dataset": "d", "model": "clip-bert", "fusion": "film", "labels": ["O"], "text_encoder": "e", "seed": 1,
-    "fusion_lr": 1e-3, "data": {"valid": {"file": "v"}, "test": {"file": "t"}}, "shuffle_photos": False,
-}  # fmt: skip
+DATA = {"valid": {"file": "v"}, "test": {"file": "t"}}
 
 
 def write_run(folder, splits, **changed):
     """A run folder with predictions, {split: records}, and a configuration."""
     folder.mkdir()
-    write_json(folder / "config.json", CONFIG | changed)
+    write_json(folder / "config.json", CONFIG | {"dataset": "d", "data": DATA, "fusion_lr": 1e-3} | changed)
     for split, records in splits.items():
         write_json_lines(folder / f"predictions-{split}.jsonl", records)
     return folder
@@ -94,7 +92,7 @@ def test_the_best_of_what_was_swept_is_marked_for_each_of_the_others(runs, tmp_p
     assert table.keys == ["fusion", "fusion_lr", "shuffle_photos"]
     chosen = [(row.settings["fusion"], row.settings["fusion_lr"]) for row in table.rows if row.chosen]
     assert chosen == [("attention", 1e-3), ("film", 1e-3)]  # text only has one rate, so no choice
-    for by, message in (("lr", "no setting of these runs"), ("model", "the same in all of these runs")):
+    for by, message in (("rate", "no setting of these runs"), ("model", "the same in all of these runs")):
         with pytest.raises(ValueError, match=f"--by {by}: {message}; they differ in fusion, fusion_lr"):
             run_table([tmp_path / "*"], by=[by])
 
