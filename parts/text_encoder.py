@@ -45,7 +45,7 @@ def load_pretrained(kind, source, option, config=None, part="", dtype=torch.floa
         model, info = kind.from_pretrained(
             source, config=config, output_loading_info=True, dtype=dtype, **as_data(source)
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ImportError, SafetensorError, *UNUSABLE) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
         raise ValueError(f"{option} {source}: {reason}") from None
     module = model.get_encoder("image") if part == "image" else model.get_submodule(part)
