@@ -248,8 +248,8 @@ def all_rows():
         ("photo, crf", (*plain, "--fusion", "none", *noted, "--extra", "photo", "--decoder", "crf"), photos,
          ("none, crf",)),
         ("cross-attention", (*plain, "--fusion", "cross-attention"), photos, ("none",)),
-        ("cross-attention, relevance",
-         (*plain, "--fusion", "cross-attention", *noted, "--relevance", "given"), photos, ("cross-attention",)),
+        ("cross-attention, relevance", (*plain, "--fusion", "cross-attention", *noted, "--relevance",
+                                        "given"), photos, ("cross-attention",)),
         ("minige", ("--system", "minige", *drawn), photos, ("none, crf",)),
         ("tia", ("--system", "tia", *noted), photos, ("post, crf", "tia, no relevance")),
         ("tia, no relevance", ("--system", "tia", *noted, "--relevance", "none"), "", ("post, crf",)),
@@ -295,7 +295,8 @@ def other_run(argv):
     folder = run_folder(argv)
     if not (folder / "config.json").exists():
         return ""
-    wanted = vars(train.parse_args(argv)) | {"run_format": RUN_FORMAT}
+    unknown = {"features_made": None, "generated_made": None}  # before features are opened
+    wanted = vars(train.parse_args(argv)) | unknown | {"run_format": RUN_FORMAT}
     if wanted["notes"] and Path(wanted["notes"]).is_file():
         wanted["notes_sha256"] = hashlib.sha256(Path(wanted["notes"]).read_bytes()).hexdigest()
     theirs, wanted = (system_settings(config) for config in (read_config(folder), wanted))
