@@ -41,10 +41,10 @@ LONGEST_LINE = 10_000_000  # characters; to parse more as a Python literal can t
 
 @dataclass(frozen=True)
 class NerExample:
-    """A post with one BIO label a word; `id` is unique in its split, `image_id` names its photo, if any."""
+    """A post with one BIO label a word; `id` is unique in its split, `image_id` names its photo or photos."""
 
     id: str
-    image_id: str | None
+    image_id: str | tuple[str, ...] | None
     words: tuple[str, ...]
     labels: tuple[str, ...]
 
@@ -54,11 +54,18 @@ class RelationExample:
     """A post with two marked entities, as word spans [start, end), and the relation from head to tail."""
 
     id: str
-    image_id: str | None
+    image_id: str | tuple[str, ...] | None
     words: tuple[str, ...]
     head: tuple[int, int]
     tail: tuple[int, int]
     label: str
+
+
+def photo_names(image_id):
+    """The names of an example's photos, by its `image_id`."""
+    if image_id is None:
+        return ()
+    return image_id if isinstance(image_id, tuple) else (image_id,)
 
 
 def text_file(path):
@@ -84,8 +91,8 @@ def read_lines(path):
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
     for number, line in lines:
         if len(line) > LONGEST_LINE:
-            said = f"a line of {len(line):,} characters; no post has one so long"
-            raise ValueError(f"{path}:{number}: {said}, correct the file")
+            message = f"a line of {len(line):,} characters; no post has one so long, correct the file"
+            raise ValueError(f"{path}:{number}: {message}")
     return lines
 
 
@@ -126,8 +133,8 @@ def label_scheme(posts):
             return scheme
     pairs = [pair for labels in posts for pair in pairwise(["O", *labels])]
     begins = any(label[0] == "I" and not goes_on(before, label) for before, label in pairs)
-    opened = [pair for pair in pairs if pair[1][0] == "B"]
-    parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in opened)
+    starts = [pair for pair in pairs if pair[1][0] == "B"]
+    parts = all(before[0] in "BI" and before[2:] == label[2:] for before, label in starts)
     return "IOB1" if begins and parts else "BIO"
 
 
@@ -170,9 +177,9 @@ def conll_posts(path, lines, spaced):
         starts_document = re.match(r"-DOCSTART-(\s|$)", line)
         if starts_post or starts_document or not line.strip():
             if rows == []:
-                opened, name, _ = posts[-1]
+                start, name, _ = posts[-1]
                 message = f"post {name or 'without photo'} has no words; remove it or give it its words"
-                raise ValueError(f"{path}:{opened}: {message}")
+                raise ValueError(f"{path}:{start}: {message}")
             rows, documents = None, documents + bool(starts_document)
         else:
             if rows is None:
@@ -225,31 +232,32 @@ def read_ner(path, allowed, notes=None):
     With None, for files of one's own, any type may, spaces separate where there is no tab, and a post without
     photo may stand after an empty `IMGID:` line or after none. A post whose id has occurred before gets its
     line number into its `id`. In a file without any IMGID line posts have no photo; labels of other schemes
-    become BIO; `notes` is a list that is told of it. Raises ValueError with file and line.
+    become BIO; what was read otherwise than it stands there is added to the list `notes`. Raises ValueError
+    with file and line.
     """
     lines, notes = read_lines(path), [] if notes is None else notes
     posts, documents = conll_posts(path, lines, allowed is None)
     photoless = all(image_id is None for _, image_id, _ in posts)
     columns = {}  # id: (photo's id, words, labels, lines)
-    for opened, image_id, rows in posts:
+    for start, image_id, rows in posts:
         for number, fields in rows:
             where = f"{path}:{number}"
             if len(fields) != 2:
-                found = f"{fields[0]!r:.80}"
+                seen = f"{fields[0]!r:.80}"
                 if fields[1:]:
                     advice = column_advice(lines, [row for _, _, others in posts for row in others])
-                    found = f"{len(fields)} columns, {str(fields)[1:-1]:.80}{advice}"
-                raise ValueError(f"{where}: expected word<TAB>label, found {found}")
+                    seen = f"{len(fields)} columns, {str(fields)[1:-1]:.80}{advice}"
+                raise ValueError(f"{where}: expected word<TAB>label, found {seen}")
             if not LABEL.fullmatch(fields[1]):
                 check_label(fields[1], allowed, where)
         if allowed is not None and image_id is None and not photoless:
             message = "a word with no IMGID:<id> before it; each post starts with one"
-            raise ValueError(f"{path}:{opened}: {message}")
+            raise ValueError(f"{path}:{start}: {message}")
         if image_id or (allowed is not None and image_id is not None):
-            check_image_id(image_id, f"{path}:{opened}")
-        post_id = image_id or f"line {opened}"
+            check_image_id(image_id, f"{path}:{start}")
+        post_id = image_id or f"line {start}"
         while post_id in columns:
-            post_id += f"@{opened}"
+            post_id += f"@{start}"
         numbers, pairs = zip(*rows, strict=True)
         columns[post_id] = image_id or None, *zip(*pairs, strict=True), numbers
     scheme = label_scheme([labels for _, _, labels, _ in columns.values()])
@@ -261,11 +269,11 @@ def read_ner(path, allowed, notes=None):
             check_label(label, allowed, f"{path}:{number}")
         changed += sum(a != b for a, b in zip(labels, bio, strict=True))
         examples.append(NerExample(post_id, image_id, words, tuple(bio)))
-    blind = [opened for opened, image_id, _ in posts if not image_id]
+    missing = [start for start, image_id, _ in posts if not image_id]
     if photoless and posts:
         notes.append(f"no IMGID line: {len(posts)} posts without photo")
-    elif blind:
-        notes.append(f"{len(blind)} of {len(posts)} posts name no photo, the first at line {blind[0]}")
+    elif missing:
+        notes.append(f"{len(missing)} of {len(posts)} posts name no photo, the first at line {missing[0]}")
     if posts and all(word.isdigit() for example in examples for word in example.words):
         notes.append("every word is a number: is the first column that of the words?")
     notes += reading_notes(documents, scheme, changed)
@@ -287,8 +295,8 @@ def parse_row(text):
         if re.match(r'\{\s*"', text) and isinstance(not_json, json.JSONDecodeError):
             raise ValueError(f"not JSON: {not_json.msg} at character {not_json.colno}") from None
         # No address in memory.
-        said = re.sub("( on line 1)?(: <ast| [(]<unknown).*", "", str(error), flags=re.DOTALL)
-        raise ValueError(f"{type(error).__name__}: {said or 'not readable'}") from None
+        reason = re.sub("( on line 1)?(: <ast| [(]<unknown).*", "", str(error), flags=re.DOTALL)
+        raise ValueError(f"{type(error).__name__}: {reason or 'not readable'}") from None
 
 
 def read_rows(path):
@@ -302,12 +310,12 @@ def read_rows(path):
         count = len(json.loads(text))
     except (ValueError, RecursionError) as error:
         line, reason = getattr(error, "lineno", 1), getattr(error, "msg", "too deep")
-        said = f"{path}:{line}: not a JSON array of rows ({reason})"
-        raise ValueError(f"{said}; correct it, or write a row a line") from None
-    decoder, counted, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
+        message = f"not a JSON array of rows ({reason}); correct it, or write a row a line"
+        raise ValueError(f"{path}:{line}: {message}") from None
+    decoder, before, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
     for number in range(1, count + 1):  # once more, for the lines they are on
         start = re.compile(r"[\s,]*").match(text, end).end()
-        line, counted = line + text.count("\n", counted, start), start
+        line, before = line + text.count("\n", before, start), start
         row, end = decoder.raw_decode(text, start)
         yield f"{path}:{line}: row {number}", number, row
 
@@ -318,17 +326,23 @@ def fold(name):
 
 
 def refusal(row, error):
-    """Why a row is not one of MNRE's, whose reading raised `error`: what it seems to be, and what to do."""
+    """Why a row is not one of MNRE's, whose reading raised `error`: what it has, and what to do."""
     lacking = f"no key {error}" if type(error) is KeyError else f"{type(error).__name__}: {error}"
     reason = str(error) if type(error) is ValueError else lacking
     form = f"not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
     if not isinstance(row, dict):
         return form
     keys = str([*row])[1:-1][:80]
-    if row.keys() & {"h", "t", "relation"}:
-        return f"{form} but {keys}; 'pos' is to be [start, end) in words of 'token', the end exclusive"
-    form = "word<TAB>label lines, a blank line between posts"
-    return f"named entities in JSON ({keys}) are not read; write {form}"
+    return f"{form} but {keys}; 'pos' is to be [start, end) in words of 'token', the end exclusive"
+
+
+def relation_name(name, where):
+    """The name of a relation, `NONE` for other names of no relation; ValueError if it is none."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: relation {name!r:.80} is no text; correct it")
+    if not name.strip() or re.search("[\x00-\x1f\ud800-\udfff]", name):
+        raise ValueError(f"{where}: relation {name!r} is no name; correct it")
+    return NONE if name.lower() in ("none", "na", "no_relation") else name
 
 
 def same_text(name, words):
@@ -336,12 +350,17 @@ def same_text(name, words):
     return fold("".join(str(name).split())) == fold("".join("".join(words).split()))
 
 
+def none_notes(counts):
+    """What to say of names that were read as `NONE`, {name: how often}."""
+    return [f"{name!r} read as {NONE!r}, no relation ({n} rows)" for name, n in counts.items() if n]
+
+
 def read_mnre(path, allowed, notes=None):
     """Rows of an MNRE file: one Python dict literal or JSON object a line, or one JSON array of rows.
 
     A row's `id` is `<image id>@<line>`: up to 21 rows share a photo. Where head and tail have a name, it must
     be their words. With `allowed` None, for files of one's own, any relation may occur, `NA` and
-    `no_relation` become `None`, and rows may be without img_id; `notes` is a list that is told of it. Raises
+    `no_relation` become `None`, and rows may be without img_id, which is added to the list `notes`. Raises
     ValueError with file and line.
     """
     examples, notes, renamed = [], [] if notes is None else notes, Counter()
@@ -364,28 +383,24 @@ def read_mnre(path, allowed, notes=None):
             whole = inside and name not in (None, "") and same_text(name, words[start : stop + 1])
             hint = f"; is the end inclusive? It is to be exclusive: [{start}, {stop + 1}]" if whole else ""
             if not inside or start == stop:
-                said = f"'{end}' pos is not a span [start, end) of its {len(words)} words"
-                raise ValueError(f"{where}: {said}{hint}")
+                message = f"'{end}' pos is not a span [start, end) of its {len(words)} words"
+                raise ValueError(f"{where}: {message}{hint}")
             if name not in (None, "") and not same_text(name, words[start:stop]):
-                held = f"pos [{start}, {stop}] holds {' '.join(words[start:stop])!r}"
+                span = f"pos [{start}, {stop}] holds {' '.join(words[start:stop])!r}"
                 hint = hint or "; correct one of them (the end is exclusive)"
-                raise ValueError(f"{where}: '{end}' is named {name!r}, but {held}{hint}")
-        blind = image_id is None and allowed is None
-        if not (isinstance(relation, str) and (blind or isinstance(image_id, str))):
-            raise ValueError(f"{where}: 'img_id' and 'relation' must be text")
-        if not blind:
+                raise ValueError(f"{where}: '{end}' is named {name!r}, but {span}{hint}")
+        if image_id is not None or allowed is not None:
+            if not isinstance(image_id, str):
+                raise ValueError(f"{where}: 'img_id' must be text")
             check_image_id(image_id, where)
+        name = relation_name(relation, where)
         if allowed is not None and relation not in allowed:
             message = "not of MNRE version 2; name a folder of your own for version 1 or your own relations"
             raise ValueError(f"{where}: unknown label {relation!r:.80}, {message} (--dataset path/to/folder)")
-        if not relation.strip() or re.search("[\x00-\x1f\ud800-\udfff]", relation):
-            raise ValueError(f"{where}: relation {relation!r} is no name; correct it")
-        if relation.lower() in ("none", "na", "no_relation") and relation != NONE:
-            renamed[relation] += 1
-            relation = NONE
+        renamed[relation] += name != relation
         row_id = f"{image_id}@{number}" if image_id else f"row {number}"
-        examples.append(RelationExample(row_id, image_id, tuple(words), spans["h"], spans["t"], relation))
+        examples.append(RelationExample(row_id, image_id, tuple(words), spans["h"], spans["t"], name))
     if blind := sum(example.image_id is None for example in examples):
         notes.append(f"{blind} of {len(examples)} rows name no photo (img_id)")
-    notes += [f"{name!r} read as {NONE!r}, no relation ({count} rows)" for name, count in renamed.items()]
+    notes += none_notes(renamed)
     return examples

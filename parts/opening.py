@@ -32,15 +32,18 @@ def open_inputs(args, device):
     something is not there, broken, or does not fit the rest.
     """
     # The posts.
-    dataset = load_dataset(args.dataset, args.data_dir)
-    word_rule, how_cut = rule_of([example.words for example in dataset.examples["train"]], args.word_rule)
+    dataset = load_dataset(args.dataset, args.data_dir, args.word_rule)
+    word_rule, remarks = dataset.word_rule, dataset.notes
+    if word_rule is None:  # posts came as words
+        word_rule, remark = rule_of([post.words for post in dataset.examples["train"]], args.word_rule)
+        remarks = (*remarks, remark)
     if args.train_share < 1:
         cut_train(dataset, args.train_share, args.seed)
     prints = dataset.fingerprints()
     for split, examples in dataset.examples.items():
         of_file = prints[split]
         print(f"{split:<10} {len(examples)} posts, {of_file['variant']} ({of_file['sha256'][:16]})")
-    for note in (*dataset.notes, how_cut):
+    for note in remarks:
         print(f"           {note}")
 
     # Their photos.
@@ -116,6 +119,9 @@ def open_features(args, dataset):
         raise ValueError(
             f"--fusion {args.fusion}: the regions of {args.features} are no places in a photo; choose another"
         )
+    several = sum(isinstance(e.image_id, tuple) for posts in dataset.examples.values() for e in posts)
+    if several and args.model == "vilt":
+        raise ValueError(f"--model vilt reads one photo a post, and {several} posts have several; take another")
     made_from = attrs.get("made_from", "an unknown folder")
     print(f"features   {args.features}: {cache.views} views, made from {made_from}")
     if cache.boxes:
@@ -308,7 +314,7 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, g
     ValueError if they have changed.
     """
     model, tokenizer, config = load_run(run_dir, device)
-    dataset = load_dataset(*dataset_now(config, data_dir))
+    dataset = load_dataset(*dataset_now(config, data_dir), config["word_rule"] or "auto")
     if config["train_share"] < 1:
         cut_train(dataset, config["train_share"], config["seed"])
     stored = config["data"][split]

@@ -146,13 +146,14 @@ def read_config(run_dir):
 
 def read_config_file(path):
     """A run's config.json as a dict, complete; ValueError if a value is missing or of a wrong kind."""
-    config = NEWER | read_object(Path(path))
+    stored = read_object(Path(path))
+    config = NEWER | stored
     for key, (fits, wanted) in KEYS.items():
         if key not in config:
             raise ValueError(f"{path}: no {key}, so not the configuration of a run of train.py; name another")
         if not fits(config[key]):
             raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
-    if config["word_rule"] is None:
+    if "word_rule" not in stored:  # null: no rule cuts texts as its data are cut
         config["word_rule"] = OF_TASK[config["task"]]
     return config
 

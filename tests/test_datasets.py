@@ -98,6 +98,21 @@ def test_empty_and_absent_splits(tmp_path, split):
         load_dataset("twitter2017", tmp_path)
 
 
+@pytest.mark.parametrize("names, lies", [
+    (["train.csv"], "train.csv"), (["train.tsv", "train.parquet"], "train.parquet, train.tsv"), ([], None),
+])  # fmt: skip
+def test_a_file_that_is_not_read_in_place_of_train_is_named(tmp_path, names, lies):
+    write(tmp_path / "own" / "valid.txt", PLAIN)
+    for name in names:
+        write(tmp_path / "own" / name, "words,labels\n")
+    with pytest.raises(FileNotFoundError) as error:
+        load_dataset(str(tmp_path / "own"))
+    where = f", where {lies} is not read (write JSON lines)" if lies else ""
+    assert str(error.value).startswith(
+        f"no train file of own under {tmp_path}/{where}; put it at {tmp_path / 'own' / 'train'}.txt or .jsonl"
+    )
+
+
 # ---------------------------------------------------------------------------------------------- your own data
 
 
@@ -159,15 +174,12 @@ def test_types_may_hold_spaces_where_tabs_separate(own):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"tokens": ["Ann"], "ner_tags": [1]},
-        "named entities in JSON ('tokens', 'ner_tags') are not read; write word<TAB>label lines"),
-    ({"id": 1, "text": "Ann", "label": [[0, 3, "PER"]]}, "in JSON ('id', 'text', 'label') are not"),
-    ({"text": "Ann", "spans": [{"start": 0}]}, "named entities in JSON ('text', 'spans') are not read"),
+    ({"text": "Ann", "spans": [{"start": 0}]}, "no 'entities' and no labels in it; an empty list says that"),
     ({"text": "Ann Lee", "h": {"pos": [0, 7]}, "t": {"pos": [3, 4]}, "relation": "x"},
         "(no key 'token') but 'text', 'h', 't', 'relation'; 'pos' is to be [start, end) in words"),
     ({"token": ["Ann"], "subj_start": 0, "subj_end": 0, "relation": "x"},
-        "(no key 'h') but 'token', 'subj_start', 'subj_end', 'relation'; 'pos' is to be"),
-    ({"text": "Ann Lee", "head": "Ann", "tail": "Lee", "relation": "x"}, "but 'text', 'head', 'tail', 'rel"),
+        "no 'head' and 'tail' in it, but 'token', 'subj_start', 'subj_end', 'relation'; give it both"),
+    ({"text": "Ann Lee", "head": "Ann", "tail": "Lee", "relation": "x"}, "'Ann' is not a span [start, end)"),
 ])  # fmt: skip
 def test_rows_in_another_layout_are_named(tmp_path, row, said):
     for split in ("train", "valid"):
@@ -237,15 +249,17 @@ def test_own_folder_of_relations(tmp_path):
     for relation, said in (("bornIn", "test.txt: labels that train does not have: bornIn; correct them"),
                            (" ", "test.txt:1: relation ' ' is no name"),
                            ("a\nb", r"test.txt:1: relation 'a\\nb' is no name"),
-                           (3, "test.txt:1: 'img_id' and 'relation' must be text")):  # fmt: skip
+                           (3, "test.txt:1: relation 3 is no text")):  # fmt: skip
         write(folder / "test.txt", lines(relation))
         with pytest.raises(ValueError, match=said):
             load_dataset(str(folder))
 
 
 @pytest.mark.parametrize("content, task", [
-    (row(), "relation"), ("\ufeff\n \n" + json.dumps(ROW), "relation"), ("[\n{", "relation"),
-    (f"[{row()}]", "relation"), ("{", "relation"),
+    (row(), "relation"), ("\ufeff\n \n" + json.dumps(ROW), "relation"), (f"[\n{row()}]", "relation"),
+    ('{"text": "a", "head": [0, 1], "tail": [0, 1], "relation": "x"}', "relation"),
+    ('{"text": "a", "entities": [], "relations": []}\n{"relations": [{"id": 1}]}', "relation"),
+    ('{"text": "a", "entities": [], "relations": []}\n', "ner"), ("[\n{", "ner"), ("{", "ner"),
     (PLAIN, "ner"), ("[\tO\n", "ner"), ("{ B-x\n", "ner"), ("[ NN O\n", "ner"), ("", "ner"), (None, "ner"),
 ])  # fmt: skip
 def test_train_tells_the_task_of_an_own_folder(tmp_path, content, task):
