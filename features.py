@@ -371,16 +371,27 @@ class Regions:
     def region_dim(self):
         return self.shape[3]
 
+    def photos_of(self, image_id):
+        """The ids of a post's photos: none, one, or several, in a tuple that is no photo's id itself."""
+        if isinstance(image_id, tuple) and image_id not in self.rows:
+            return list(image_id)
+        return [] if image_id is None else [image_id]
+
     def has_photo(self, image_id):
-        """Whether the photo was there and readable; None is no photo."""
-        return image_id is not None and bool(self.status[self.rows[image_id]] == OK)
+        """Whether a photo was there and readable, or one of several; None is no photo."""
+        return any(self.status[self.rows[photo]] == OK for photo in self.photos_of(image_id))
 
     def read(self, photos, views=None):
         """What a batch holds of its photos, image ids or None for none; `views`: which to read, default 0.
 
         regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows,
-        columns), photo_row [B], which photo it is, -1 for none.
+        columns), photo_row [B], which photo it is, -1 for none. Of a post with several photos, a tuple of ids,
+        the regions stand one after the other, and `photo_row` is the first's.
         """
+        several = [self.photos_of(photo) for photo in photos]
+        most = max(map(len, several))
+        if most > 1:
+            return self.read_several(several, most, views)
         rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
         views = np.zeros(len(photos), int) if views is None else np.asarray(views)
         shown = np.array([photo is not None for photo in photos])
@@ -401,6 +412,29 @@ class Regions:
         about = {key: value.to(**how) for key, value in about.items()}  # a few kB
         rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
         return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
+
+    def read_several(self, several, most, views):
+        """`read` for posts with up to `most` photos, a list of ids each: regions [B, most * R, D].
+
+        Their places are one grid where the photos' grids are as wide and all their regions are places; else
+        none is a place: region_grid 0.
+        """
+        count = len(several)
+        padded = [photo for ids in several for photo in [*ids, *[None] * (most - len(ids))]]
+        batch = self.read(padded, None if views is None else np.repeat(views, most))
+        grids = batch["region_grid"].view(count, most, 2)  # 0 where there is no photo
+        regions = batch["region_mask"].sum(1).view(count, most)
+        columns = grids[..., 1].amax(1, keepdim=True)
+        whole = ((grids[..., 1] == columns) | (regions == 0)) & (grids.prod(2) == regions)
+        stacked = torch.stack((grids[..., 0].sum(1), columns[:, 0]), 1) * whole.all(1, keepdim=True)
+        rows = batch["photo_row"].view(count, most)
+        first = rows.gather(1, (rows >= 0).long().argmax(1, keepdim=True))[:, 0]
+        return {
+            "regions": batch["regions"].flatten(0, 1).view(count, -1, self.region_dim),
+            "region_mask": batch["region_mask"].view(count, -1),
+            "region_grid": stacked,
+            "photo_row": first,
+        }
 
     def read_generated(self, photos, views=None):
         """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
@@ -528,7 +562,8 @@ class FeatureCache(Regions):
 
     def require(self, image_ids, dataset):
         """ValueError if the file lacks photos of a data set: it is another's, or of a part of this one."""
-        absent = [image_id for image_id in image_ids if image_id is not None and image_id not in self.rows]
+        photos = (photo for image_id in image_ids for photo in self.photos_of(image_id))
+        absent = [photo for photo in photos if photo not in self.rows]
         if absent:
             raise ValueError(
                 f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"

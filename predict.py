@@ -3,20 +3,20 @@
     python predict.py --run runs/demo-bert-resnet50-film-s1337 --text "Kevin Durant in Oakland" --image kd.jpg
     python predict.py --run runs/demo-bert-resnet50-film-s1337 --input posts.jsonl --output answers.jsonl
 
-A post is a JSON object: `text` as it was typed, or `words`, a list (needed where no spaces stand between
-words); `image`, the file of its photo, where it has one, its path from the folder of posts.jsonl on (for runs
-on captions, `caption` instead, for those on phrases `phrases`, a list of text, or a `caption` to be cut into
-some; for runs on boxes `boxes` beside it, as in parts/boxes.py); for relations `head` and `tail`, spans
-[start, end) of the text's characters or of the words; `id`, text or a number, comes back; for runs with
---extra `about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their notes. Other
-keys are ignored, and so is NaN. One post has 1 MB at most.
+A post is a JSON object: `text` as it was typed, cut into words as the run's data are (docs/DATA.md), or
+`words`, a list; `image`, the file of its photo, its path from the folder of posts.jsonl on, or a list of up
+to 8 (for runs on captions, `caption` instead, for those on phrases `phrases`, a list of text, or a `caption`
+to be cut into some; for runs on boxes `boxes` beside it, as in parts/boxes.py); for relations `head` and
+`tail`, spans [start, end) of the text's characters or of the words; `id`, text or a number, comes back; for
+runs with --extra `about_post` and `about_photo`, for runs with --relevance given `relevance`, as in their
+notes. Other keys are ignored, and so is NaN. One post has 1 MB at most.
 
 An answer has `id`; `photo`, whether one was looked at; a `note` where the one named was not, or its caption
 was cut; `cut_words`, how many words the run's --max-len cut off, if any; and `entities`, each with its type,
 text, words [start, end), chars [start, end) if the post came as text, and probability, that of the least
 probable of its words' labels; or one `relation` and its probability. A broken post has an `error` instead.
-With --input also `line`, the post's in its file, counted from 1, and `check`, digits by which a restart knows
-run and post.
+With --input also `line`, the post's in its file, counted from 1, what was asked (`text` or `words`, `image`,
+`head`, `tail`), and `check`, digits by which a restart knows run and post: such a file is data to train on.
 """
 
 if __name__ == "__main__":
@@ -42,8 +42,8 @@ from encoding import encode
 from parts.boxes import check_boxes
 from parts.console import bounded, command_line, progress_bar
 from parts.files import bounded_lines, resume_lines
-from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, read_post, run_backbone
-from parts.new_posts import size_of
+from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, read_photos, read_post
+from parts.new_posts import run_backbone, size_of
 from parts.notes import EXTRAS, Segments, check_note, note_text
 from parts.photos import WORDED
 from parts.posts import Posts, predict_posts
@@ -53,6 +53,7 @@ from parts.scores import entity_spans
 
 NO_BOXES = "no boxes given: the whole photo alone was looked at"
 WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
+ASKED = ("text", "words", "image", "head", "tail")
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -148,17 +149,21 @@ class Predictor:
 
     def read(self, given, folder, answer):
         """A `NewPost` of a post, a dict; ValueError says what is wrong with it."""
-        config = self.config
-        example, offsets = read_post(given, config["task"], config["word_rule"], self.source, folder)
-        source = example.image_id
-        if isinstance(source, Image.Image):
+        example, offsets = read_post(given, self.config["task"], self.config["word_rule"])
+        photos, boxes = {}, None
+        sources = read_photos(given, self.source, folder) if self.source else []
+        if len(sources) > 1 and (self.config["model"] == "vilt" or given.get("boxes") is not None):
+            raise ValueError("several photos, where vilt and boxes are for one; name one of them")
+        if self.boxed and sources and given.get("boxes") is not None:
+            boxes = check_boxes(given)
+        for called, source in sources:
             # Images cannot be keys, so each gets a name that no file can have. One image in several posts
             # has one name and is decoded once: two threads would get in each other's way.
-            example = replace(example, image_id=f"\0{id(source)}")
-        if self.boxed and source is not None:  # a photo with other boxes is another
-            boxes = None if given.get("boxes") is None else check_boxes(given)
-            example = replace(example, image_id=(example.image_id, boxes))
-        return NewPost(given, example, offsets, check_note(given, self.keys), source, answer)
+            name = f"\0{id(source)}" if isinstance(source, Image.Image) else source
+            photos[(name, boxes) if self.boxed else name] = called, source  # with other boxes it is another
+        image_id = tuple(photos) if len(photos) > 1 else next(iter(photos), None)
+        note = check_note(given, self.keys)
+        return NewPost(given, replace(example, image_id=image_id), offsets, note, photos, answer)
 
     def rows(self, read):
         """The rows of `encode` of posts, with their notes; answers say how many words were cut off."""
@@ -172,25 +177,25 @@ class Predictor:
 
     def photos(self, read):
         """`NewPhotos` of posts: what their words are shown."""
-        sources = {post.example.image_id: post.source for post in read if post.source is not None}
+        sources = {name: source for post in read for name, (_, source) in post.photos.items()}
         return NewPhotos(sources, self.made, self.backbone, self.device, self.pool, self.root)
 
     def say_what_was_seen(self, post, record, photos):
         """Whether a photo was looked at goes into the answer, and why not if the post has one."""
-        image, source = post.given.get("image"), self.source
-        if photos and post.source is not None:
+        source = self.source
+        if post.photos:
             post.answer["photo"] = record["photo"]
-            reason = photos.reasons[photos.rows[post.example.image_id]]
-            if reason and not self.root and re.match("https?://", str(image)):
-                reason = "a link, and nothing is downloaded here: download it first and name the file"
-            if reason:
-                name = source if source in WORDED else image
-                remark(post.answer, f"{'opened image' if isinstance(name, Image.Image) else name}: {reason}")
+            for name, (called, _) in post.photos.items():
+                reason = photos.reasons[photos.rows[name]]
+                if reason and not self.root and re.match("https?://", str(called)):
+                    reason = "a link, and nothing is downloaded here: download it first and name the file"
+                if reason:
+                    remark(post.answer, f"{source if source in WORDED else called}: {reason}")
             if record["photo"] and self.boxed and post.given.get("boxes") is None:
                 remark(post.answer, NO_BOXES)
             if record["photo"] and "relevance" in self.keys and "relevance" not in post.note:
                 remark(post.answer, "no relevance given: it was predicted")
-        elif source in WORDED and image is not None:
+        elif source in WORDED and post.given.get("image") is not None:
             kind = "captions" if source == "caption" else "phrases"
             remark(post.answer, f"the run looks at {kind}, not at images; give the post its {source}")
 
@@ -261,6 +266,12 @@ def run_digits(run_dir, precision=None):
     return digest.digest()
 
 
+def with_post(answer, line):
+    """An answer with what was asked, so that a file of answers is data to train on; `line`: the post's."""
+    post = {} if "error" in answer else load_post(line)
+    return {key: post[key] for key in ASKED if post.get(key) is not None} | answer
+
+
 def check_digits(run, line):
     return hashlib.sha256(run + (line or b"")).hexdigest()[:12]
 
@@ -295,7 +306,7 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                     continue
                 answers, written = predictor([line for _, line in window], folder), []
                 for (number, line), answer in list(zip(window, answers, strict=True))[-(passed - done) :]:
-                    record = {"line": number} | answer | {"check": check_digits(run, line)}
+                    record = {"line": number} | with_post(answer, line) | {"check": check_digits(run, line)}
                     written.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     counts["photo"] += answer.get("photo", False)
                     counts["cut"] += "cut_words" in answer

@@ -17,7 +17,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from data import NONE
+from data import NONE, photo_names
 from parts.checks import verdict
 from parts.console import bounded, command_line
 from parts.datasets import SPLITS, TEXT_PLACES, first_existing, locate
@@ -70,7 +70,7 @@ def post_of(record):
     `spans`: rows of `compare_spans`, each with the probability of what was predicted, None where there is
     none to tell; of a relation one row, start and end 0, and its `ends`, the spans of head and tail.
     """
-    photo = record["image_id"]
+    photo = next(iter(photo_names(record["image_id"])), None)  # of several the first is shown
     post = {"id": str(record["id"]), "photo": photo and str(photo), "words": record["words"]}
     post["blind"] = record.get("photo") is False
     gold, predicted, chance = record["gold"], record["predicted"], record.get("probability")

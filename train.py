@@ -74,8 +74,8 @@ def check_finite(first_bad, posts, batches, epoch, args):
     chosen = batches[int(first_bad) - 1]
     for cache, photos in ((posts.cache, [posts.shown(i)[0] for i in chosen]),
                           (posts.generated, [posts.examples[i].image_id for i in chosen])):  # fmt: skip
-        for photo in photos if cache else ():
-            if photo is not None and not np.isfinite(cache.regions[cache.rows[photo]]).all():
+        for photo in [name for of_post in photos for name in cache.photos_of(of_post)] if cache else ():
+            if not np.isfinite(cache.regions[cache.rows[photo]]).all():
                 raise ValueError(f"{cache.path}: the features of photo {photo} are no finite numbers, so the"
                                  " loss is none; extract them again, or leave the photo out")  # fmt: skip
     ids = ", ".join(posts.examples[i].id for i in chosen)

@@ -47,7 +47,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import RelationExample
+from data import RelationExample, photo_names
 from parts.chat import Endpoint, Local, Refused, split_url
 from parts.console import bounded, command_line, dataset_name, first_line, progress_bar
 from parts.datasets import DATASETS, load_dataset, locate
@@ -99,7 +99,8 @@ def list_posts(dataset, args):
             places = ", ".join(map(str, folders)) or "any folder"
             raise FileNotFoundError(f"no photo of {len(names)} is in {places}; add --images or --no-photos")
     for split, example in examples[: args.limit]:
-        name, settings = example.image_id, repr((fill_prompt(example, args.photos), args.max_new_tokens))
+        name = next(iter(photo_names(example.image_id)), None)  # of several the first is shown
+        settings = repr((fill_prompt(example, args.photos), args.max_new_tokens))
         reason = reasons.get(name, "no such file") if name in paths and paths[name] is None else None
         check = hashlib.sha256(settings.encode()).hexdigest()[:12]
         stamp = {"model": args.model, "prompt": DIGITS, "check": check}

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from parts.console import bounded, command_line  # noqa: E402
 from parts.processes import open_output  # noqa: E402
-from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows  # noqa: E402
+from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows, with_post  # noqa: E402
 
 WHOLE = (1, 1)  # the only shard
 
@@ -53,7 +53,7 @@ class Answers:
         window, lines = pickle.loads(row["window"]), []
         answers = self.predictor([line for _, line in window], self.folder)[-row["new"] :]
         for (number, line), answer in zip(window[-row["new"] :], answers, strict=True):
-            record = {"line": number} | answer | {"check": check_digits(self.run, line)}
+            record = {"line": number} | with_post(answer, line) | {"check": check_digits(self.run, line)}
             lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         broken = sum("error" in answer for answer in answers)
         return {"lines": b"".join(lines), "posts": len(lines), "broken": broken}

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import pandas as pd  # noqa: E402
 
 from parts.console import bounded, command_line  # noqa: E402
-from predict import WINDOW, Predictor  # noqa: E402
+from predict import WINDOW, Predictor, with_post  # noqa: E402
 
 
 def answer(frames, run_dir, weights=None, folder=".", device=None):
@@ -34,7 +34,7 @@ def answer(frames, run_dir, weights=None, folder=".", device=None):
         answers = []
         for (row, line), found in zip(posts, predictor([line for _, line in posts], folder), strict=True):
             lost = {"post": line.decode(errors="backslashreplace")} if "error" in found else {}
-            answers.append(json.dumps({"row": row} | found | lost, ensure_ascii=False))
+            answers.append(json.dumps({"row": row} | with_post(found, line) | lost, ensure_ascii=False))
         yield pd.DataFrame({"answer": answers}, dtype=str)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from data import NONE
+from data import NONE, photo_names
 from parts.notes import EXTRAS, note_text
 from parts.opening import open_run
 from parts.photos import find_photos, open_picture
@@ -170,7 +170,8 @@ def metadata(examples, paths, *counts):
     """
     rows, sizes = [], {}
     for example in examples:
-        path = paths.get(example.image_id)  # None: the post names no photo
+        name = next(iter(photo_names(example.image_id)), None)  # of several the first
+        path = paths.get(name)
         if path is not None and path not in sizes:
             try:
                 with open_picture(path) as photo:
@@ -179,7 +180,7 @@ def metadata(examples, paths, *counts):
                 sizes[path] = (-1,) * 3
         size = sizes[path] if path is not None else (-1,) * 3
         text = (len(example.words), sum(map(len, example.words)))
-        numbers = (of_photo.get(example.image_id, 0) for of_photo in counts)
+        numbers = (of_photo.get(name, 0) for of_photo in counts)
         rows.append((path is not None, *size, *numbers, *text))
     return np.array(rows, float)
 

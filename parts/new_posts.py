@@ -24,6 +24,7 @@ from parts.words import cut_words
 LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
 PHOTOS = 16  # that share a forward pass of the backbone
 MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
+MOST_PHOTOS = 8  # of a post
 TEXTS = ("id", "text", "words", "image", "caption", "phrases", "about_post", "about_photo", "boxes",
          "labels", "scores")  # that are read  # fmt: skip
 OUTSIDE = "not in the folder that photos may come from"
@@ -37,15 +38,15 @@ class NewPost:
 
     `given`: the dict that it came as; `example`: the same as a data set has it, its labels mean nothing;
     `offsets`: [(start, end)] of its words in its text, None where it came as words; `note`: what is said of
-    it, of what the run reads; `source`: its photo's path or opened image, or its caption or phrases, None
-    where it has none; `answer`: the dict that it gets.
+    it, of what the run reads; `photos`: {name: (what to call it, its path, opened image, caption or phrases)}
+    of what the run looks at; `answer`: the dict that it gets.
     """
 
     given: dict
     example: NerExample | RelationExample
     offsets: list | None
     note: dict
-    source: object
+    photos: dict
     answer: dict
 
 
@@ -98,24 +99,36 @@ def check_text(value, name):
     return value
 
 
-def read_post(post, task, rule, source=None, folder=""):
+def read_photos(post, source, folder=""):
+    """[(what to call it, photo)] of what a run may look at of a post, a dict; else ValueError.
+
+    `source`: "image", whose paths start at `folder` and which may be opened PIL images, one or a list of
+    them; "caption"; or "phrases", a tuple of which is one photo, else its caption.
+    """
+    if source == "phrases":
+        phrases = check_note(post, ("phrases",)).get("phrases")
+        return read_photos(post, "caption") if phrases is None else [(tuple(phrases), tuple(phrases))]
+    value, photos = post.get(source), []
+    for photo in value if source == "image" and isinstance(value, list | tuple) else [value]:
+        if source == "image" and isinstance(photo, Image.Image):
+            photos.append(("opened image", photo))
+        elif photo is not None:
+            text = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
+            photos.append((text, os.path.join(folder, text) if source == "image" else text))
+    if len(photos) > MOST_PHOTOS:
+        raise ValueError(f"more than {MOST_PHOTOS} photos")
+    return photos
+
+
+def read_post(post, task, rule):
     """(example, [(start, end)] of its words in its text or None) of a post, a dict; else ValueError.
 
     `rule`: of parts/words.py, which cuts its text into words; None: no text can be cut as the run's data are.
-    The example's `image_id` is the post's `source`: its "image", a path that starts at `folder` or an opened
-    PIL image, its "caption", or its "phrases", a tuple, else its caption. Its labels mean nothing.
+    The example has no photo, and its labels mean nothing.
     """
     text, words, offsets = post.get("text"), post.get("words"), None
     if (text is None) == (words is None):
         raise ValueError("needs either text or words")
-    photo = post.get(source)
-    if source == "phrases":
-        phrases = check_note(post, ("phrases",)).get("phrases")
-        photo = post.get("caption") if phrases is None else tuple(phrases)
-    opened = source == "image" and isinstance(photo, Image.Image)
-    if not (photo is None or opened or isinstance(photo, tuple)):
-        photo = check_text(os.fspath(photo) if isinstance(photo, os.PathLike) else photo, source)
-        photo = os.path.join(folder, photo) if source == "image" else photo
     if words is None:
         unit, size = "characters", len(check_text(text, "text"))
     elif isinstance(words, list):
@@ -140,13 +153,13 @@ def read_post(post, task, rule, source=None, folder=""):
     if len(words) > MOST_WORDS:
         raise ValueError(f"more than {MOST_WORDS} words")
     if task == "ner":
-        return NerExample("", photo, tuple(words), ("O",) * len(words)), offsets
+        return NerExample("", None, tuple(words), ("O",) * len(words)), offsets
     if offsets:  # from characters to words: those that lie within
         inside = [[i for i, (a, b) in enumerate(offsets) if start <= a and b <= end] for start, end in spans]
         if not all(inside):
             raise ValueError("no words in head or tail")
         spans = [(indices[0], indices[-1] + 1) for indices in inside]
-    return RelationExample("", photo, tuple(words), *spans, NONE), offsets
+    return RelationExample("", None, tuple(words), *spans, NONE), offsets
 
 
 def near(example, reach):

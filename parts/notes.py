@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import read_lines
+from data import photo_names, read_lines
 from encoding import special_ends, text_pieces
 from parts.photos import by_name, read_captions
 
@@ -230,8 +230,8 @@ def said_of_photos(path, dataset):
     for split, examples in dataset.examples.items():
         for example in examples:
             of_post = notes.notes.get(notes.find(example, split), {}).get("phrases")
-            if example.image_id is not None and of_post:
-                phrases[example.image_id] = phrases[example.image_id] or tuple(of_post)
+            for photo in photo_names(example.image_id)[:1] if of_post else ():  # of several the first
+                phrases[photo] = phrases[photo] or tuple(of_post)
     return phrases
 
 

@@ -107,7 +107,7 @@ def shown_phrases(config, cache, data_dir, path):
         raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
     if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
         raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
-    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir)))
+    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir), "characters"))
     found = {}
     for image_id, row in cache.rows.items():
         texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
@@ -145,7 +145,7 @@ def attention(model, config, posts, device):
     """{number of the post: what each of its words (of a relation: its head and tail) weighed in the photo}.
 
     Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start
-    markers': what the model's head reads. Posts without a photo are left out.
+    markers': what the model's head reads. Posts without a photo, or with several, are left out.
     """
     found, ner, cache = {}, config["task"] == "ner", posts.cache
     batches = length_batches(posts.lengths(), config["eval_batch_size"])
@@ -155,7 +155,7 @@ def attention(model, config, posts, device):
             weights = model(batch, return_weights=True).weights
         for i, weight in zip(chosen, weights.float().cpu(), strict=True):  # [T, R]
             photo, row = posts.shown(i)
-            if not cache.has_photo(photo):
+            if not cache.has_photo(photo) or len(cache.photos_of(photo)) > 1:
                 continue
             at = cache.rows[photo]
             starts = torch.tensor(row["word_starts"] if ner else [row["head_index"], row["tail_index"]])

@@ -262,7 +262,8 @@ def is_span(value):
 # Per key beside id and labels: whether a value is right, given how many labels there are (None: one, of a
 # relation), and what it has to be.
 KEYS = {
-    "image_id": (lambda value, count: value is None or type(value) in (int, str), "text or null"),
+    "image_id": (lambda value, count: value is None or type(value) in (int, str) or is_list(value, is_text),
+                 "text, a list of it or null"),
     "words": (lambda value, count: is_list(value, is_text) and count in (None, len(value)),
               "a list of words, of named entities as long as gold"),
     "probability": (lambda value, count: is_rate(value) if count is None else
@@ -348,6 +349,8 @@ def json_records(path, lines, task):
         if str(post_id) in ids:
             raise ValueError(f"{where}: this id stands twice; each post is predicted once")
         ids.add(str(post_id))
+        if isinstance(record.get("image_id"), list):  # as an example has several
+            record["image_id"] = tuple(record["image_id"])
         records.append(record)
         numbers.append([number] * len(gold))
     return records, numbers, 0

@@ -88,6 +88,33 @@ def test_collate_with_photos(made, views):
     assert (batch["regions"].dtype, batch["region_mask"].dtype) == (torch.float16, torch.bool)
 
 
+@pytest.mark.parametrize("views", [None, [1, 0, 1, 1, 0]])
+@pytest.mark.parametrize("resident", [False, True])
+def test_regions_of_several_photos_stand_one_after_the_other(made, views, resident):
+    """As each of them is read alone. Row 1 has no photo, row 3 one row of three regions."""
+    path, stored, ids = made
+    with h5py.File(path, "r+") as file:
+        file["status"][1], file["num_regions"][3], file["grid"][3] = features.MISSING, 3, (1, 3)
+        for row, count, grid, status in ((1, 4, (2, 2), features.MISSING), (3, 3, (1, 3), features.OK)):
+            file["crc32"][row] = features.row_crc32(stored[row], ids[row], count, grid, status, "")
+    cache, chosen = FeatureCache(path), [(4, 1, 2), (1,), (), (3, 5), (0, 2)]
+    if resident:
+        cache.keep_on("cpu")
+    posts = [tuple(ids[i] for i in rows) or None for rows in chosen]
+    batch = cache.read(posts, views)
+    assert batch["regions"].shape == (5, 3 * 4, 2048) and batch["region_mask"].shape == (5, 12)
+    for i, rows in enumerate(chosen):
+        alone = [cache.read([ids[row]], None if views is None else [views[i]]) for row in rows]
+        expected = [part["regions"][part["region_mask"]] for part in alone] or [torch.zeros(0, 2048).half()]
+        assert torch.equal(batch["regions"][i][batch["region_mask"][i]], torch.cat(expected))
+    # Grids of 3 and of 2 columns do not stack.
+    assert batch["region_grid"].tolist() == [[4, 2], [0, 0], [0, 0], [0, 0], [4, 2]]
+    assert batch["photo_row"].tolist() == [4, -1, -1, 3, 0]
+    assert [cache.has_photo(post) for post in posts] == [True, False, False, True, True]
+    with pytest.raises(ValueError, match="no row for 1 of own's 2 photos .first: z"):
+        cache.require([(ids[0], "z"), None], "own")
+
+
 def edit(change):
     """Damage done through h5py."""
 

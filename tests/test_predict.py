@@ -34,7 +34,7 @@ from parts.datasets import load_dataset
 from parts.scores import entity_spans, read_predictions
 from parts.text_encoder import load_tokenizer
 from parts.words import cut_words
-from predict import Predictor
+from predict import Predictor, with_post
 from parts import new_posts, text_encoder
 
 
@@ -569,8 +569,14 @@ def test_a_broken_span_is_an_error(runs, span, message):
 def test_a_file_is_answered_as_its_posts_are(runs, posts_file, clip, tmp_path, capsys):
     path = posts_file(300)
     answers = jsonl(answer(runs("clip-bert"), path, tmp_path / "out.jsonl"))
-    direct = clip([json.loads(line) for line in path.read_text().split("\n")], tmp_path)
+    posts = [json.loads(line) for line in path.read_text().split("\n")]
+    pairs = zip(posts, clip(posts, tmp_path), strict=True)
+    direct = [with_post(one, json.dumps(post).encode()) for post, one in pairs]
     assert [{k: v for k, v in a.items() if k not in ("line", "check")} for a in answers] == direct
+    for post, one in zip(posts, answers, strict=True):
+        keys = () if "error" in one else ("text", "words", "image")
+        asked = {key: post[key] for key in keys if key in post}
+        assert {key: one[key] for key in one.keys() & {"text", "words", "image"}} == asked
     assert sum(a.get("photo", False) for a in answers) == 300 - 43
     err = capsys.readouterr().err
     assert "300 posts answered, 257 with image, 43 broken (first: line 1: needs either text or words)" in err
