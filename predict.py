@@ -83,13 +83,14 @@ class Predictor:
         self.device = device or default_device()
         with torch.random.fork_rng(devices=[]):  # models are begun at random: with no number of the host's
             self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
-            self.made = self.config["features_made"]
+            self.provenance = self.config["features_made"]
             self.source = self.backbone = None  # text only
-            if self.made:
-                self.source = self.made["backbone"] if self.made["backbone"] in WORDED else "image"
-                self.backbone = run_backbone(self.made, weights)
+            if self.provenance:
+                backbone = self.provenance["backbone"]
+                self.source = backbone if backbone in WORDED else "image"
+                self.backbone = run_backbone(self.provenance, weights)
                 self.backbone.regions.to(self.device, memory_format=torch.channels_last)
-        self.boxed = bool(self.made) and "boxes_sha256" in self.made
+        self.boxed = bool(self.provenance) and "boxes_sha256" in self.provenance
         self.precision = precision or precision_on(self.device, self.config)
         self.segments = None
         self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
@@ -178,7 +179,7 @@ class Predictor:
     def photos(self, read):
         """`NewPhotos` of posts: what their words are shown."""
         sources = {name: source for post in read for name, (_, source) in post.photos.items()}
-        return NewPhotos(sources, self.made, self.backbone, self.device, self.pool, self.root)
+        return NewPhotos(sources, self.provenance, self.backbone, self.device, self.pool, self.root)
 
     def say_what_was_seen(self, post, record, photos):
         """Whether a photo was looked at goes into the answer, and why not if the post has one."""
@@ -360,7 +361,7 @@ def parse_args(argv):
     what.add_argument("--words", nargs="+", metavar="WORD", help="one post, as words")
     what.add_argument("--input", metavar="FILE", help="many posts: JSON lines with text or words, image, id")
     add("--weights", metavar="FILE", help="of the backbone (default: what the run knows of them)")
-    add("--precision", choices=("float32", "bfloat16"), help="default: the run's own on a GPU, float32 on CPU")
+    add("--precision", choices=("float32", "bfloat16"), help="default: the run's on a GPU, float32 on a CPU")
     add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
     add = parser.add_argument_group("beside --text or --words (default: none)").add_argument
     add("--image", metavar="FILE", help="its photo")
@@ -368,7 +369,7 @@ def parse_args(argv):
     add("--phrases", nargs="+", metavar="TEXT", help="said of its photo, one each, for runs on phrases")
     add("--about-post", metavar="TEXT", help="said of it, for runs with --extra post or both")
     add("--about-photo", metavar="TEXT", help="said of its photo, for runs with --extra photo or both")
-    add("--relevance", type=bounded(float, 0, 1), metavar="X", help="of its photo, 0 to 1 (default: predicted)")
+    add("--relevance", type=bounded(float, 0, 1), metavar="X", help="of its photo, 0 to 1 (default: its own)")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters, or words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"), help="likewise")
     add("--json", action="store_true", help="print the answer as JSON (default: as text)")
@@ -425,8 +426,8 @@ def main(argv=None):
     if looked_at is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if predictor.config["generated"]:
-        said = "trained with a second picture of each post, generated from its text; here it answers without"
-        print(f"{args.run}: {said}", file=sys.stderr)
+        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it"
+              " answers without", file=sys.stderr)  # fmt: skip
     if args.input is not None:
         run = run_digits(args.run, args.precision)
         try:

@@ -213,20 +213,20 @@ def leak_check(dataset, split, folders, boxes=None):
     tables = {name: metadata(dataset.examples[name], paths, *counts) for name in ("train", split)}
     goals = {name: leak_targets(dataset.examples[name]) for name in ("train", split)}
     photo = len(photo_columns)
-    found = {}
+    leaks = {}
     for target, gold in goals[split].items():
         trained = goals["train"].get(target, np.zeros(1, bool))
         if min(trained.sum(), (~trained).sum(), gold.sum(), (~gold).sum()) < FEWEST:
             continue
-        found[target] = {"posts": int(gold.sum())}
+        leaks[target] = {"posts": int(gold.sum())}
         for name, columns in (("photo", slice(photo)), ("text", slice(photo, None))):
             trees = GradientBoostingClassifier(n_estimators=50, random_state=0)
             trees.fit(tables["train"][:, columns], trained)
-            found[target][name] = auc(gold, trees.predict_proba(tables[split][:, columns])[:, 1])
+            leaks[target][name] = auc(gold, trees.predict_proba(tables[split][:, columns])[:, 1])
         alone = [auc(gold, column)[0] for column in tables[split][:, :photo].T]
         best = int(np.argmax(np.abs(np.array(alone) - 0.5)))
-        found[target]["column"] = (photo_columns[best], max(alone[best], 1 - alone[best]))
-    return found
+        leaks[target]["column"] = (photo_columns[best], max(alone[best], 1 - alone[best]))
+    return leaks
 
 
 def auc(gold, scores):
@@ -247,8 +247,8 @@ def stands_in(words, text):
 
     Words that are signs alone never do, nor a name inside a run of letters of a script without spaces.
     """
-    name, said = (re.findall(r"\w+", side.lower()) for side in (" ".join(words), text))
-    return bool(name) and f" {' '.join(name)} " in f" {' '.join(said)} "
+    name, there = (re.findall(r"\w+", side.lower()) for side in (" ".join(words), text))
+    return bool(name) and f" {' '.join(name)} " in f" {' '.join(there)} "
 
 
 def note_leaks(dataset, split, notes):
@@ -259,14 +259,14 @@ def note_leaks(dataset, split, notes):
     unseen: the entities that are no `mentions` of train, none for relations. Nothing is said of a post
     without a note.
     """
-    known, found = mentions(dataset.examples["train"]), {}
+    known, leaks = mentions(dataset.examples["train"]), {}
     for key in EXTRAS["both"]:
-        counts, said = {}, False
+        counts, has_text = {}, False
         for name in ("train", split):
             gold, unseen = [], []  # whether it stands there, one each
             for example in dataset.examples[name]:
                 text = note_text(notes.notes.get(notes.find(example, name), {}), key)
-                said = said or bool(text)
+                has_text = has_text or bool(text)
                 if not hasattr(example, "labels"):
                     ends = (example.words[start:end] for start, end in (example.head, example.tail))
                     gold.append(all(stands_in(words, text) for words in ends))
@@ -277,9 +277,9 @@ def note_leaks(dataset, split, notes):
                     if tuple(word.lower() for word in words) not in known:
                         unseen.append(gold[-1])
             counts[name] = {"gold": (sum(gold), len(gold)), "unseen": (sum(unseen), len(unseen))}
-        if said:
-            found[key] = counts
-    return found
+        if has_text:
+            leaks[key] = counts
+    return leaks
 
 
 # --------------------------------------------------------------------------------------------------- ensemble

@@ -174,11 +174,11 @@ def score(records):
 def one_label_warnings(predicted, main):
     """What to say of predictions that are (nearly) one label: such a run can look good in accuracy."""
     label, count = Counter(predicted).most_common(1)[0]
-    share, found = count / len(predicted), main["predicted"]
-    if share >= 0.99 or found < 0.1 * main["gold"]:
+    share, answered = count / len(predicted), main["predicted"]
+    if share >= 0.99 or answered < 0.1 * main["gold"]:
         return [
-            f"{share:.1%} of the answers are {label!r}, and {found} entities or relations were answered where"
-            f" gold has {main['gold']}: the accuracy measures the data set, not the model"
+            f"{share:.1%} of the answers are {label!r}, and {answered} entities or relations were answered"
+            f" where gold has {main['gold']}: the accuracy measures the data set, not the model"
         ]
     return []
 
@@ -362,8 +362,8 @@ def conll_records(path, lines):
     table = [row for _, _, rows in posts for row in rows]
     for number, fields in table:
         if len(fields) < 3:
-            found = f"{lines[number - 1][1]!r:.80}"
-            raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {found}")
+            line = f"{lines[number - 1][1]!r:.80}"
+            raise ValueError(f"{path}:{number}: expected 'word gold predicted', found {line}")
         for label in fields[-2:]:
             check_label(label, None, f"{path}:{number}")
     # The last two columns count, as in the CoNLL evaluation script. Before the word its number may stand.

@@ -128,7 +128,8 @@ def test_regions_are_those_of_the_feature_file(runs, data_dir, cache_dir, system
     cache = FeatureCache(predictor.config["features"])
     there = cache.read([post["id"] for post in posts])
     named = {source: source for source in sources}
-    here = new_posts.NewPhotos(named, predictor.made, predictor.backbone, "cpu", predictor.pool).read(sources)
+    made = predictor.provenance, predictor.backbone, "cpu", predictor.pool
+    here = new_posts.NewPhotos(named, *made).read(sources)
     assert all(torch.equal(here[name], there[name]) for name in ("region_mask", "region_grid"))
     assert here["regions"].dtype == there["regions"].dtype and here["regions"].any()
     torch.testing.assert_close(here["regions"], there["regions"], rtol=2e-3, atol=2e-3)
@@ -351,7 +352,7 @@ def test_features_that_do_not_fit_are_no_photo(runs, data_dir, monkeypatch):
 def test_captions_stand_for_photos(runs):
     run, weights = runs("bert-caption")
     predictor = Predictor(run, weights=weights)
-    predictor.made = predictor.made | {"placeholder": "an error page"}
+    predictor.provenance = predictor.provenance | {"placeholder": "an error page"}
     words = {"words": ["Jordan", "today"]}
     plain, *rest = predictor([
         words, words | {"caption": "a portrait of someone"}, words | {"caption": "an error page"},
