@@ -21,7 +21,7 @@ from data import NONE, photo_names
 from parts.checks import verdict
 from parts.console import bounded, command_line
 from parts.datasets import SPLITS, TEXT_PLACES, first_existing, locate
-from parts.files import check_output, write_text
+from parts.files import check_output, replacing
 from parts.notes import reads_relevance
 from parts.opening import dataset_now
 from parts.photos import image_folders
@@ -299,15 +299,28 @@ def is_page(path):
     )
 
 
-def write_page(page, output):
-    """Put a page's data into the template; its script is the only one the browser is allowed to run."""
+def write_page(page, photos, output):
+    """Put a page's data into the template; its script is the only one the browser is allowed to run.
+
+    `photos`: those of `load_photos`. Each is a block of its own behind the script, so that a page of many
+    opens before they are read; the page's data has its number and what was seen of it.
+    """
+    shown = [image_id for image_id, photo in photos.items() if not isinstance(photo, str)]
+    seen = {image_id: [number, photos[image_id][1]] for number, image_id in enumerate(shown)}
+    page = page | {"photos": photos | seen}
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")
     template = (Path(__file__).parent / "parts" / "report.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    head, _, rest = template.replace("{{HASH}}", f"sha256-{digest}").partition("{{DATA}}")
+    middle, _, end = rest.partition("{{PHOTOS}}")
     try:
-        write_text(output, template.replace("{{HASH}}", f"sha256-{digest}").replace("{{DATA}}", text))
+        with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines((head, text.replace("<", "\\u003c"), middle))
+            for number, image_id in enumerate(shown):
+                jpeg = base64.b64encode(photos[image_id][0]).decode()
+                file.write(f'<script type="text/plain" id="photo-{number}">{jpeg}</script>\n')
+            file.write(end)
     except OSError as error:
         reason = f"the page cannot be stored there ({error.strerror}); name another place with --output"
         raise OSError(f"{output}: {reason}") from None
@@ -369,7 +382,7 @@ def add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
         if i not in maps:
             continue
         if phrases is None:
-            if isinstance(photos[post["photo"]], list):
+            if not isinstance(photos[post["photo"]], str):
                 post["maps"] = maps[i]
         elif post["photo"] in phrases:
             post |= {"maps": maps[i]} | phrases[post["photo"]]
@@ -433,12 +446,12 @@ def main(argv=None):
         "title": f"{run.resolve().name}, {split}", "ner": ner,
         "facts": facts_of(run, config, split, records, log, len(posts)), "warnings": warnings,
         "tables": score_tables(metrics), "kinds": [kind for kind in KINDS if ner or kind != "wrong boundary"],
-        "confusion": confusions, "log": log, "photos": photos, "posts": posts,
+        "confusion": confusions, "log": log, "posts": posts,
         "extra_len": config["extra_len"], "said": note_titles(config),
         # Where attention went that is on no region.
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
     }  # fmt: skip
-    write_page(page, output)
+    write_page(page, photos, output)
     print(
         f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
         f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"

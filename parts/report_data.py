@@ -28,7 +28,7 @@ MISSING = "no such file"
 
 
 def load_photos(image_ids, folders, made):
-    """{image id: [JPEG in base64, its `seen_part`], or the reason why there is none}.
+    """{image id: (JPEG as bytes, its `seen_part`), or the reason why there is none}.
 
     `made`: what the feature file says of how it was made.
     """
@@ -46,7 +46,7 @@ def load_photos(image_ids, folders, made):
         ) as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
             photos[image_id] = f"cannot be read ({type(error).__name__})"
             continue
-        photos[image_id] = [base64.b64encode(buffer.getvalue()).decode(), seen_part(*photo.size, made)]
+        photos[image_id] = buffer.getvalue(), seen_part(*photo.size, made)
     return photos
 
 

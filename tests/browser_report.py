@@ -79,7 +79,7 @@ def page(request, chromium, pages):
     yield chromium, embedded(pages[request.param])
     assert chromium.get_log("browser") == []
     assert chromium.execute_script("return alerts") == []
-    assert len(chromium.find_elements(By.TAG_NAME, "script")) == 2
+    assert len(chromium.find_elements(By.CSS_SELECTOR, "script:not([type='text/plain'])")) == 2
     fetched = chromium.execute_script(
         "return performance.getEntriesByType('resource').map(entry => entry.name)"
     )

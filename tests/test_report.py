@@ -94,11 +94,16 @@ def runs(tmp_path_factory, data_dir, cache_dir, encoder_dir):
 
 
 def embedded(path):
-    """The JSON in a report."""
+    """The JSON in a report, photos in the place of their numbers: [JPEG in base64, what was seen of it]."""
     text = path.read_text(encoding="utf-8")
-    return json.loads(
-        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
-    )
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    blocks = dict(re.findall(r'<script type="text/plain" id="photo-(\d+)">(.*?)</script>', text))
+    page = json.loads(data)
+    for photo in page["photos"].values():
+        if isinstance(photo, list):
+            photo[0] = blocks.pop(str(photo[0]))
+    assert not blocks
+    return page
 
 
 def page_of(run, output, *more):
@@ -495,12 +500,13 @@ def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
             r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), "")
         )
     assert found[0] == found[1] == found[2]  # no tag more
-    assert [tag for tag, _ in found[0]].count("script") == 2
+    scripts = [attrs for tag, attrs in found[0] if tag == "script"]
+    assert sum(attrs.get("type") != "text/plain" for attrs in scripts) == 2  # the others are photos
     for _, attrs in found[0]:
         for name in ("src", "href"):
             assert re.match(r"#|data:", attrs.get(name, "#"))
     policy = next(attrs["content"] for _, attrs in found[0] if "http-equiv" in attrs)
-    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)[1]
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
 
@@ -601,10 +607,10 @@ def test_only_a_page_of_ours_is_replaced(runs, tmp_path, kind):
 
 
 def test_a_page_that_cannot_be_stored_is_one_line(runs, tmp_path, monkeypatch):
-    def refused(path, text):
+    def refused(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{path}.tmp")
 
-    monkeypatch.setattr(report, "write_text", refused)  # as in a folder of a colleague's
+    monkeypatch.setattr(report, "replacing", refused)  # as in a folder of a colleague's
     output = tmp_path / "page.html"
     with pytest.raises(OSError) as error:
         page_of(runs["film"], output)
