@@ -15,6 +15,7 @@ from parts.datasets import DATASETS, load_dataset
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
 from parts.posts import cut_train, make_posts, shuffled_photos
+from parts.processes import uncollected
 from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
 from parts.systems import SYSTEMS, backbones_of
@@ -24,6 +25,7 @@ from parts.words import rule_of
 # ---------------------------------------------------------------------------------------------- for a new run
 
 
+@uncollected()
 def open_inputs(args, device):
     """All that a run of train.py with arguments `args` reads; what of it is there is said on the console.
 
@@ -307,6 +309,7 @@ def run_cache(run_dir, config, name, path, image_ids, dataset):
     return cache
 
 
+@uncollected()
 def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, generated=None):
     """A run and what it was scored on: (model, config, dataset, `Posts` of `split`, each with its own photo).
 

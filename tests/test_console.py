@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import functools
+import gc
 import io
 import os
 import platform
@@ -398,3 +399,22 @@ print(given_back, faults())
     given_back, kept = map(int, run.stdout.split())
     # 0, but where the kernel takes idle pages back; other C libraries have no such settings.
     assert kept < given_back / 2 or platform.libc_ver()[0] != "glibc"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_before_when_it_has_rested(enabled):
+    """After an error, too, and in a program that has it off."""
+
+    @processes.uncollected()
+    def read():
+        assert not gc.isenabled()
+        raise ValueError
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError):
+                read()
+            assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
