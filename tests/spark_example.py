@@ -8,7 +8,7 @@ import time
 from test_examples import EXAMPLES, hostile, workers_of
 from test_predict import about, command, posts_file, runs  # noqa: F401 two of them are fixtures
 
-from predict import WINDOW, Predictor
+from predict import WINDOW, Predictor, with_post
 
 
 def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(
@@ -40,6 +40,7 @@ def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(
         if "error" in expected:
             assert found.pop("post") == post.decode(errors="backslashreplace")
         del found["row"]
+        expected = with_post(expected, post)
         assert found == expected | (
             {"entities": about(expected["entities"])} if "entities" in expected else {}
         )

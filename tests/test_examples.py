@@ -17,7 +17,7 @@ import ray  # brings psutil along
 # Two of them are fixtures.
 from test_predict import BROKEN, about, answer, command, jsonl, posts_file, runs  # noqa: F401
 
-from predict import WINDOW, Predictor
+from predict import WINDOW, Predictor, with_post
 
 import psutil  # isort: skip
 
@@ -109,6 +109,7 @@ def test_what_spark_calls_answers_each_post_as_one_process_does(runs, posts_file
     assert [list(frame.columns) for frame in made] == [["answer"]] * 3 and len(answers) == 200 - 1
     for row, found, expected in zip(rows, answers, direct, strict=False):
         assert found.pop("row") == row
+        expected = with_post(expected, lines[row].removeprefix(b"\xef\xbb\xbf"))
         if "error" in expected:
             assert found.pop("post") == lines[row].decode(errors="backslashreplace").removeprefix("\ufeff")
         assert found == expected | (
