@@ -94,7 +94,8 @@ class Predictor:
         self.precision = precision or precision_on(self.device, self.config)
         self.segments = None
         self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
-        self.keys += ("relevance",) * (self.config["relevance"] == "given")
+        if self.config["relevance"] == "given":
+            self.keys += ("relevance",)
         if self.config["extra"] != "none":
             self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         self.pool, self.process = self.make_pool(), os.getpid()
@@ -238,9 +239,8 @@ def numbered_lines(file, shard):
     """(number, line) of an open file, from 1 on, blank ones skipped; `shard` (i, n): every n-th from i on."""
     file.seek(0)
     file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
-    for number, line in itertools.islice(
-        enumerate(bounded_lines(file, LINE), 1), shard[0] - 1, None, shard[1]
-    ):
+    lines = enumerate(bounded_lines(file, LINE), 1)
+    for number, line in itertools.islice(lines, shard[0] - 1, None, shard[1]):
         if line is None or line.strip():
             yield number, line and line.rstrip(b"\r\n")
 
@@ -369,7 +369,7 @@ def parse_args(argv):
     add("--phrases", nargs="+", metavar="TEXT", help="said of its photo, one each, for runs on phrases")
     add("--about-post", metavar="TEXT", help="said of it, for runs with --extra post or both")
     add("--about-photo", metavar="TEXT", help="said of its photo, for runs with --extra photo or both")
-    add("--relevance", type=bounded(float, 0, 1), metavar="X", help="of its photo, 0 to 1 (default: its own)")
+    add("--relevance", type=bounded(float, 0, 1), metavar="X", help="of its photo (default: predicted)")
     add("--head", nargs=2, type=int, metavar=("START", "END"), help="of a relation: characters, or words")
     add("--tail", nargs=2, type=int, metavar=("START", "END"), help="likewise")
     add("--json", action="store_true", help="print the answer as JSON (default: as text)")
@@ -385,21 +385,37 @@ def parse_args(argv):
         parser.error("--input and --output go together")
     for name in (*BESIDE_TEXT, "images"):
         if getattr(args, name) is not None and many != (name == "images"):
-            parser.error(
-                f"--{name.replace('_', '-')} does not go with {'--input' if many else '--text or --words'}"
-            )
+            what = "--input" if many else "--text or --words"
+            parser.error(f"--{name.replace('_', '-')} does not go with {what}")
     return args
 
 
 def format_answer(answer):
     """One post's answer, for people."""
     if "relation" in answer:
-        lines = [f"{answer['probability']:.3f}  {answer['relation']}"]
-    else:
-        lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}" for e in answer["entities"]] or [
-            "no entities"
-        ]
-    return "\n".join(lines)
+        return f"{answer['probability']:.3f}  {answer['relation']}"
+    lines = [f"{e['probability']:.3f}  {e['type']:<5} {e['text']}" for e in answer["entities"]]
+    return "\n".join(lines or ["no entities"])
+
+
+def check_options(args, predictor):
+    """ValueError if an option does not go with the run; what of it is left aside is said on the console."""
+    relations, source, keys = predictor.config["task"] == "relation", predictor.source, predictor.keys
+    uses = {"head": relations, "tail": relations, "image": source == "image"}
+    uses |= {"caption": source in WORDED, "phrases": source == "phrases"}
+    uses |= {name: name in keys for name in ("about_post", "about_photo", "relevance")}
+    uses |= {"images": source is not None, "weights": source is not None}
+    for name, use in uses.items():
+        if getattr(args, name) is not None and not use:
+            inputs = " and ".join(filter(None, ("text", source, *keys)))
+            task = f"{'relations' if relations else 'entities'} in {inputs}"
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} does not go with {args.run}, which finds {task}; leave it out")
+    if source is None and args.input:
+        print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
+    if predictor.config["generated"]:
+        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it"
+              " answers without", file=sys.stderr)  # fmt: skip
 
 
 def main(argv=None):
@@ -407,27 +423,7 @@ def main(argv=None):
     check_device(args.device)
     predictor = Predictor(args.run, args.device, args.weights, args.precision)
     fit_threads(predictor.model, predictor.backbone.parameters if predictor.backbone else 0)
-    relations, looked_at = predictor.config["task"] == "relation", predictor.source
-    read = predictor.keys
-    uses = {"head": relations, "tail": relations, "image": looked_at == "image"}
-    uses |= {"caption": looked_at in WORDED, "phrases": looked_at == "phrases"}
-    uses |= {name: name in read for name in ("about_post", "about_photo", "relevance")}
-    for name, use in uses.items():
-        if getattr(args, name) is not None and not use:
-            looks = " and ".join(filter(None, ("text", looked_at, *read)))
-            what = f"{'relations' if relations else 'entities'} in {looks}"
-            raise ValueError(
-                f"--{name.replace('_', '-')} does not go with {args.run}, which finds {what}; leave it out"
-            )
-    if looked_at is None and (args.images or args.weights):
-        raise ValueError(
-            f"--images and --weights do not go with {args.run}, which looks at text only; leave them out"
-        )
-    if looked_at is None and args.input:
-        print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
-    if predictor.config["generated"]:
-        print(f"{args.run}: trained with a second picture of each post, generated from its text; here it"
-              " answers without", file=sys.stderr)  # fmt: skip
+    check_options(args, predictor)
     if args.input is not None:
         run = run_digits(args.run, args.precision)
         try:
@@ -444,10 +440,8 @@ def main(argv=None):
     if "note" in answer:
         print(answer["note"], file=sys.stderr)
     if "cut_words" in answer:
-        print(
-            f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off",
-            file=sys.stderr,
-        )
+        cut = f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off"
+        print(cut, file=sys.stderr)
     print(json.dumps(answer, ensure_ascii=False) if args.json else format_answer(answer))
 
 
