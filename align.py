@@ -143,8 +143,8 @@ class Local(Alignment):
         # A photo-less post's row is nobody's: any number will do, as long as it is one.
         hidden = ~region_mask & region_mask.any(1, keepdim=True)
         weights = scores.masked_fill(hidden[None, :, None], -torch.inf).softmax(-1)  # [B, B, T, R]
-        seen = F.normalize(torch.einsum("ijtr,jrd->ijtd", weights, places), dim=-1)
-        near = torch.einsum("itd,ijtd->ijt", words, seen) / self.of_words
+        contexts = F.normalize(torch.einsum("ijtr,jrd->ijtd", weights, places), dim=-1)
+        near = torch.einsum("itd,ijtd->ijt", words, contexts) / self.of_words
         near = torch.where((own_mask | ~own_mask.any(1, keepdim=True))[:, None], near, -torch.inf)
         count = own_mask.sum(1).clamp(min=1).float().log()[:, None]
         z = self.of_words * (near.logsumexp(-1) - count) / self.temperature  # [B, B]

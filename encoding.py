@@ -177,29 +177,29 @@ def encode(tokenizer, examples, labels, max_len):
         raise ValueError(f"--max-len {max_len} leaves {room} sub-tokens for the text; use 16 or more")
     label_id = {label: i for i, label in enumerate(labels)}
     relations = hasattr(examples[0], "head")
-    marked = [mark_entities(example) if relations else (list(example.words), {}) for example in examples]
+    sentences = [mark_entities(example) if relations else (list(example.words), {}) for example in examples]
     marker_id = dict(zip(MARKERS, tokenizer.convert_tokens_to_ids(list(MARKERS)), strict=True))
-    marks = [{place: marker_id[name] for name, place in marker.items()} for _, marker in marked]
-    pieces = split_pieces(tokenizer, [words for words, _ in marked], marks)
+    marks = [{place: marker_id[name] for name, place in marker.items()} for _, marker in sentences]
+    pieces = split_pieces(tokenizer, [words for words, _ in sentences], marks)
     rows, counts = [], {"cut_posts": 0, "cut_words": 0, "words_without_piece": 0}
-    for example, (words, marker), (ids, word_of) in zip(examples, marked, pieces, strict=True):
+    for example, (words, marker), (ids, word_of) in zip(examples, sentences, pieces, strict=True):
         first_piece = {}
         for piece, word in enumerate(word_of):
             first_piece.setdefault(word, piece)
         if relations:
             pairs = ("[E1]", "[/E1]"), ("[E2]", "[/E2]")
             spans = [tuple(first_piece[marker[m]] for m in pair) for pair in pairs]
-            kept = window(len(ids), spans, room)
+            visible = window(len(ids), spans, room)
         else:
-            kept = range(min(len(ids), room))
-        place = {piece: len(prefix) + i for i, piece in enumerate(kept)}
+            visible = range(min(len(ids), room))
+        place = {piece: len(prefix) + i for i, piece in enumerate(visible)}
         starts = [place.get(first_piece.get(word), -1) for word in range(len(words))]
-        cut = [word for word in first_piece if starts[word] < 0 and word not in marker.values()]
-        counts["cut_words"] += len(cut)
-        counts["cut_posts"] += bool(cut)
+        rest = [word for word in first_piece if starts[word] < 0 and word not in marker.values()]
+        counts["cut_words"] += len(rest)
+        counts["cut_posts"] += bool(rest)
         counts["words_without_piece"] += len(words) - len(first_piece)
-        row = {"input_ids": prefix + [ids[i] for i in kept] + suffix}
-        row |= {"own": (len(prefix), len(prefix) + len(kept)), "cut_words": len(cut)}
+        row = {"input_ids": prefix + [ids[i] for i in visible] + suffix}
+        row |= {"own": (len(prefix), len(prefix) + len(visible)), "cut_words": len(rest)}
         if relations:
             row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
             row["labels"] = label_id[example.label]

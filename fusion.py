@@ -434,10 +434,10 @@ class Saliency(Fusion):
         if len(pictures) > len(self.gates):
             raise ValueError("a saliency layer for one picture was given two; make it with pictures=2")
         for (picture, mask), gate, share in zip(pictures, self.gates, self.shares, strict=False):
-            context, looked = self.look(words, text_mask, picture, mask)
+            context, of_picture = self.look(words, text_mask, picture, mask)
             part = F.leaky_relu(gate(torch.cat((context, words.to(context.dtype)), -1))) * share(context)
             added = added + part.masked_fill(~mask.any(1)[:, None, None], 0)
-            weights.append(looked)
+            weights.append(of_picture)
         added = self.dropout(added).float()
         length, own = (torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True) for x in (added, words))
         scale = (self.bound * own / length.clamp(min=1e-12)).clamp(max=1)  # [B, T, 1]

@@ -105,10 +105,9 @@ class Prefix(Fusion):
         """
         embeddings, image = clean(embeddings, mask), self.regions(clean(regions, region_mask))
         width, queries = embeddings.shape[-1:], self.queries.expand(len(mask), -1, -1)
-        seen, weights = attend(
-            self.look, F.layer_norm(embeddings, width), image, region_mask, return_weights
-        )
-        context, _ = attend(self.gather, queries, F.layer_norm(seen, width), own_mask)
+        normed = F.layer_norm(embeddings, width)
+        visual, weights = attend(self.look, normed, image, region_mask, return_weights)
+        context, _ = attend(self.gather, queries, F.layer_norm(visual, width), own_mask)
         tokens = queries + F.layer_norm(context, width)  # [B, soft_tokens, E]
         lengths = embeddings.norm(dim=-1).masked_fill(~own_mask, 0)  # [B, T]
         length = lengths.sum(1) / own_mask.sum(1).clamp(min=1)  # [B]

@@ -134,22 +134,6 @@ def test_a_word_without_a_piece_has_no_say(encoder_dir, data_dir):
     assert logits.shape[1] == len(odd.words) and logits.isfinite().all()
 
 
-def test_every_system_names_its_parts():
-    assert {
-        name: (system.text_encoder, system.backbone, system.img_size) for name, system in SYSTEMS.items()
-    } == {
-        "roberta-resnet50": ("roberta-base", "resnet50", 224),
-        "bert-resnet50": ("bert-base-uncased", "resnet50", 224),
-        "clip-bert": ("bert-base-uncased", "clip", 224),
-        "roberta-caption": ("roberta-base", "caption", 64),
-        "bert-caption": ("bert-base-uncased", "caption", 64),
-        "roberta-phrases": ("roberta-base", "phrases", 32),
-        "bert-phrases": ("bert-base-uncased", "phrases", 32),
-        "blip": ("Salesforce/blip-itm-base-coco", "blip", 384),
-        "vilt": ("dandelin/vilt-b32-mlm", "pixels", 384),
-    }
-
-
 # ----------------------------------------------------------------------------------- CLIP+BERT, BLIP and ViLT
 
 
