@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from features import FeatureCache
-from fusion import FUSIONS, Fusion
 from parts.datasets import DATASETS, load_dataset
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
@@ -18,7 +17,7 @@ from parts.posts import cut_train, make_posts, shuffled_photos
 from parts.processes import uncollected
 from parts.run_files import load_run
 from parts.runs import RUN_FORMAT
-from parts.systems import SYSTEMS, backbones_of
+from parts.systems import SYSTEMS, backbones_of, fusion_of
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
 from parts.words import rule_of
 
@@ -61,7 +60,7 @@ def open_inputs(args, device):
         args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task, args.dropout
     )
     check_length(args, encoder, tokenizer)
-    if soft_tokens := FUSIONS.get(args.fusion, Fusion).soft_tokens:
+    if soft_tokens := fusion_of(args.fusion).soft_tokens:
         check_soft_tokens(encoder, tokenizer, args.text_encoder, soft_tokens)
     notes = open_notes(args, dataset, tokenizer, encoder)
 
@@ -116,7 +115,7 @@ def open_features(args, dataset):
             f"{args.features}: made with --backbone {backbone}, {args.model} needs {' or '.join(needed)};"
             " name another"
         )
-    places = "region_grid" in FUSIONS.get(args.fusion, Fusion).reads
+    places = "region_grid" in fusion_of(args.fusion).reads
     if places and cache.num_regions.any() and not cache.grid.any():
         raise ValueError(
             f"--fusion {args.fusion}: the regions of {args.features} are no places in a photo; choose another"
@@ -156,7 +155,7 @@ def open_features(args, dataset):
 
 def check_length(args, encoder, tokenizer, extra=0):
     """ValueError if the encoder has too few positions for a post, `extra` of notes and soft tokens."""
-    longest, soft_tokens = longest_input(encoder, tokenizer), FUSIONS.get(args.fusion, Fusion).soft_tokens
+    longest, soft_tokens = longest_input(encoder, tokenizer), fusion_of(args.fusion).soft_tokens
     parts = [f"--max-len {args.max_len}"]
     if extra:
         parts.append(f"--extra-len {args.extra_len}")
@@ -199,7 +198,7 @@ def open_generated(args, dataset, cache):
     ValueError if it is another data set's, or made otherwise than that of the photos: one map reads both.
     """
     if not args.generated:
-        if "generated" in FUSIONS.get(args.fusion, Fusion).reads:
+        if "generated" in fusion_of(args.fusion).reads:
             print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():

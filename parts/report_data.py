@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from data import NerExample, RelationExample
 from encoding import length_batches, to_device
-from fusion import FUSIONS
 from parts.captions import phrases_of
 from parts.console import progress_bar
 from parts.datasets import load_dataset
@@ -21,6 +20,7 @@ from parts.opening import dataset_now, run_cache, run_notes
 from parts.photos import find_photos, thumbnail
 from parts.posts import make_posts
 from parts.processes import autocast, precision_on
+from parts.systems import fusion_of
 
 QUALITY = 70  # of the thumbnails, as JPEG: some 10 kB a photo
 PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or BLIP's would fill the page
@@ -71,8 +71,8 @@ def open_regions(run, config, records, features):
 
     Captions have no places. ValueError if the features are not those the run was trained on.
     """
-    layer = FUSIONS.get(config["fusion"])  # None: blip and vilt weigh regions themselves
-    if (layer and not layer.weighs) or config["shuffle_photos"]:
+    weighs = config["fusion"] is None or fusion_of(config["fusion"]).weighs  # None: blip, vilt
+    if not weighs or config["shuffle_photos"]:
         return None
     photos = [record["image_id"] for record in records]
     cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])

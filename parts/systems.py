@@ -79,6 +79,11 @@ SWEPT = {
 }  # fmt: skip
 
 
+def fusion_of(name):
+    """The class of a --fusion; for None, of blip and vilt, `Fusion` itself, which takes and gives nothing."""
+    return FUSIONS.get(name, Fusion)
+
+
 def mistake(args, task, system, regions):
     """What of the arguments does not go together, in one line, or "".
 
@@ -89,7 +94,7 @@ def mistake(args, task, system, regions):
         return f"--system {args.system}: it labels words; for relations add --decoder softmax"
     if args.fusion and not regions:
         return f"{reader}: {args.model} has a fusion of its own and no other; leave it out"
-    layer = FUSIONS.get(args.fusion, Fusion)  # of blip and vilt none
+    layer = fusion_of(args.fusion)
     behind = args.fusion not in (None, "none") and not layer.soft_tokens
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
