@@ -158,8 +158,11 @@ OF_TIMM = (
 TO_THE_END = ("dinov2_with_registers", "convnext", "swin", "siglip", "resnet18", "swin_tiny_patch4_window7_224")
 
 
-def build_tokenizer(kind, words):
-    """A tokenizer of `words`, made as `KINDS` says, special tokens first: padding, if any, is 0."""
+def build_tokenizer(kind, words, pieces=300):
+    """A tokenizer of `words`, made as `KINDS` says, special tokens first: padding, if any, is 0.
+
+    `pieces`: at most so many word pieces, of the kind "words".
+    """
     special = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
     if kind == "words":
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -169,7 +172,7 @@ def build_tokenizer(kind, words):
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=pieces, special_tokens=special, show_progress=False)
     else:
         special, names = (["<|end|>"], {"eos_token": "<|end|>"}) if kind == "text" else (special, names)
         tokenizer = Tokenizer(models.BPE())
@@ -182,7 +185,8 @@ def build_tokenizer(kind, words):
     if kind != "text":
         ends = [(token, tokenizer.token_to_id(token)) for token in special[2:4]]
         single = f"{special[2]} $A {special[3]}"
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
+        forms = {"single": single, "pair": f"{single} $B {special[3]}"}
+        tokenizer.post_processor = processors.TemplateProcessing(**forms, special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names)
 
 

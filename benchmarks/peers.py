@@ -424,35 +424,36 @@ def photos(args, place):
 # ----------------------------------------------------------------------------------- where a step's time goes
 
 
-def least(work, times=7):
+def least(work, device, times=7):
     """The fewest seconds that one of so many calls takes."""
-    return min(in_turn({"work": lambda turn: work()}, times)["work"])
+    return min(in_turn({"work": lambda turn: work()}, times, device)["work"])
 
 
-def arithmetic(encoder, batch_rows):
+def arithmetic(encoder, batch_rows, dtype=torch.float32):
     """(floating-point operations, seconds) of the matrix products of a step on these posts without padding.
 
     Forward and backward (twice as much) of each nn.Linear of the encoder on all sub-tokens together, and
     attention post by post; seconds at the rate that this machine reaches on each of these shapes alone. The
     head is too small to count.
     """
-    lengths, device = [len(row["input_ids"]) for row in batch_rows], next(encoder.parameters()).device
+    lengths, device = [len(row["input_ids"]) for row in batch_rows], next(encoder.parameters()).device.type
     tokens, config = sum(lengths), encoder.config
     shapes = Counter(
         (layer.in_features, layer.out_features) for layer in encoder.modules() if isinstance(layer, nn.Linear)
     )
     operations = seconds = 0.0
     for (wide, out), count in shapes.items():
-        x, w, y = (torch.randn(size, device=device) for size in ((tokens, wide), (out, wide), (tokens, out)))
+        sizes = (tokens, wide), (out, wide), (tokens, out)
+        x, w, y = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
         operations += count * 6 * tokens * wide * out
         products = (lambda: F.linear(x, w)), (lambda: y @ w), (lambda: y.T @ x)
-        seconds += count * sum(map(least, products))
+        seconds += count * sum(least(product, device) for product in products)
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     for length, count in Counter(lengths).items():
-        a = torch.randn(count * heads, length, config.hidden_size // heads, device=device)
+        a = torch.randn(count * heads, length, config.hidden_size // heads, device=device, dtype=dtype)
         weights = a @ a.mT
         operations += layers * 12 * a.numel() * length
-        seconds += layers * 3 * (least(lambda: a @ a.mT) + least(lambda: weights @ a))
+        seconds += layers * 3 * (least(lambda: a @ a.mT, device) + least(lambda: weights @ a, device))
     return operations, seconds
 
 

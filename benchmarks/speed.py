@@ -57,6 +57,10 @@ from parts.systems import PRESETS  # noqa: E402
 from parts.text_encoder import drop_pooler, load_tokenizer  # noqa: E402
 
 BATCH, REGIONS, DIM = 8, 49, 2048  # ResNet50 at 224 pixels
+# Bytes that a step in bfloat16 moves for a parameter. AdamW reads weight, gradient and two moments and
+# writes three; clipping reads and writes the gradient, the backward pass writes it; the cast reads 4 bytes
+# and writes 2, and forward and backward read these.
+MOVED = 7 * 4 + 3 * 4 + 6 + 4
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -201,12 +205,12 @@ def photos_in(folder, most):
 
 def fusion(args, place):
     """A step with each fusion over the same step without; and what a step waits for its data."""
-    posts, config = Posts(args, place), RobertaConfig()
-    encoder, labels = text_encoder(config), posts.dataset.labels  # one encoder for all: half the memory
+    posts = Posts(args, place)
+    encoder, labels = text_encoder(args.config), posts.dataset.labels  # one encoder for all: half the memory
     names = [name for name, layer in FUSIONS.items() if not layer.soft_tokens]
     trained = {name: Training(encoder, name, labels, args.device) for name in names}
     trained["crf"] = Training(encoder, "none", labels, args.device, decoder="crf")
-    rounds = 24 if args.device == "cpu" else 200
+    rounds = args.rounds
     batches = [posts.batch(number) for number in range(rounds + 1)]
     cases = {name: lambda turn, t=training: t.step(batches[turn]) for name, training in trained.items()}
     taken = in_turn(cases, rounds, args.device)
@@ -242,8 +246,8 @@ def systems(args, place):
 
     tia and icka read eleven words of notes more a post: over the step of text and notes without fusion, too.
     """
-    posts, encoder, path = Posts(args, place), text_encoder(RobertaConfig()), place / "notes.jsonl"
-    examples, rounds = posts.dataset.examples["train"], 24 if args.device == "cpu" else 200
+    posts, encoder, path = Posts(args, place), text_encoder(args.config), place / "notes.jsonl"
+    examples, rounds = posts.dataset.examples["train"], args.rounds
     with open(path, "w", encoding="utf-8") as file:
         for example, other in zip(examples, examples[1:] + examples[:1], strict=True):
             said = " ".join(other.words[:11])
@@ -376,8 +380,9 @@ def extraction(args, place):
 
         def work(turn):
             path = place / f"extracted-{views}.h5"
-            create_file(path, ids, [0] * len(ids), shape, "float16", {"format": FORMAT})
-            writer = FeatureWriter(path, os.open(path, os.O_RDWR), {}, ids)
+            settings = {"format": FORMAT, "views": views}
+            create_file(path, ids, [0] * len(ids), shape, "float16", settings)
+            writer = FeatureWriter(path, os.open(path, os.O_RDWR), settings, ids)
             with contextlib.closing(writer), tqdm(disable=True) as progress:
                 loader = batch_loader(reader, batches, workers)
                 extract(backbone, writer, loader, batches, args.device, progress)
@@ -395,7 +400,7 @@ def extraction(args, place):
                 backbone.regions(photos.to(args.device)).cpu()
 
     cases = {"naive": naive, "forward": forward, "1": whole(1), "4": whole(4)}
-    taken, images = in_turn(cases, 3, args.device), 4 * len(paths)
+    taken, images = in_turn(cases, min(3, args.rounds), args.device), 4 * len(paths)
     naive_rate = len(paths) / statistics.median(taken["naive"])
     for views, name in (("1", "1 view"), ("4", "4 views")):
         rate = images / statistics.median(taken[views])
@@ -611,10 +616,7 @@ def floor(args, place):
     parameters, tokens = sum(p.numel() for p in encoder.parameters()), sum(posts.lengths) * 5
     steps = 5 * len(posts.batches)
     arithmetic = 6 * (parameters - embeddings) * tokens / 989e12  # forward and backward, dense bfloat16
-    # A step: AdamW reads weight, gradient and two moments and writes three; clipping reads and writes the
-    # gradient, the backward pass writes it; the cast to bfloat16 reads 4 bytes and writes 2, and forward and
-    # backward read these. float32.
-    moved = steps * parameters * (7 * 4 + 3 * 4 + 6 + 4) / 3.35e12
+    moved = steps * parameters * MOVED / 3.35e12
     yield row("floor of 5 epochs, roberta-base, Twitter-2017, one H100, seconds", arithmetic + moved,
               "measured <= 2.5 times",
               f"arithmetic {arithmetic:.2f} s (989 TFLOP/s), memory {moved:.2f} s (3.35 TB/s), {steps} steps;"
@@ -673,6 +675,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_device(args.device)
     args.output = args.output or PROJECT / "benchmarks" / f"speed-{args.device}.json"
+    args.config, args.rounds = RobertaConfig(), 24 if args.device == "cpu" else 200
     measure(PARTS, args)
 
 
