@@ -8,14 +8,14 @@ import argparse
 from pathlib import Path
 
 from align import ALIGNMENTS
-from fusion import FUSIONS, Fusion
+from fusion import FUSIONS
 from parts.console import bounded, dataset_name
 from parts.datasets import DATASETS, data_task, locate
 from parts.model import TextRegions
 from parts.notes import EXTRAS
 from parts.processes import default_device, pick_precision
 from parts.run_files import check_known, read_config_file
-from parts.systems import PRESETS, SYSTEMS, mistake, run_name
+from parts.systems import PRESETS, SYSTEMS, fusion_of, mistake, run_name
 from parts.words import RULES
 
 # What --config never takes from another run: where and how that one was written; code is the user's to name.
@@ -76,7 +76,8 @@ def add_model(parser):
     add("--fusion", choices=FUSIONS, help="none = text only; prefix: soft tokens of the photo"
         " that the text encoder reads; default: film. blip and vilt bring their own")
     add("--heads", type=bounded(int, 1),
-        help="of cross-attention, bimodal, pyramid, prefix and --bottleneck; default: 8")
+        help=f"of {', '.join(name for name, layer in FUSIONS.items() if layer.has_heads)} and --bottleneck;"
+        " default: 8")
     add("--photo-dropout", type=bounded(float, 0, 1), default=0.1,
         help="share of training posts shown no photo")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
@@ -234,6 +235,6 @@ def parse_args(argv, description=None):
 def unread_options(args):
     """The options that are given and that the fusion does not read: people keep them in a loop over fusions."""
     options = ["images", "features"] if args.fusion == "none" else []
-    if not FUSIONS.get(args.fusion, Fusion).has_heads and not args.bottleneck:
+    if not fusion_of(args.fusion).has_heads and not args.bottleneck:
         options.append("heads")
     return [option for option in options if getattr(args, option) is not None]

@@ -12,6 +12,7 @@ import predict
 import report
 import train
 from encoding import collate, encode
+from fusion import FUSIONS
 from parts.checks import image_check, verdict
 from parts.datasets import load_dataset
 from parts.files import write_json_lines
@@ -328,8 +329,6 @@ def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_n
     (("--relevance", "predicted", "--relevance-loss", "-1"), "-1 is not from 0"),
     (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra post, --"),
     (("--model", "blip", "--align", "supervised=1", "--notes", "n"), "--align: blip has no cached regions"),
-    *((("--fusion", fusion, "--heads", "4"), f"--heads: {fusion} has none to choose; leave it out")
-      for fusion in ("none", "film", "attention", "co-attention", "saliency")),
     (("--fusion", "pyramid", "--generated", "x"), "reads no second picture; choose --fusion saliency, or"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_one_line(flags, said, capsys):
@@ -338,9 +337,12 @@ def test_what_does_not_go_together_is_one_line(flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fusion", ["cross-attention", "bimodal", "pyramid", "prefix"])
-def test_a_fusion_with_heads_takes_their_number(fusion):
-    assert train.parse_args(["--fusion", fusion, "--heads", "4"]).heads == 4
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_with_heads_takes_their_number_and_another_does_not_read_it(fusion, capsys):
+    heads = train.parse_args(["--fusion", fusion, "--heads", "4"]).heads
+    has_heads = fusion in ("cross-attention", "bimodal", "pyramid", "prefix")
+    assert heads == (4 if has_heads else 8)
+    assert (f"--heads: --fusion {fusion} does not read it" in capsys.readouterr().out) != has_heads
 
 
 def test_run_folders_tell_relevance_and_prefix():
