@@ -145,12 +145,12 @@ class Photos:
         return image_id not in self.absent
 
 
-def test_the_median_is_of_posts_with_a_photo(demo_notes, encoder_dir, tmp_path, capsys, monkeypatch):
+def test_the_median_is_of_posts_with_a_photo(demo_notes, data_dir, encoder_dir, tmp_path, capsys):
     (dataset, path), tokenizer = demo_notes, load_tokenizer(encoder_dir)
-    monkeypatch.setattr(train, "data_task", lambda *_: "ner")
 
     def median(path, absent, *more):
-        args = train.parse_args(["--dataset", "demo", "--notes", str(path), *more])
+        flags = ["--dataset", "demo", "--data-dir", str(data_dir), "--notes", str(path)]
+        args = train.parse_args([*flags, *more])
         notes, config = Notes(path, tokenizer, args.extra, 128, relevance=True), vars(args)
         config, posts = config | {"labels": dataset.labels}, {}
         for split, examples in dataset.examples.items():
