@@ -52,7 +52,7 @@ TYPES = ("PER", "LOC", "ORG", "MISC")
 SIZES = {
     "base": {"posts": (3373, 723, 723), "demo": (320, 80, 160), "photos": 160, "pieces": 30_000,
              "rounds": 100, "epochs": 15, "answers": 256, "config": {"vocab_size": 50_265}},
-    "tiny": {"posts": (48, 16, 16), "demo": (8, 4, 4), "photos": 4, "pieces": 400, "rounds": 1, "epochs": 1,
+    "tiny": {"posts": (48, 16, 16), "demo": (8, 4, 4), "photos": 2, "pieces": 400, "rounds": 1, "epochs": 1,
              "answers": 8, "config": {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2,
                                       "num_attention_heads": 4, "intermediate_size": 64}},
 }  # fmt: skip
