@@ -28,6 +28,7 @@ from parts.checks import FEWEST, SCORES, check_row, checked_photos, ensemble, im
 from parts.checks import note_leaks, paired_bootstrap, photo_verdict, score_title, type_changes, verdict
 from parts.console import bounded, command_line, dataset_name
 from parts.datasets import load_dataset
+from parts.feature_photos import require_photos
 from parts.files import check_output, write_json
 from parts.notes import Notes
 from parts.photos import find_photos, image_folders
@@ -197,7 +198,7 @@ def print_probe(args):
 
     dataset, cache = load_dataset(args.photo_probe, args.data_dir or "data"), FeatureCache(args.features)
     split = args.split or ("test" if "test" in dataset.examples else "valid")
-    cache.require(dataset.image_ids(), dataset.name)
+    require_photos(cache, dataset.image_ids(), dataset.name)
     source = args.text_encoder or "bert-base-uncased"
     result = photo_probe(dataset, cache, source, split, args.device)
     what = "gold mentions, their types" if dataset.task == "ner" else "pairs, their relations"

@@ -32,14 +32,15 @@ import torch
 import torchvision
 import transformers
 
-from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file, photo_bytes
-from features import photos_sha256, read_columns, read_layout, refuse_other_photos, refuse_other_settings
-from features import require_room, unfinished
+from features import FORMAT, MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter, create_file
+from features import photos_sha256, read_columns, read_layout, refuse_other_settings, unfinished
 from parts.backbones import BACKBONES, load_backbone
 from parts.boxes import MOST, BoxedPhotos, boxes_of, tell_boxes, with_boxes
 from parts.captions import Captions
 from parts.console import bounded, command_line, dataset_name, progress_bar
 from parts.datasets import DATASETS, load_dataset
+from parts.feature_photos import compare_photos, photo_bytes, point_out_alike, refuse_other_photos
+from parts.feature_photos import require_room
 from parts.files import check_output
 from parts.notes import said_of_photos
 from parts.photos import FITS, WORDED, Photos, by_name, find_photos, image_folders, load_ahead, read_captions
@@ -277,7 +278,7 @@ def report(cache):
         if len(rows) > 20:
             print(f"  {name}: and {len(rows) - 20} more")
     if cache.attrs["backbone"] not in WORDED:
-        cache.point_out_alike()
+        point_out_alike(cache)
         if "placeholder" in cache.attrs and "placeholder picture" not in cache.reasons:
             print("WARNING: no photo looks like the --placeholder")
         if cache.boxes:
@@ -295,7 +296,7 @@ def tell_finished(path, inputs, captions):
     if back:
         there = f"{len(back)} photos recorded as missing are there now (first: {back[0]})"
         print(f"  {there}; extract into another --cache-dir to read them")
-    if not captions and (gone := cache.compare_photos(inputs)):
+    if not captions and (gone := compare_photos(cache, inputs)):
         print(f"  {gone} of the photos it was made of are not here, so they are not compared")
 
 

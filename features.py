@@ -18,7 +18,6 @@ import math
 import os
 import re
 import secrets
-import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +39,7 @@ def columns_of(shape, kind, width, boxes=False):
 
     `boxes`: whether each region is a part of the photo, which the last two columns name.
     """
-    rows, views, most = shape[:3]
+    rows, views, most, _ = shape
     of_boxes = {"boxes": ((rows, most, 4), "<f4"), "box_labels": ((rows, most), f"S{LABEL_WIDTH}")}
     return {
         "regions": (shape, kind), "num_regions": ((rows,), "<u2"), "grid": ((rows, 2), "<u2"),
@@ -77,10 +76,8 @@ def read_attrs(file):
             value = array.tolist()
         attrs[attr.name.decode()] = value.decode() if isinstance(value, bytes) else value
     if (version := attrs.get("format")) != FORMAT:
-        raise ValueError(
-            f"format {version or 'none'}, expected {FORMAT}; name a file that this version of"
-            " extract_features.py made"
-        )
+        other = f"format {version or 'none'}, expected {FORMAT}"
+        raise ValueError(f"{other}; name a file that this version of extract_features.py made")
     for name, value in attrs.items():
         if value is None:
             raise ValueError(f"its attribute {name!r} is no number or text; make it anew")
@@ -124,8 +121,6 @@ def read_layout(path):
             width = find_column(file.id, b"image_id")[0].get_type().get_size()
             boxes = any(file.id.links.exists(name.encode()) for name in BOX_COLUMNS)
             for name, (size, dtype) in columns_of(shape, kind, width, boxes).items():
-                if name == "photo_bytes" and not file.id.links.exists(b"photo_bytes"):  # an earlier version's
-                    continue
                 column, lengths, offset = find_column(file.id, name.encode())
                 if lengths != size or not is_type(column.get_type(), dtype):
                     raise ValueError(f"column {name}: not {dtype} of shape {size}; make it anew")
@@ -154,7 +149,7 @@ def read_columns(path, columns):
                 file.seek(offset)
                 if file.readinto(arrays[name]) < arrays[name].nbytes:
                     raise ValueError(f"{path}: cut off while it was read; make it anew")
-    return {"photo_bytes": np.zeros(len(arrays["status"]), np.int64)} | arrays  # 0: unknown
+    return arrays
 
 
 def finite(regions):
@@ -180,39 +175,9 @@ def attrs_crc32(attrs):
     return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
-def photo_bytes(paths):
-    """The size of each photo at `paths`, {image id: path or None}, in bytes; 0 where there is none."""
-    return [
-        os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()
-    ]
-
-
 def photos_sha256(image_ids, sizes):
     """SHA-256 over the names and sizes of photos: which photos they are."""
     return hashlib.sha256(repr([*zip(image_ids, map(int, sizes), strict=True)]).encode()).hexdigest()
-
-
-def refuse_other_photos(path, attrs, image_ids, sizes, paths):
-    """ValueError if photos at `paths`, {image id: path or None}, have not the `sizes` of a feature file's.
-
-    Sizes are in bytes, 0 = unknown.
-    """
-    here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
-    other = [image_id for image_id, a, b in zip(image_ids, sizes, here, strict=True) if a and b and a != b]
-    if other:
-        raise ValueError(
-            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]};"
-            f" it was made from {attrs.get('made_from', 'an unknown folder')}); name the right photos with"
-            " --images, the right file with --features, or extract these into another --cache-dir"
-        )
-
-
-def require_room(path, size):
-    """ValueError if the disk has no room for `size` bytes at `path`, less what a file there holds already."""
-    needed = size - (path.stat().st_blocks * 512 if path.exists() else 0)
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ValueError(f"{path.parent}: {needed:,} bytes needed, {free:,} free; make room or lower --views")
 
 
 def reserve(path, size, flags=0):
@@ -226,8 +191,8 @@ def reserve(path, size, flags=0):
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take none ahead
             return os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-        reason = f"no room for {size:,} bytes ({error.strerror})"
-        raise OSError(f"{path.parent}: {reason}; make room or lower --views") from None
+        need = f"no room for {size:,} bytes ({error.strerror})"
+        raise OSError(f"{path.parent}: {need}; make room or lower --views") from None
     finally:
         os.close(fd)
 
@@ -238,12 +203,10 @@ def create_file(path, image_ids, sizes, shape, kind, attrs, boxes=False):
     `sizes` [N]: bytes of each photo, 0 = unknown; `shape` (N, views, R, D) and `kind`, a dtype: the regions';
     `attrs`: how they are made, with "format": FORMAT; `boxes`: whether they are those of boxes.
 
-    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that
-    cannot be opened. Without object time stamps, two runs give identical bytes. Its space is taken at once: a
-    disk that is too small for it is noticed now and not after hours.
+    Built under another name and renamed, since a kill while HDF5 writes its metadata leaves a file that does
+    not open. Without time stamps, two runs give identical bytes. A disk that is too small is noticed now.
     """
     names = np.array([image_id.encode() for image_id in image_ids])
-    known = {"image_id": names, "photo_bytes": sizes}
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         new = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # a link of this name would lead elsewhere
@@ -257,7 +220,7 @@ def create_file(path, image_ids, sizes, shape, kind, attrs, boxes=False):
                 stored, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(size)
                 h5py.h5d.create(file.id, name.encode(), stored, space, layout)
                 if name != "regions":
-                    file[name][:] = known.get(name, np.zeros(size, dtype))
+                    file[name][:] = {"image_id": names, "photo_bytes": sizes}.get(name, np.zeros(size, dtype))
             attrs = attrs | {"photos_sha256": photos_sha256(image_ids, sizes)}
             attrs |= {"attrs_crc32": attrs_crc32(attrs)}
             for key, value in attrs.items():  # h5py would store a str as a variable-length object
@@ -271,8 +234,7 @@ def create_file(path, image_ids, sizes, shape, kind, attrs, boxes=False):
 class FeatureWriter:
     """Fills the rows of a file made by `create_file` with `settings`; ValueError if it was made with others.
 
-    `fd`: the file, open for writing; it is closed with the writer. Several may fill one file, each other
-    rows.
+    `fd`: the file, open for writing; closed with the writer. Several may fill one file, each other rows.
     """
 
     def __init__(self, path, fd, settings, image_ids):
@@ -297,8 +259,8 @@ class FeatureWriter:
             try:
                 written = os.pwrite(self.fd, raw, at)
             except OSError as error:
-                reason = f"{self.path}: {error.strerror}"
-                raise OSError(f"{reason}; make room, and the same command goes on") from None
+                reason = f"{error.strerror}; make room, and the same command goes on"
+                raise OSError(f"{self.path}: {reason}") from None
             raw, at = raw[written:], at + written
 
     def write(self, row, regions, grid, status, reason, boxes=()):
@@ -311,12 +273,10 @@ class FeatureWriter:
         count, reason = regions.shape[1], reason.encode()[:REASON_WIDTH].decode(errors="ignore")
         stored = np.pad(regions, ((0, 0), (0, most - count), (0, 0)))
         about = {"image_id": self.image_ids[row], "num_regions": count, "grid": grid}
-        of_boxes = {
-            name: np.zeros(self.columns[name][1][1:], self.columns[name][2])
-            for name in BOX_COLUMNS if name in self.columns
-        }  # fmt: skip
-        for column, values in zip(of_boxes.values(), boxes, strict=True):
-            column[: len(values)] = values
+        of_boxes, names = {}, [name for name in BOX_COLUMNS if name in self.columns]
+        for name, values in zip(names, boxes, strict=True):
+            of_boxes[name] = np.zeros(self.columns[name][1][1:], self.columns[name][2])
+            of_boxes[name][: len(values)] = values
         self.put("regions", row, stored)
         for name, value in (about | of_boxes).items():
             self.put(name, row, value.encode() if name == "image_id" else value)
@@ -338,38 +298,29 @@ def refuse_other_settings(path, settings):
     A setting of None: the file has none of that name.
     """
     attrs, columns = read_layout(path)
-    differing = [
-        f"{key} (file: {attrs.get(key, 'none')}, asked: {value})"
-        for key, value in settings.items()
-        if attrs.get(key) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{path}: made with other settings: {'; '.join(differing)}; another --cache-dir keeps both"
-        )
+    others = [f"{key} (file: {attrs.get(key, 'none')}, asked: {value})"
+              for key, value in settings.items() if attrs.get(key) != value]  # fmt: skip
+    if others:
+        reason = f"made with other settings: {'; '.join(others)}"
+        raise ValueError(f"{path}: {reason}; another --cache-dir keeps both")
     return attrs, columns
 
 
 class Regions:
     """Regions of photos, one row a photo, as arrays; batches read from them.
 
-    Attributes: `rows` {image id: row}, `regions` [N, V, R, D] and of them `shape`, `status` [N], `num_regions`
+    Attributes: `rows` {image id: row}, `regions` [N, V, R, D] and their `shape`, `status` [N], `num_regions`
     [N] and `grid` [N, 2], the rows and columns of places that the last regions of a photo stand for, row by
-    row; regions before them (BLIP's class token) are of the photo as a whole.
+    row; regions before them (a class token) are of the photo as a whole.
     """
 
     resident = None  # all regions on a device, where they are kept on one
 
+    views = property(lambda self: self.shape[1])
+    region_dim = property(lambda self: self.shape[3])
+
     def check(self, rows, views):
         """Called before views of rows are read: ValueError if one is damaged."""
-
-    @property
-    def views(self):
-        return self.shape[1]
-
-    @property
-    def region_dim(self):
-        return self.shape[3]
 
     def photos_of(self, image_id):
         """The ids of a post's photos: none, one, or several, in a tuple that is no photo's id itself."""
@@ -385,13 +336,8 @@ class Regions:
         """What a batch holds of its photos, image ids or None for none; `views`: which to read, default 0.
 
         regions [B, R, D] in the file's type, region_mask [B, R] (True = real), region_grid [B, 2] (rows,
-        columns), photo_row [B], which photo it is, -1 for none. Of a post with several photos, a tuple of ids,
-        the regions stand one after the other, and `photo_row` is the first's.
+        columns), photo_row [B], which photo it is, -1 for none.
         """
-        several = [self.photos_of(photo) for photo in photos]
-        most = max(map(len, several))
-        if most > 1:
-            return self.read_several(several, most, views)
         rows = np.array([0 if photo is None else self.rows[photo] for photo in photos])  # None's is hidden
         views = np.zeros(len(photos), int) if views is None else np.asarray(views)
         shown = np.array([photo is not None for photo in photos])
@@ -413,35 +359,6 @@ class Regions:
         rows, views, real = (torch.from_numpy(values).to(**how) for values in (rows, views, real))
         return {"regions": self.resident[rows, views].masked_fill(~real[:, None, None], 0)} | about
 
-    def read_several(self, several, most, views):
-        """`read` for posts with up to `most` photos, a list of ids each: regions [B, most * R, D].
-
-        Their places are one grid where the photos' grids are as wide and all their regions are places; else
-        none is a place: region_grid 0.
-        """
-        count = len(several)
-        padded = [photo for ids in several for photo in [*ids, *[None] * (most - len(ids))]]
-        batch = self.read(padded, None if views is None else np.repeat(views, most))
-        grids = batch["region_grid"].view(count, most, 2)  # 0 where there is no photo
-        regions = batch["region_mask"].sum(1).view(count, most)
-        columns = grids[..., 1].amax(1, keepdim=True)
-        whole = ((grids[..., 1] == columns) | (regions == 0)) & (grids.prod(2) == regions)
-        stacked = torch.stack((grids[..., 0].sum(1), columns[:, 0]), 1) * whole.all(1, keepdim=True)
-        rows = batch["photo_row"].view(count, most)
-        first = rows.gather(1, (rows >= 0).long().argmax(1, keepdim=True))[:, 0]
-        return {
-            "regions": batch["regions"].flatten(0, 1).view(count, -1, self.region_dim),
-            "region_mask": batch["region_mask"].view(count, -1),
-            "region_grid": stacked,
-            "photo_row": first,
-        }
-
-    def read_generated(self, photos, views=None):
-        """`read` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
-        batch = self.read(photos, views)
-        names = {"regions": "generated", "region_mask": "generated_mask", "photo_row": "generated_row"}
-        return {name: batch[key] for key, name in names.items()}
-
 
 class FeatureCache(Regions):
     """Read side of a feature file made by extract_features.py.
@@ -459,8 +376,8 @@ class FeatureCache(Regions):
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.exists():
-            begun = unfinished(self.path).exists()
-            hint = " (an unfinished one is there: run the same command again to resume it)" if begun else ""
+            hint = " (an unfinished one is there: run the same command again to resume it)"
+            hint = hint if unfinished(self.path).exists() else ""
             raise FileNotFoundError(
                 f"no feature file {path}{hint}; make it with extract_features.py, name another with"
                 " --features, or train without photos: --fusion none"
@@ -468,29 +385,22 @@ class FeatureCache(Regions):
         self.attrs, columns = read_layout(self.path)
         arrays = read_columns(self.path, columns)
         self.status, self.num_regions = arrays["status"], arrays["num_regions"]
-        self.grid, self.crc32 = arrays["grid"].astype(np.int64), arrays["crc32"]
-        self.photo_bytes = arrays["photo_bytes"]
+        self.crc32, self.photo_bytes = arrays["crc32"], arrays["photo_bytes"]
+        self.grid = arrays["grid"].astype(np.int64)
         self.boxes = [arrays[name] for name in BOX_COLUMNS if name in arrays]
-        if (self.status == 0).any():
-            raise ValueError(
-                f"{path}: {(self.status == 0).sum()} photos not done; make it anew with extract_features.py"
-                " --overwrite"
-            )
+        fault = f"{(self.status == 0).sum()} photos not done" if (self.status == 0).any() else ""
         try:
-            ids = [name.decode() for name in arrays["image_id"].tolist()]
+            self.ids = [name.decode() for name in arrays["image_id"].tolist()]
             self.reasons = [reason.decode() for reason in arrays["reason"].tolist()]
-            photos = photos_sha256(ids, self.photo_bytes)
-            known = "photo_bytes" not in columns or photos == self.attrs.get("photos_sha256")
+            known = photos_sha256(self.ids, self.photo_bytes) == self.attrs.get("photos_sha256")
         except UnicodeDecodeError:
             known = False
         if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not known:
-            raise ValueError(
-                f"{path}: what it says of itself is damaged; make it anew with extract_features.py"
-                " --overwrite"
-            )
+            fault = fault or "what it says of itself is damaged"
+        if fault:
+            raise ValueError(f"{path}: {fault}; make it anew with extract_features.py --overwrite")
         offset, self.shape, dtype = columns["regions"]
-        self.ids = ids
-        self.rows = {image_id: row for row, image_id in enumerate(ids)}
+        self.rows = {image_id: row for row, image_id in enumerate(self.ids)}
         self.checked = np.zeros(self.shape[:2], bool)
         self.regions = np.memmap(self.path, dtype, mode="r", offset=offset, shape=self.shape)
 
@@ -522,31 +432,10 @@ class FeatureCache(Regions):
 
     def damaged(self, row, view):
         """The error for a row that is not `whole`."""
-        what = "damaged" if finite(self.regions[row]) else "not finite, so damaged"
-        return ValueError(
-            f"{self.path}: the features of photo {self.ids[row]} are {what} ({view}); extract_features.py"
-            " --verify finds all such rows, and the same command without it then repairs them"
-        )
-
-    def point_out_alike(self):
-        """Say it if the photos of many rows are one picture, such as a server sends in place of a lost one.
-
-        Their regions are the same, which the checksums tell alone: CRC-32 is linear, so what a row's other
-        columns add to its regions' depends on their checksum and the regions' length, and is taken out.
-        """
-        zeros, rows = bytes(self.regions[0, 0].nbytes), np.flatnonzero(self.status == OK)
-        shifts = np.array([zlib.crc32(zeros, 1 << bit) for bit in range(32)], np.uint32) ^ zlib.crc32(zeros)
-        columns = (self.ids, self.num_regions, self.grid, self.status, self.reasons, *self.boxes)
-        about = np.array([about_crc32(*(column[row] for column in columns)) for row in rows], np.uint32)
-        bits = (about[:, None] >> np.arange(32, dtype=np.uint32)) & 1  # [rows, 32]
-        bare = self.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * shifts, 1)
-        _, first, counts = np.unique(bare, return_index=True, return_counts=True)
-        if len(rows) and counts.max() > 2 and counts.max() >= len(rows) / 100:
-            print(
-                f"WARNING: {counts.max()} of {len(rows)} photos are one picture (first:"
-                f" {self.ids[rows[first[counts.argmax()]]]}); if it stands for a photo that is lost,"
-                " extract_features.py --placeholder FILE counts them as missing"
-            )
+        fault = "damaged" if finite(self.regions[row]) else "not finite, so damaged"
+        where = f"{self.path}: the features of photo {self.ids[row]} are {fault} ({view})"
+        advice = "--verify finds all such rows, and the same command without it then repairs them"
+        return ValueError(f"{where}; extract_features.py {advice}")
 
     def keep_on(self, device):
         """Copy all regions to a device, every row checked; `read` then takes them there, where they stay."""
@@ -555,28 +444,6 @@ class FeatureCache(Regions):
         if not whole.all():
             raise self.damaged(np.flatnonzero(~whole)[0], "some view")
         self.checked[:] = True
-        kind = torch.from_numpy(self.regions[:0].copy()).dtype
-        self.resident = torch.empty(self.shape, dtype=kind, device=device)
+        self.resident = torch.from_numpy(self.regions[:0].copy()).new_empty(self.shape, device=device)
         for row in range(len(self.ids)):
             self.resident[row] = torch.from_numpy(self.regions[row].copy())
-
-    def require(self, image_ids, dataset):
-        """ValueError if the file lacks photos of a data set: it is another's, or of a part of this one."""
-        photos = (photo for image_id in image_ids for photo in self.photos_of(image_id))
-        absent = [photo for photo in photos if photo not in self.rows]
-        if absent:
-            raise ValueError(
-                f"{self.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
-                f" {absent[0]}); it was made for {self.attrs.get('dataset')}. Was the text another, or"
-                f" --limit set? Name {dataset}'s own file, or make it: extract_features.py"
-                f" --dataset {dataset}"
-            )
-
-    def compare_photos(self, paths):
-        """How many of the photos the file was made of are not among `paths`, {image id: path or None}.
-
-        ValueError if some that are have another size: they are of another folder, or were replaced since.
-        """
-        refuse_other_photos(self.path, self.attrs, self.ids, self.photo_bytes, paths)
-        made_of = [image_id for image_id, size in zip(self.ids, self.photo_bytes, strict=True) if size > 0]
-        return sum(paths.get(image_id) is None for image_id in made_of)

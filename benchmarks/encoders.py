@@ -137,7 +137,8 @@ TINY = {
 SMALL_NET = {"width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 64}
 MORE = {
     "align": {"vision_config": SMALL_NET}, "bit": {"num_groups": 4, "embedding_size": 8},
-    "donut-swin": {"window_size": 2}, "efficientloftr": None, "efficientnet": SMALL_NET,
+    "donut-swin": {"window_size": 2}, "edgetam": None, "edgetam_vision_model": None, "efficientloftr": None,
+    "efficientnet": SMALL_NET,
     "gemma3n_vision": {"architecture": "mobilenetv3_small_100"}, "maskformer-swin": {"window_size": 2},
     "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2}, "swin": {"window_size": 2},
     "swinv2": {"window_size": 2},
@@ -145,17 +146,18 @@ MORE = {
 # Models of images and text whose image tower is used; the table before has all that read images alone.
 TOWERS = (
     "align", "aimv2", "altclip", "blip", "blip-2", "chinese_clip", "clip", "clipseg", "flava", "gemma3",
-    "groupvit", "instructblip", "internvl", "kosmos-2", "llava", "metaclip_2", "owlv2", "owlvit", "paligemma",
+    "groupvit", "instructblip", "internvl", "llava", "metaclip_2", "owlv2", "owlvit", "paligemma",
     "qwen2_vl", "siglip", "siglip2", "tipsv2", "vilt", "vision-text-dual-encoder", "xclip",
 )  # fmt: skip
 OF_TIMM = (
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2",
     "vit_small_patch16_dinov3", "vit_little_patch16_reg1_gap_256", "vit_base_patch16_siglip_224",
-    "vit_base_patch32_clip_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224",
+    "vit_base_patch32_clip_224", "eva02_tiny_patch14_224", "beit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256", "convnext_atto", "resnet18", "mobilenetv3_small_100", "tf_efficientnet_lite2",
     "hiera_tiny_224", "maxvit_pico_rw_256", "pvt_v2_b0", "naflexvit_base_patch16_gap",
 )  # fmt: skip
-TO_THE_END = ("dinov2_with_registers", "convnext", "swin", "siglip", "resnet18", "swin_tiny_patch4_window7_224")
+TO_THE_END = ("dinov2_with_registers", "convnext", "swin", "siglip", "resnet18", "vit_tiny_patch16_224")
 
 
 def build_tokenizer(kind, words, pieces=300):
@@ -308,7 +310,8 @@ def build_timm(name, folder, **sizes):
     config |= {"pretrained_cfg": known, "model_args": sizes}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({key: tensor.clone() for key, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
 
 
 def usual_places(kind):
@@ -432,8 +435,8 @@ state knows nothing of what comes after it. "refused": in that one line, before 
 INTRO_IMAGES = """# Vision encoders tried
 
 Written by `benchmarks/encoders.py --images`, torch {}, transformers {}, timm {}. Those of transformers are
-tiny, of random weights, at 64 pixels; timm's are whole, of random weights, at their own size. What is tried is
-whether `extract_features.py --backbone auto` takes a kind, not how good it is. "works": it makes features of
+tiny, of random weights, at 64 pixels; timm's are whole, of random weights, at their own size. What is tried
+is whether `extract_features.py --backbone auto` takes a kind, not how good it is. "works": it makes features of
 two demo photos; "works, to new posts": of all, and a run is trained with them, checked with wrong photos and
 asked about a new post. "refused": in that one line, before anything is written. Pixels, regions (1: a class
 token), width and kB a photo and view are those of the kind's usual configuration, mostly its base size;

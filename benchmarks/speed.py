@@ -50,7 +50,7 @@ from parts.files import write_json  # noqa: E402
 from parts.model import LEFT_OUT, TextRegions  # noqa: E402
 from parts.notes import Notes  # noqa: E402
 from parts.photos import Photos, batch_loader  # noqa: E402
-from parts.posts import predict_posts  # noqa: E402
+from parts.posts import predict_posts, read_generated  # noqa: E402
 from parts.processes import autocast, check_device, default_device  # noqa: E402
 from parts.scores import main_score  # noqa: E402
 from parts.systems import PRESETS  # noqa: E402
@@ -154,7 +154,7 @@ class Posts:
         if notes:
             rows = [notes.shown(row, i, photo) for row, i, photo in zip(rows, chosen, photos, strict=True)]
         batch = collate(rows, self.tokenizer.pad_token_id) | self.cache.read(photos)
-        return batch | (self.cache.read_generated(photos) if generated else {})
+        return batch | (read_generated(self.cache, photos) if generated else {})
 
 
 def pad_to(batch, length, pad_id):

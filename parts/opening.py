@@ -11,6 +11,7 @@ import torch
 
 from features import FeatureCache
 from parts.datasets import DATASETS, load_dataset
+from parts.feature_photos import compare_photos, point_out_alike, require_photos
 from parts.notes import Notes, reads_relevance
 from parts.photos import WORDED, find_photos, image_folders
 from parts.posts import cut_train, make_posts, shuffled_photos
@@ -108,7 +109,7 @@ def open_features(args, dataset):
     if not dataset.image_ids():
         raise ValueError(f"no post of {dataset.name} names a photo; --fusion none trains on the text alone")
     cache = FeatureCache(args.features)
-    cache.require(dataset.image_ids(), dataset.name)
+    require_photos(cache, dataset.image_ids(), dataset.name)
     attrs, backbone = cache.attrs, cache.attrs["backbone"]
     if backbone not in (needed := backbones_of(SYSTEMS[args.model])):
         raise ValueError(
@@ -135,10 +136,10 @@ def open_features(args, dataset):
             if args.images:
                 raise
             paths = {}
-        if absent := cache.compare_photos(paths):
+        if absent := compare_photos(cache, paths):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing"
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
-        cache.point_out_alike()
+        point_out_alike(cache)
     if attrs["parameters"]:
         of = f"{attrs.get('encoder', backbone)} (weights {attrs['weights']})"
         print(f"frozen     {attrs['parameters']:,} parameters of {of}, in that file")
@@ -207,7 +208,7 @@ def open_generated(args, dataset, cache):
             " in the folder --images names, in another --cache-dir"
         )
     generated = FeatureCache(args.generated)
-    generated.require(dataset.image_ids(), dataset.name)
+    require_photos(generated, dataset.image_ids(), dataset.name)
     attrs = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
     for key in ("backbone", "region width", "weights_sha256", "img_size"):
         here, wanted = (side.get(key, "unknown") for side in attrs)
@@ -302,7 +303,7 @@ def run_cache(run_dir, config, name, path, image_ids, dataset):
     `path`: where it is now, if not where it was. ValueError if it has changed.
     """
     cache = FeatureCache(path or config[name])
-    cache.require(image_ids, dataset)
+    require_photos(cache, image_ids, dataset)
     if cache.sha256 != config[f"{name}_made"]["sha256"]:
         raise ValueError(f"{cache.path}: not the features {run_dir} was trained on; restore them")
     return cache

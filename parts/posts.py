@@ -73,11 +73,43 @@ class Posts:
         photos, rows = zip(*shown, strict=True)
         batch = collate(rows, self.pad_id)
         if self.cache:
-            batch |= self.cache.read(photos, views)
+            batch |= read_photos(self.cache, photos, views)
         if self.generated:  # made from the text, it stays with its post whatever photo is shown
             ids = [self.examples[i].image_id if pictures else None for i in chosen]
-            batch |= self.generated.read_generated(ids, second_views)
+            batch |= read_generated(self.generated, ids, second_views)
         return batch
+
+
+def read_photos(cache, photos, views=None):
+    """`Regions.read` of posts with up to P photos, a tuple of ids: regions [B, P * R, D], photo after photo.
+
+    Their places are one grid where the photos' grids are as wide and all their regions are places; else none
+    is a place: region_grid 0. photo_row is the first's that is there.
+    """
+    several = [cache.photos_of(photo) for photo in photos]
+    count, most = len(several), max(map(len, several))
+    if most <= 1:
+        return cache.read([next(iter(ids), None) for ids in several], views)
+    padded = [photo for ids in several for photo in [*ids, *[None] * (most - len(ids))]]
+    batch = cache.read(padded, None if views is None else np.repeat(views, most))
+    grids = batch["region_grid"].view(count, most, 2)  # 0 where there is no photo
+    regions = batch["region_mask"].sum(1).view(count, most)
+    columns = grids[..., 1].amax(1, keepdim=True)
+    whole = ((grids[..., 1] == columns) | (regions == 0)) & (grids.prod(2) == regions)
+    rows = batch["photo_row"].view(count, most)
+    return {
+        "regions": batch["regions"].view(count, -1, cache.region_dim),
+        "region_mask": batch["region_mask"].view(count, -1),
+        "region_grid": torch.stack((grids[..., 0].sum(1), columns[:, 0]), 1) * whole.all(1, keepdim=True),
+        "photo_row": rows.gather(1, (rows >= 0).long().argmax(1, keepdim=True))[:, 0],
+    }
+
+
+def read_generated(cache, photos, views=None):
+    """`read_photos` of second pictures: generated [B, R, D], generated_mask [B, R], generated_row [B]."""
+    batch = read_photos(cache, photos, views)
+    names = {"regions": "generated", "region_mask": "generated_mask", "photo_row": "generated_row"}
+    return {name: batch[key] for key, name in names.items()}
 
 
 def make_posts(config, tokenizer, examples, split="", cache=None, notes=None, generated=None):
@@ -156,7 +188,7 @@ def record_of(posts, i, answer, chance, labels, known):
 
 def mean_regions(cache, image_ids):
     """([N, D] float32, the mean region of each photo's first view, or zeros; [N] True = there is one)."""
-    batches = [cache.read([image_id]) for image_id in image_ids]
+    batches = [read_photos(cache, [image_id]) for image_id in image_ids]
     masks = torch.cat([batch["region_mask"] for batch in batches])
     means = [batch["regions"][0][batch["region_mask"][0]].float().mean(0) for batch in batches]
     return torch.stack(means).nan_to_num(0).numpy(), masks.any(1).numpy()

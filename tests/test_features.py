@@ -16,6 +16,8 @@ import torch
 import features
 from encoding import collate
 from features import FeatureCache
+from parts.feature_photos import point_out_alike, require_photos
+from parts.posts import read_photos
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_regions_of_several_photos_stand_one_after_the_other(made, views, reside
     if resident:
         cache.keep_on("cpu")
     posts = [tuple(ids[i] for i in rows) or None for rows in chosen]
-    batch = cache.read(posts, views)
+    batch = read_photos(cache, posts, views)
     assert batch["regions"].shape == (5, 3 * 4, 2048) and batch["region_mask"].shape == (5, 12)
     for i, rows in enumerate(chosen):
         alone = [cache.read([ids[row]], None if views is None else [views[i]]) for row in rows]
@@ -112,7 +114,7 @@ def test_regions_of_several_photos_stand_one_after_the_other(made, views, reside
     assert batch["photo_row"].tolist() == [4, -1, -1, 3, 0]
     assert [cache.has_photo(post) for post in posts] == [True, False, False, True, True]
     with pytest.raises(ValueError, match="no row for 1 of own's 2 photos .first: z"):
-        cache.require([(ids[0], "z"), None], "own")
+        require_photos(cache, [(ids[0], "z"), None], "own")
 
 
 def edit(change):
@@ -289,7 +291,7 @@ def test_what_the_system_says_is_no_damage(small, monkeypatch, code):
 
 
 def test_equal_photos_are_counted_by_their_checksums_alone(small, tmp_path, monkeypatch, capsys):
-    FeatureCache(small).point_out_alike()
+    point_out_alike(FeatureCache(small))
     assert not capsys.readouterr().out  # two are too few
     path, settings, rng = tmp_path / "many.h5", {"format": features.FORMAT}, np.random.default_rng(0)
     ids = [f"photo {i}" for i in range(300)]
@@ -300,7 +302,7 @@ def test_equal_photos_are_counted_by_their_checksums_alone(small, tmp_path, monk
         regions[0] = 7 if row % 100 == 5 else regions[0]  # in view 0 alone, and not in the other columns
         writer.write(row, regions, (1, 2), features.OK, "x" * (row // 100))
     writer.close()
-    FeatureCache(path).point_out_alike()
+    point_out_alike(FeatureCache(path))
     assert "WARNING: 3 of 300 photos are one picture (first: photo 5); " in capsys.readouterr().out
 
 
@@ -315,13 +317,13 @@ def test_an_empty_file_is_not_made_through_a_link(tmp_path, monkeypatch):
 def test_require(made):
     path, _, ids = made
     cache = FeatureCache(path)
-    assert cache.require(ids, "demo") is None
+    assert require_photos(cache, ids, "demo") is None
     message = (
         rf"\A{re.escape(str(path))}: no row for 2 of mnre's 42 photos \(first: y\); it was made for demo\. "
     )
     with pytest.raises(ValueError, match=message):
-        cache.require([*ids, "y", "x"], "mnre")
-    assert cache.require(ids, "another name for the same photos") is None
+        require_photos(cache, [*ids, "y", "x"], "mnre")
+    assert require_photos(cache, ids, "another name for the same photos") is None
 
 
 # torch cannot send tensors out of a forked process that has used threads.

@@ -15,6 +15,7 @@ import predict
 import report
 import train
 from features import FeatureCache
+from parts import posts
 from parts.opening import open_run
 from parts.posts import predict_posts
 from parts.run_files import load_run
@@ -123,13 +124,13 @@ def test_training_says_what_it_found(flags, tmp_path, generated, cache_dir, caps
 
 def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
     """Whatever photo is hidden, shuffled or dropped: in training, in scoring and in the image check."""
-    read, seen = FeatureCache.read_generated, []
+    read, seen = posts.read_generated, []
 
-    def watched(self, photos, views=None):
+    def watched(cache, photos, views=None):
         seen.append((list(photos), None if views is None else list(views)))
-        return read(self, photos, views)
+        return read(cache, photos, views)
 
-    monkeypatch.setattr(FeatureCache, "read_generated", watched)
+    monkeypatch.setattr(posts, "read_generated", watched)
     folder = start(flags, tmp_path / "run", "--shuffle-photos", "--photo-dropout", 0.9, "--epochs", 3)
     shown = [pair for photos, views in seen if views for pair in zip(photos, views, strict=True)]
     assert sorted(photo for photo, _ in shown) == sorted(3 * [f"train_{i:04d}" for i in range(24)])
@@ -145,7 +146,7 @@ def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
     batch = replace(shown, generated=None).batch(range(8), hidden=[True] * 8)
     with torch.inference_mode():
         plain, own, other = (
-            model(batch | part).logits for part in ({}, second.read_generated(ids), second.read_generated(ids[::-1]))
+            model(batch | part).logits for part in ({}, read(second, ids), read(second, ids[::-1]))
         )
     here = torch.tensor([i not in ABSENT for i in ids])
     first = batch["word_starts"][:, :1] >= 0
@@ -256,12 +257,16 @@ def test_run_folders_tell():
     (["--generated", "x.h5"], "--generated: --fusion film reads no second picture; choose --fusion saliency"),
     (["--generated", "x.h5", "--model", "blip"], "--generated: blip reads no second picture"),
     (["--generated", "x.h5", "--fusion", "none"], "--generated: --fusion none reads no second"),
-    (["--fusion", "saliency", "--heads", "4"], "--heads: saliency has none to choose"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(more, said, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(more)
     assert said in capsys.readouterr().err
+
+
+def test_an_option_that_nothing_reads_is_said_and_left_out(capsys):
+    train.parse_args(["--fusion", "saliency", "--heads", "4"])
+    assert "--heads: --fusion saliency does not read it" in capsys.readouterr().out
 
 
 def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, cache_dir):
