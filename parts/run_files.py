@@ -363,12 +363,13 @@ def start_from(run_dir, model, tokenizer, config):
         raise ValueError(f"--init {run_dir}: has another vocabulary than {config['text_encoder']}; add"
                          f" --text-encoder {other_config['text_encoder']}")  # fmt: skip
     theirs, ours = other.state_dict(), model.state_dict()
-    for name in theirs.keys() & ours.keys():
-        if theirs[name].shape != ours[name].shape:
-            shapes = f"{tuple(theirs[name].shape)} there and {tuple(ours[name].shape)} here"
+    both = {name: tensor for name, tensor in theirs.items() if name in ours}
+    for name, tensor in both.items():
+        if tensor.shape != ours[name].shape:
+            shapes = f"{tuple(tensor.shape)} there and {tuple(ours[name].shape)} here"
             raise ValueError(f"--init {run_dir}: {name} is {shapes}; choose the options of that run")
-    model.load_state_dict({name: theirs[name] for name in theirs.keys() & ours.keys()}, strict=False)
-    print(f"init       {run_dir}: {len(theirs.keys() & ours.keys())} of {len(ours)} tensors")
+    model.load_state_dict(both, strict=False)
+    print(f"init       {run_dir}: {len(both)} of {len(ours)} tensors")
     for names, what in ((ours.keys() - theirs.keys(), "start from scratch"),
                         (theirs.keys() - ours.keys(), "of that run have no place here")):  # fmt: skip
         if names:

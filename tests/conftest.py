@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a name th
 # Before torch is: models of this size gain nothing from more, and beside a busy neighbour they wait for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import json
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import demo
 import extract_features
+import train
 from parts import console
 from parts.options import parse_args
 
@@ -134,3 +136,33 @@ def serve(monkeypatch):
     for server in servers:
         server.http.shutdown()
         server.http.server_close()
+
+
+@pytest.fixture(scope="session")
+def flags(data_dir, cache_dir, encoder_dir):
+    """Arguments of a quick run on tiny data, run folder left out."""
+    return ["--data-dir", data_dir, "--cache-dir", cache_dir, "--text-encoder", encoder_dir, "--img-size", 64,
+            "--epochs", 2, "--lr", 1e-3]  # fmt: skip
+
+
+def run(flags, run_dir, *more):
+    """Train; returns the run folder."""
+    return train.main([str(arg) for arg in [*flags, "--dataset", "demo", "--run-dir", run_dir, *more]])
+
+
+def system_flags(system, data_dir):
+    """What to add to `flags` for one of `PARTS`."""
+    _, size, _, text = PARTS[system]
+    return ["--model", system, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder):
+    """{path: bytes, or where a link points} of all that lies in a folder."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()
+    }  # fmt: skip

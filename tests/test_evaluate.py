@@ -9,9 +9,8 @@ import shutil
 
 import pytest
 import torch
+from conftest import contents, run
 from test_checks import make_runs
-from test_runs import contents
-from test_train import run
 
 import evaluate
 import predict
@@ -166,3 +165,14 @@ def test_scores_of_a_file_replace_those_of_before(tmp_path, capsys):
         evaluate.main(["--predictions", str(predictions)])
         assert json.loads((tmp_path / "theirs.txt.metrics.json").read_text())["entity"]["f1"] == f1
     assert "not stored" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--run r --score f1", "--score goes with --compare"), ("--run r --shuffles 2", "--shuffles goes with"),
+    ("--predictions p --split test", "--split goes with"), ("--run r --images i", "--images goes with"),
+    ("--compare a b --data-dir d", "--data-dir goes with"), ("--run r --features f", "--features goes with"),
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(args, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(args.split())
+    assert message in capsys.readouterr().err

@@ -1,22 +1,29 @@
-"""The folder of a run: what may be begun there, what --overwrite leaves alone, and what a kill leaves."""
+"""The folder of a run: what may be begun there, what --overwrite leaves alone, what kills and stops leave."""
 
 import json
 import os
+import pickle
 import shutil
+import signal
 
 import pytest
 import torch
-from test_train import json_lines, run
+import transformers
+from conftest import PARTS, contents, json_lines, run, system_flags
+from safetensors.torch import load_file
 
+import evaluate
 import train
 from parts import runs
+from parts.console import command_line
+from parts.processes import Stopped, lock
 from parts.run_files import load_run
 
 
 @pytest.fixture(scope="module")
-def flags(data_dir, cache_dir, encoder_dir):
-    """Arguments of a quick run on tiny data, run folder left out."""
-    return ["--data-dir", data_dir, "--text-encoder", encoder_dir, "--fusion", "none", "--epochs", 1]
+def flags(flags):
+    """Arguments of a still quicker run."""
+    return [*flags, "--fusion", "none", "--epochs", 1]
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +37,9 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def contents(folder):
-    """{path: bytes, or where a link points} of all that lies in a folder."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()
-    }  # fmt: skip
+def same_results(folder, whole):
+    for name in ("log.jsonl", "predictions-valid.jsonl", "predictions-test.jsonl", "model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), (folder, name)
 
 
 def make_foreign(kind, folder, finished):
@@ -153,8 +157,7 @@ def test_a_kill_while_the_new_run_moves_up_loses_neither(flags, folder, tmp_path
             break
         kills += 1
         run(flags, copy, "--resume")
-        for name in ("log.jsonl", "model.safetensors", "predictions-test.jsonl"):
-            assert (copy / name).read_bytes() == (whole / name).read_bytes(), (stop, name)
+        same_results(copy, whole)
         assert not (copy / runs.COMING).exists()
     assert kills >= 4 and moved
 
@@ -223,26 +226,227 @@ def test_what_says_nothing_of_the_state_does_not_call_it_broken(flags, folder, m
         assert raised.value is error
 
 
-def test_a_begun_run_is_told_to_take_another_folder_first(flags, folder):
+def test_what_may_be_done_in_the_folder_of_a_run(flags, folder, tmp_path, data_dir, capsys):
     before = contents(folder)
     with pytest.raises(ValueError, match="run already; name another folder with --run-dir, or .*--resume"):
         run(flags, folder)
-    with pytest.raises(ValueError, match=r"settings or data: epochs \(run: 1, now: 3\); .* --init .*run --run-dir"):
-        run(flags, folder, "--resume", "--epochs", 3)
-    assert contents(folder) == before
+    for more, message in (
+        (("--epochs", 3), r"epochs .run: 1, now: 3.; its rates have gone down to 0: --init .*run --run-dir"),
+        (("--epochs", 2, "--lr", 0.5), r"epochs .run: 1, now: 2.; lr .run: 0.001, now: 0.5.; give those, or"),
+    ):
+        with pytest.raises(ValueError, match=f"begun with other settings or data: {message}"):
+            run(flags, folder, "--resume", *more)
+    held = lock(folder)
+    for flag in ("--overwrite", "--resume"):
+        with pytest.raises(ValueError, match="run: another process is writing it; wait for it or stop it"):
+            run(flags, folder, flag)
+    os.close(held)
     run(flags, folder, "--resume")
+    assert "is finished; left alone" in capsys.readouterr().out
     assert contents(folder) == before and len(json_lines(folder / "log.jsonl")) == 1
+    shutil.copytree(data_dir / "demo", tmp_path / "demo")
+    moved = [*flags, "--data-dir", tmp_path, "--resume"]
+    run(moved, tmp_path / "new")
+    assert f"{tmp_path / 'new'}: nothing there to resume; the run begins" in capsys.readouterr().out
+    with open(tmp_path / "demo" / "valid.txt", "a", encoding="utf-8") as file:
+        file.write("IMGID:valid_0000\nnew\tO\n")
+    with pytest.raises(ValueError, match=r"data.valid.sha256 \(run: [0-9a-f]+, now: [0-9a-f]+\); give those"):
+        run(moved, tmp_path / "new")
 
 
-@pytest.mark.parametrize("option, part", [
-    ("--lr 1e-5", "lr1e-05"), ("--fusion-lr 0.01", "fusion-lr0.01"), ("--epochs 3", "epochs3"),
-    ("--batch-size 32", "batch32"), ("--photo-dropout 0", "photo-dropout0"), ("--max-len 64", "len64"),
-    ("--dropout 0.2", "dropout0.2"), ("--img-size 256", "img256"), 
-    ("--no-augment", "no-augment"), ("--precision float32", "float32"),
-    ("--weight-decay 0", "decay0"), ("--warmup-ratio 0", "warmup0"), ("--max-grad-norm inf", "norminf"),
-    ("--lr 3e-5 --max-len 128 --heads 8 --fusion cross-attention", "cross-attention"),
+@pytest.mark.parametrize("system", ["film", "vilt"])
+def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monkeypatch, system, capsys):
+    """Stopped at every kind of moment: in each epoch, between epochs, as a state or weights are written."""
+    more = system_flags(system, data_dir) if system in PARTS else ["--fusion", system]
+    flags = [*flags[:-4], *more, "--save-every", 0, "--epochs", 3]  # without --fusion none
+    whole = run(flags, tmp_path / "whole")
+    assert not (whole / "state.pt").exists()
+    places = {"replace": os, "save_weights": train, "save_state": train, "write_json_lines": train,
+              "score": train}  # fmt: skip
+    calls, stop_at = 0, 0
+
+    class Stop(BaseException):
+        pass
+
+    def stopping(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise Stop
+            return real(*args, **kwargs)
+
+        return call
+
+    for name, module in places.items():
+        monkeypatch.setattr(module, name, stopping(getattr(module, name)))
+    run(flags, tmp_path / "counted")
+    total = calls
+    for first in range(2, total, 11 if system == "film" else 29):
+        for stop_at in (first, first // 2 + 1, 0):  # stopped twice, then left alone
+            calls = 0
+            try:
+                run(flags, tmp_path / f"stopped{first}", "--resume")
+            except Stop:
+                continue
+        same_results(tmp_path / f"stopped{first}", whole)
+        assert {p.name for p in (tmp_path / f"stopped{first}").iterdir()} == {p.name for p in whole.iterdir()}
+    assert total > 25 and "resuming   in epoch" in capsys.readouterr().out
+
+
+class Harm:
+    """What a stranger's pickle may hold: code that runs when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_strangers_run_folder_cannot_run_code(flags, folder, tmp_path):
+    mark = tmp_path / "ran"
+    for save in (
+        lambda path: torch.save({"progress": Harm(mark)}, path),
+        lambda path: path.write_bytes(pickle.dumps(Harm(mark))),
+    ):
+        save(folder / "state.pt")
+        with pytest.raises(ValueError, match="not a state to resume from"):
+            run(flags, folder, "--resume")
+        weights = (folder / "model.safetensors").read_bytes()
+        save(folder / "model.safetensors")
+        with pytest.raises(ValueError, match="the run does not load"):
+            load_run(folder)
+        (folder / "model.safetensors").write_bytes(weights)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", "", "config.json: not JSON"), ("config.json", "[]", "config.json: not the configuration"),
+    ("model.safetensors", "", "the run does not load"), ("model.safetensors", None, "no model.safetensors"),
+    ("encoder/config.json", "{}", "the run does not load"),
+    ("encoder/tokenizer.json", None, "the run does not load"),
 ])  # fmt: skip
-def test_what_differs_from_the_defaults_is_in_a_runs_name(option, part):
-    args = train.parse_args(["--fusion", "film", *option.split()])
-    fusion = "" if part == "cross-attention" else "film-"
-    assert args.run_dir == f"runs/twitter2017-roberta-resnet50-{fusion}{part}-s1337"
+def test_a_broken_run_is_one_clear_line(folder, name, content, message):
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        evaluate.main(["--run", str(folder), "--image-check"])
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------ stops
+
+
+def signals(monkeypatch, place, name, numbers, at):
+    """Have some signals come when the `at`-th call of a function of train.py is done."""
+    real, calls = getattr(place, name), []
+
+    def call(*args, **kwargs):
+        result = real(*args, **kwargs)
+        calls.append(name)
+        for number in numbers if len(calls) == at else ():
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(place, name, call)
+
+
+@pytest.mark.parametrize("number, place, name, at, said", [
+    (signal.SIGINT, train.Training, "step", 2, "in epoch 1 after 2 steps"),
+    (signal.SIGTERM, train.Training, "step", 4, "in epoch 2 after 1 steps"),
+    (signal.SIGTERM, train, "score", 1, "in epoch 1 after 3 steps"),
+    (signal.SIGINT, train, "save_weights", 1, "in epoch 2 after 0 steps"),
+    (signal.SIGINT, train, "score", 3, "while its best epoch was scored"),
+])  # fmt: skip
+def test_a_signal_leaves_a_state_that_lacks_no_step(
+    flags, tmp_path, monkeypatch, capsys, number, place, name, at, said
+):
+    flags = [*flags, "--epochs", 2]
+    whole, handlers = run(flags, tmp_path / "whole"), [signal.getsignal(n) for n in (2, 15)]
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"run: stopped {said}; the") as stop:
+        signals(patch, place, name, [number], at)
+        run(flags, tmp_path / "run")
+    assert stop.value.number == number and [signal.getsignal(n) for n in (2, 15)] == handlers
+    assert str(stop.value).endswith("the same command with --resume goes on")
+    progress = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]
+    if place is train.Training:
+        assert (progress["epoch"], progress["step"]) == ((1, 2) if at == 2 else (2, 1))
+    capsys.readouterr()
+    run(flags, tmp_path / "run", "--resume")
+    assert "resuming   in epoch" in capsys.readouterr().out
+    same_results(tmp_path / "run", whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
+    signals(monkeypatch, train.Training, "step", [signal.SIGINT, signal.SIGINT], 2)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run(flags, tmp_path / "run")
+    assert not isinstance(stop.value, Stopped) and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_what_is_said_of_a_stop(monkeypatch, capsys, flags):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for stop, said, status in ((Stopped(15, "how to go on"), "train.py: how to go on\n", 143),
+                               (Stopped(2), "", 130), (KeyboardInterrupt(), "train.py: interrupted\n", 130)):
+
+        def main(stop=stop):
+            raise stop
+
+        with pytest.raises(SystemExit) as ended:
+            command_line(main)
+        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+    args = train.parse_args(["--overwrite"])
+    said = train.how_to_go_on(args, {"epoch": 1, "step": 2})
+    assert said.endswith("the same command with --resume in place of --overwrite goes on")
+
+
+# ----------------------------------------------------------------------------------------------------- --init
+
+
+def test_a_run_may_start_from_the_weights_of_another(flags, folder, tmp_path, capsys):
+    """With rates of 0 it stays what it was; with another fusion all else does."""
+    still = [*flags, "--init", folder, "--lr", 0, "--fusion-lr", 0]
+    weights = load_file(folder / "model.safetensors")
+    same = load_file(run(still, tmp_path / "same") / "model.safetensors")
+    assert same.keys() == weights.keys() and all(torch.equal(same[name], weights[name]) for name in same)
+    assert f"init       {folder}: {len(weights)} of {len(weights)} tensors\n" in capsys.readouterr().out
+    more = load_file(run(still, tmp_path / "more", "--fusion", "film") / "model.safetensors")
+    new = more.keys() - weights.keys()
+    out = capsys.readouterr().out
+    assert f"{len(weights)} of {len(more)} tensors\n" in out
+    assert new == {name for name in more if name.startswith("fusion")}
+    assert f"           {len(new)} start from scratch (first: {min(new)})" in out
+    assert all(torch.equal(more[name], weights[name]) for name in weights)
+    run([*flags, "--init", tmp_path / "more"], tmp_path / "less")
+    assert f"{len(new)} of that run have no place here (first: {min(new)})" in capsys.readouterr().out
+    assert run([*flags, "--init", folder], tmp_path / "on") and json.loads(
+        (tmp_path / "on" / "config.json").read_text()
+    )["init"] == str(folder)
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--dataset", "mnre"), "its labels are O B-LOC .*, and not None .*; name another run"),
+    (("--text-encoder", "vocabulary"), "another vocabulary than .*; add --text-encoder .*encoder"),
+    (("--text-encoder", "width"), r"embeddings.\S+ is \(.*64\) there and \(.*32\) here; choose the options"),
+])  # fmt: skip
+def test_a_run_of_other_labels_vocabulary_or_widths_is_no_start(
+    flags, folder, tmp_path, encoder_dir, more, message
+):
+    if "--text-encoder" in more:
+        other = shutil.copytree(encoder_dir, tmp_path / more[1])
+        config = transformers.AutoConfig.from_pretrained(other)
+        if more[1] == "width":
+            config.hidden_size = config.intermediate_size = 32
+            transformers.AutoModel.from_config(config).save_pretrained(other)
+        else:
+            tokenizer = json.loads((other / "tokenizer.json").read_text())
+            vocabulary = tokenizer["model"]["vocab"]
+            a, b = list(vocabulary)[-2:]
+            vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+            (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        more = ("--text-encoder", other)
+    with pytest.raises(ValueError, match=f"^--init {folder}: .*{message}") as error:
+        run([*flags, "--init", folder], tmp_path / "new", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
