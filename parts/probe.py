@@ -65,7 +65,7 @@ def text_states(encoder, tokenizer, examples, asked, device, batch_size=32):
 
 
 def standardised(states, real):
-    """States {split: [N, D]} by train's mean and deviation, of length 1 on average; zeros where not `real`."""
+    """States {split: [N, D]} by train's mean and deviation, of length 1 on average; 0 where not `real`."""
     of_train = states["train"][real["train"]]
     mean, deviation = of_train.mean(0), of_train.std(0)
     scale = np.where(deviation > 0, deviation, 1) * states["train"].shape[1] ** 0.5
