@@ -140,6 +140,7 @@ MORE = {
     "donut-swin": {"window_size": 2}, "edgetam": None, "edgetam_vision_model": None, "efficientloftr": None,
     "efficientnet": SMALL_NET,
     "gemma3n_vision": {"architecture": "mobilenetv3_small_100"}, "maskformer-swin": {"window_size": 2},
+    "kosmos-2": {"text_config": {"embed_dim": 64, "layers": 2}}, "pp_ocrv6_medium_det": None,
     "perceiver": {"d_latents": 32, "num_self_attends_per_block": 2}, "swin": {"window_size": 2},
     "swinv2": {"window_size": 2},
 }  # fmt: skip
@@ -278,6 +279,8 @@ def tiny_sizes(usual):
             sizes[name] = [min(pair) for pair in zip(value, most, strict=False)]
         elif value is not None:
             sizes[name] = min(value, max(stages))
+    if sizes.get("patch_size") == 14:
+        sizes["patch_size"] = 16  # which divides 64
     for name in usual.sub_configs:
         part = getattr(usual, name, None)
         if part is not None and name != "backbone_config":
@@ -345,7 +348,8 @@ def image_row(kind, folder, words):
     except ValueError as error:
         if cache_dir.exists() or "\n" in str(error):
             raise
-        return ["refused: " + str(error).removeprefix(f"--weights {encoder}: "), "", "", "", ""]
+        message = str(error).removeprefix(f"--weights {encoder}: ").replace(str(encoder), "it")
+        return [f"refused: {message}", "", "", "", ""]
     cache = FeatureCache(path)
     if to_the_end:
         run = call(train, *data, "--model", "bert-vision", "--features", path, "--fusion", "cross-attention",
