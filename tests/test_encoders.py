@@ -219,9 +219,9 @@ def test_a_decoder_is_taken_and_said(data_dir, tmp_path, kind, capsys):
     dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], config["labels"], 64)
     with torch.no_grad():
-        together = loaded(collate(rows, tokenizer.pad_token_id))  # padded with a token that means something
+        together = loaded(collate(rows, tokenizer.pad_token_id)).logits  # padded with a token of meaning
         for row, logits in zip(rows, together, strict=True):
-            alone = loaded(collate([row], tokenizer.pad_token_id))[0]
+            alone = loaded(collate([row], tokenizer.pad_token_id)).logits[0]
             torch.testing.assert_close(logits[: len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
