@@ -13,12 +13,10 @@ import argparse
 import base64
 import hashlib
 import json
-import statistics
 from collections import Counter
 from pathlib import Path
 
 from data import NONE, photo_names
-from parts.checks import verdict
 from parts.console import bounded, command_line
 from parts.datasets import SPLITS, TEXT_PLACES, first_existing, locate
 from parts.files import check_output, replacing
@@ -26,11 +24,11 @@ from parts.notes import reads_relevance
 from parts.opening import dataset_now
 from parts.photos import image_folders
 from parts.processes import check_device, default_device
-from parts.report_data import MISSING, attention, load_photos, open_regions, posts_of, shown_boxes
-from parts.report_data import shown_phrases
+from parts.report_data import MISSING, attention, image_check_line, load_photos, notes_line, open_regions
+from parts.report_data import posts_of, shown_boxes, shown_phrases
 from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
 from parts.run_table import is_control
-from parts.scores import entity_spans, main_score, rate_text, read_predictions, score
+from parts.scores import entity_spans, rate_text, read_predictions, score
 
 KINDS = ("missed", "spurious", "wrong type", "wrong boundary")
 NOTHING = "(none)"  # in the confusion matrix: no entity with just this span
@@ -141,37 +139,6 @@ def score_tables(metrics):
               {always: base, "this run": metrics[level]}),
         table("By type", "Entity level, whole spans." if ner else "", of_type, metrics[main]["types"]),
     ]  # fmt: skip
-
-
-def image_check_line(config, check):
-    """What `evaluate.py --image-check` found, as a sentence."""
-    true, none, *shuffled = [
-        main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])
-    ]
-    spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
-    name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
-    return (
-        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"
-        f" another's (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
-    )
-
-
-def notes_line(config, records):
-    """What a run read of notes, and for how many of its posts they had something, as a sentence."""
-    if config["notes"] is None:
-        return "not used"
-    count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
-    parts = []
-    if config["extra"] != "none":
-        noted = sum(record.get("extra") is True for record in records)
-        share = f"{noted} of {count} {unit} with a note, {count - noted} without"
-        parts.append(f"--extra {config['extra']}: {share}")
-    if reads_relevance(config):
-        rated = sum(record.get("relevance") is not None for record in records)
-        parts.append(f"relevance of the photo: of {rated} of {count} {unit} given")
-    if config["shuffle_notes"]:
-        parts.append("SHUFFLED: each post was given what was said of another")
-    return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {'; '.join(parts)}"
 
 
 # ------------------------------------------------------------------------------------------------------- main

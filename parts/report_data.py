@@ -1,25 +1,28 @@
-"""Where the words of a finished run looked in their photos, and the photos and notes to show that beside."""
+"""What a page shows of a finished run: where words looked, photos, notes, the image check in a sentence."""
 
 import base64
 import hashlib
 import io
 import math
+import statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import NerExample, RelationExample
+from data import NONE, NerExample, RelationExample
 from encoding import length_batches, to_device
 from parts.captions import phrases_of
+from parts.checks import verdict
 from parts.console import progress_bar
 from parts.datasets import load_dataset
 from parts.framing import seen_part
-from parts.notes import EXTRAS, note_text, said_of_photos
+from parts.notes import EXTRAS, note_text, reads_relevance, said_of_photos
 from parts.opening import dataset_now, run_cache, run_notes
 from parts.photos import find_photos, thumbnail
 from parts.posts import make_posts
 from parts.processes import autocast, precision_on
+from parts.scores import main_score
 from parts.systems import fusion_of
 
 QUALITY = 70  # of the thumbnails, as JPEG: some 10 kB a photo
@@ -170,3 +173,34 @@ def attention(model, config, posts, device):
                 "whole": [round(share, 3) for share in whole.tolist()],
             }  # fmt: skip
     return found
+
+
+def image_check_line(config, check):
+    """What `evaluate.py --image-check` found, as a sentence."""
+    true, none, *shuffled = [
+        main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])
+    ]
+    spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
+    name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
+    return (
+        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"
+        f" another's (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
+    )
+
+
+def notes_line(config, records):
+    """What a run read of notes, and for how many of its posts they had something, as a sentence."""
+    if config["notes"] is None:
+        return "not used"
+    count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
+    parts = []
+    if config["extra"] != "none":
+        noted = sum(record.get("extra") is True for record in records)
+        share = f"{noted} of {count} {unit} with a note, {count - noted} without"
+        parts.append(f"--extra {config['extra']}: {share}")
+    if reads_relevance(config):
+        rated = sum(record.get("relevance") is not None for record in records)
+        parts.append(f"relevance of the photo: of {rated} of {count} {unit} given")
+    if config["shuffle_notes"]:
+        parts.append("SHUFFLED: each post was given what was said of another")
+    return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {'; '.join(parts)}"
