@@ -224,7 +224,7 @@ def step(args, place):
         yield row(f"{what}, ms", 1e3 * seconds, "", f"batch {len(rows)}, {args.rounds} batches")
         yield row(f"{what}: launches" if on_gpu else f"{what}: operators", launches, "")
         yield row(f"{what} / its floor", seconds / floor, "<= 2.5",
-                  f"{operations / 1e9:.0f} GFLOP in these shapes {1e3 * least:.2f} ms, {moved / 1e9:.1f} GB at"
+                  f"{operations / 1e9:.0f} GFLOP so shaped {1e3 * least:.2f} ms, {moved / 1e9:.1f} GB at"
                   f" {rate / 1e9:.0f} GB/s {1e3 * moved / rate:.2f} ms")  # fmt: skip
         yield row(f"{what}: peak memory of the device, MB", peak, "")
 

@@ -70,7 +70,8 @@ def main(argv=None):
     boxes = unreadable = 0
     with open_output(args.output) as out:
         expected = ({"image": image_id} | how for image_id in paths)
-        done = resume_lines(out, args.output, 2**24, expected, "the data set, --model, --words or --threshold")
+        others = "the data set, --model, --words or --threshold"
+        done = resume_lines(out, args.output, 2**24, expected, others)
         for image_id, path in progress_bar(len(paths) - done, "photo", iterable=list(paths.items())[done:]):
             try:
                 with open_picture(path) as file:

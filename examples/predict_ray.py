@@ -24,7 +24,8 @@ import torch  # noqa: E402
 
 from parts.console import bounded, command_line  # noqa: E402
 from parts.processes import open_output  # noqa: E402
-from predict import Predictor, check_digits, numbered_lines, resume, run_digits, windows, with_post  # noqa: E402
+from predict import Predictor, check_digits, numbered_lines, resume, run_digits  # noqa: E402
+from predict import windows, with_post  # noqa: E402
 
 WHOLE = (1, 1)  # the only shard
 

@@ -123,7 +123,7 @@ def open_features(args, dataset):
         )
     several = sum(isinstance(e.image_id, tuple) for posts in dataset.examples.values() for e in posts)
     if several and args.model == "vilt":
-        raise ValueError(f"--model vilt reads one photo a post, and {several} posts have several; take another")
+        raise ValueError(f"--model vilt reads one photo a post, {several} posts have several; take another")
     made_from = attrs.get("made_from", "an unknown folder")
     print(f"features   {args.features}: {cache.views} views, made from {made_from}")
     if cache.boxes:

@@ -233,7 +233,7 @@ def parse_args(argv, description=None):
 
 
 def unread_options(args):
-    """The options that are given and that the fusion does not read: people keep them in a loop over fusions."""
+    """Options that are given and that the fusion does not read: people keep them in a loop over fusions."""
     options = ["images", "features"] if args.fusion == "none" else []
     if not fusion_of(args.fusion).has_heads and not args.bottleneck:
         options.append("heads")
