@@ -363,6 +363,6 @@ def test_what_predict_writes_is_data_to_train_on(two_photos, data_dir, tmp_path)
 def test_vilt_reads_one_photo(two_photos, data_dir, cache_dir, tmp_path):
     flags = ["--dataset", two_photos[1].files["train"].parent, "--model", "vilt", "--device", "cpu"]
     flags += ["--text-encoder", data_dir / "demo" / "vilt", "--features", cache_dir / "demo-pixels-96.h5"]
-    with pytest.raises(ValueError, match="--model vilt reads one photo a post, and 40 posts have several"):
+    with pytest.raises(ValueError, match="--model vilt reads one photo a post, 40 posts have several"):
         train.main([str(flag) for flag in [*flags, "--run-dir", tmp_path / "run"]])
     assert not (tmp_path / "run").exists()
