@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import random
+import signal
 
 import pytest
 from PIL import Image
@@ -19,6 +20,8 @@ from parts import console
 from parts.options import parse_args
 
 console.quiet_libraries()
+# A shell's background job ignores Ctrl-C, and all that it starts: tests of it would wait for nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Per system: its backbone, its features' size here, and the folders of the demo's models with its two parts.
 PARTS = {
     "bert-caption": ("caption", 64, "encoder", "encoder"),

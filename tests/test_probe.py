@@ -28,6 +28,9 @@ class Pictures:
     def __init__(self, vectors):
         self.vectors = vectors
 
+    def photos_of(self, image_id):
+        return [] if image_id is None else [image_id]
+
     def has_photo(self, image_id):
         return image_id in self.vectors
 
