@@ -1,6 +1,8 @@
 """The feature file: numbers against torchvision's forward pass, bytes through every kind of trouble."""
 
 import errno
+import functools
+import json
 import os
 import pickle
 import random
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
+import encoders
 import faults
 import h5py
 import numpy as np
@@ -141,8 +144,23 @@ def test_same_bytes_whatever_the_workers_and_the_day(run):
     assert run("--overwrite", "--workers", 2).read_bytes() == first
 
 
-@pytest.mark.parametrize("rows_done", [1, 5, 9])
-def test_interrupted_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, rows_done, capsys):
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """A tiny DINOv2 with registers."""
+    folder = tmp_path_factory.mktemp("models") / "dinov2"
+    encoders.build_image_model("dinov2_with_registers", folder)
+    return folder
+
+
+@pytest.mark.parametrize("rows_done, options", [
+    (1, ()), (5, ()), (9, ()), (5, ("auto",)), (2, ("auto", "--fit", "pad", "--grid", 3)),
+    (5, ("auto", "--fit", "squash")),
+])  # fmt: skip
+def test_interrupted_run_resumes_to_the_same_bytes(
+    run, tmp_path, monkeypatch, rows_done, options, dinov2, capsys
+):
+    if options:
+        run = functools.partial(run, "--weights", dinov2, "--backbone", *options)
     whole = run()
     expected = whole.read_bytes()
     whole.unlink()
@@ -181,6 +199,20 @@ def test_finished_file_is_left_alone_and_other_settings_are_named(run):
         assert part in str(error.value)
     assert "img_size" not in str(error.value) and path.read_bytes() == before[0]
     assert FeatureCache(run("--views", 3, "--overwrite")).views == 3
+
+
+def test_a_file_says_how_photos_are_framed_where_that_is_not_as_usual(run, tmp_path):
+    """In its name and in what is compared when extraction goes on; squashed is ResNet50's usual way."""
+    plain, other = run(), run("--fit", "pad", "--grid", 1)
+    assert run("--fit", "squash") == plain and not {"fit", "grid"} & FeatureCache(plain).attrs.keys()
+    assert other.name == "demo-resnet50-64-pad-grid1-first10.h5"
+    attrs = FeatureCache(other).attrs
+    assert (attrs["fit"], attrs["grid"], attrs["places"]) == ("pad", 1, 2)
+    crop = FeatureCache(run("--fit", "processor")).attrs["resizing"]
+    assert json.loads(crop)["size"] == {"shortest_edge": 73}  # 256 of 224
+    other.rename(plain)
+    with pytest.raises(ValueError, match="fit .file: pad, asked: None.*grid .file: 1, asked: None"):
+        run()
 
 
 @pytest.fixture
