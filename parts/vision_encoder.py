@@ -236,6 +236,8 @@ def check_kind(source, kinds):
         config = AutoConfig.from_pretrained(source, **as_data(source))
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"cannot be loaded ({first_line(error)}); name a local folder or a hub's model"
+        if isinstance(error, ImportError) and "timm" in str(error):
+            reason = "a model of timm, which is not installed; pip install timm"
         raise ValueError(f"--weights {source}: {reason}") from None
     if kinds and config.model_type not in kinds:
         kind = config.model_type
