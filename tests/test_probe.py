@@ -34,7 +34,7 @@ class Pictures:
     def has_photo(self, image_id):
         return image_id in self.vectors
 
-    def read(self, photos):
+    def read(self, photos, views=None):
         vector = self.vectors.get(photos[0])
         regions = torch.zeros(1, 2, 8) if vector is None else torch.tensor(vector)[None]
         return {"regions": regions, "region_mask": torch.full((1, 2), vector is not None)}
