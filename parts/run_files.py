@@ -104,7 +104,8 @@ KEYS = {
     "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
     "precision": one_of("auto", "float32", "bfloat16"), "word_rule": or_null(*one_of(*RULES)),
 }  # fmt: skip
-NEWER = {"init": None, "word_rule": None, "word_rule_auto": True}  # what a run made before them lacks
+# What runs made before these options were there lack: a new row of `KEYS` needs one here.
+NEWER = {"init": None, "standardise": False, "word_rule": None, "word_rule_auto": True}
 OF_LOG = ("epoch", "loss", "valid_main_f1", "valid_accuracy", "best_epoch")
 
 

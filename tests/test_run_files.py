@@ -42,6 +42,26 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
+# What config.json of the first runs holds that is read again.
+FIRST = (
+    "align bottleneck cache_dir data data_dir dataset decoder dropout eval_batch_size extra extra_len"
+    " features features_made fusion generated generated_made heads img_size labels max_len model notes"
+    " notes_sha256 precision region_dim relevance relevance_loss relevance_median seed shuffle_notes"
+    " shuffle_photos task text_encoder train_share"
+).split()
+
+
+def test_a_run_from_before_an_option_was_there_loads(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({key: config[key] for key in FIRST}))
+    model, _, config = load_run(copied)
+    assert config["word_rule"] == "twitter" and config["init"] is None and not config["standardise"]
+    for key in FIRST:
+        (copied / "config.json").write_text(json.dumps({k: config[k] for k in FIRST if k != key}))
+        with pytest.raises(ValueError, match=f"config.json: no {key}, so not the configuration of a run"):
+            read_config(copied)
+
+
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -198,7 +218,8 @@ def test_a_run_without_its_encoder_asks_no_hub(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("key, value, name", [
-    ("fusion", "add", "fusion add"), ("model", "mine", "model mine"), ("align", {"near": 1}, "alignment near"),
+    ("fusion", "add", "fusion add"), ("model", "mine", "model mine"),
+    ("align", {"near": 1}, "alignment near"),
 ])  # fmt: skip
 def test_a_run_of_a_layer_that_is_not_registered_says_so(copied, key, value, name):
     """Its scores can be read all the same."""
