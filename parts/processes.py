@@ -140,12 +140,13 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Ctrl-C and SIGTERM, until `stack` closes: raised as `Stopped`, or `held` back while a step is computed.
 
-    A second one acts as it did before, so it ends the process at once. Outside of the main thread signals are
-    none of ours, and one that is ignored stays so.
+    Several processes hold it always, since one that leaves alone would have the others wait. A second one
+    acts as it did before, so it ends the process at once. Outside of the main thread signals are none of
+    ours, and one that is ignored stays so.
     """
 
     def __init__(self, stack, processes):
-        self.number, self.holding, self.handlers, self.group = 0, False, {}, None
+        self.number, self.holding, self.handlers, self.group = 0, processes > 1, {}, None
         if processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
@@ -166,12 +167,12 @@ class Stop:
 
     @contextlib.contextmanager
     def held(self):
-        """A signal that comes in this context is raised at its end, if nobody has asked before."""
-        self.holding = True
+        """A signal that comes in this context is raised at its end, in all processes."""
+        before, self.holding = self.holding, True
         yield
-        self.holding = False
-        if self.number:
-            raise Stopped(self.number)
+        self.holding = before
+        if number := self.agreed():
+            raise Stopped(number)
 
     def agreed(self):
         """The number of a signal that has come to any process, else 0; they all ask together, once a step."""

@@ -86,12 +86,17 @@ def run_script(folder, script, *arguments, **more):
     return ended(Script(folder, script, *arguments, **more))[0]
 
 
-def run_together(processes, folder, script, *arguments):
-    """Run one in so many processes, in the environment torchrun gives them: what `ended` returns of each."""
+def start_together(processes, folder, script, *arguments):
+    """`Script`s of one in so many processes, in the environment torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     env["WORLD_SIZE"] = processes
     ranks = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
-    return ended(*(Script(folder, script, *arguments, env=rank) for rank in ranks))
+    return [Script(folder, script, *arguments, env=rank) for rank in ranks]
+
+
+def run_together(*command):
+    """Run `start_together` to its end: what `ended` returns of each."""
+    return ended(*start_together(*command))

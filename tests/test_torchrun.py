@@ -1,11 +1,16 @@
 """Two processes that share the work, against one that does it alone."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from forked import PROJECT, run_script, run_together
+import torch
+from forked import PROJECT, ended, run_script, run_together, start_together
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -70,6 +75,27 @@ def test_two_processes_train_as_one_does(
     assert_close(weights[1], weights[0], rtol=1e-3, atol=2e-5)  # Adam divides by gradients, small ones too
     for one, two in zip(*predictions, strict=True):
         assert (two["id"], two["words"], two["predicted"]) == (one["id"], one["words"], one["predicted"])
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(data_dir, cache_dir, encoder_dir, tmp_path):
+    """Also to the one that writes no state; what they go on with is what they would have had."""
+    fixed = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
+             "--text-encoder", encoder_dir, "--epochs", 400, "--run-dir", tmp_path / "run"]  # fmt: skip
+    both, state = start_together(2, PROJECT, "train.py", *fixed), tmp_path / "run" / "state.pt"
+    try:
+        while not state.exists():
+            assert all(script.poll() is None for script in both)
+            time.sleep(0.05)
+        os.kill(both[1].pid, signal.SIGTERM)
+    finally:
+        results = ended(*both)
+    assert [result.returncode for result in results] == [128 + signal.SIGTERM] * 2, results
+    assert results[0].stderr.count("the same command with --resume goes on") == 1
+    assert "stopped" not in results[1].stderr and "Traceback" not in results[0].stderr + results[1].stderr
+    progress = torch.load(state, weights_only=True)["progress"]
+    epoch, step = progress["epoch"], progress["step"]
+    end = f"|{epoch + 1} after 0" if step == 3 else ""  # between two epochs
+    assert re.search(f"in epoch ({epoch} after {step}{end}) steps", results[0].stderr)
 
 
 def test_two_processes_extract_the_bytes_of_one(data_dir, tmp_path):
