@@ -8,7 +8,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_phrases import train_run as train_phrases
+from test_captions import train_run as train_phrases
 from test_report import HOSTILE, embedded, predictions, train_run
 
 import report

@@ -1,4 +1,4 @@
-"""Phrases said of a photo as its regions: from notes and from captions, in every script."""
+"""What is said of a photo as its regions: token states of captions; phrases, of notes and of captions."""
 
 import base64
 import json
@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 import evaluate
 import extract_features
@@ -25,6 +26,38 @@ from parts.run_files import load_run
 from parts.scores import entity_spans, read_predictions
 from predict import Predictor
 from parts import report_data
+
+
+def test_cached_captions_are_the_encoders_states(data_dir, cache_dir):
+    """Those of transformers' own forward pass over each caption alone, without [CLS] and [SEP]."""
+    cache, folder = FeatureCache(cache_dir / "demo-caption-64.h5"), data_dir / "demo" / "encoder"
+    captions, encoder = (
+        read_captions(data_dir / "demo" / "captions.txt"), AutoModel.from_pretrained(folder).eval()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (
+        cache.shape == (40, 1, 64, 64) and not cache.grid.any() and len(set(cache.num_regions.tolist())) > 1
+    )
+    for image_id in cache.rows:
+        given = tokenizer(captions[f"{image_id}.jpg"], return_tensors="pt")
+        with torch.no_grad():
+            expected = encoder(**given).last_hidden_state[0, 1:-1]
+        regions, mask, _, _ = (value[0] for value in cache.read([image_id]).values())
+        assert mask.sum() == len(expected) and not regions[~mask].any()
+        np.testing.assert_allclose(regions[mask], expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
+
+
+def test_captions_that_say_nothing(data_dir):
+    backbone = load_backbone("caption", str(data_dir / "demo" / "encoder"), 4)
+    captions = {"a": "green hills", "b": "a shop with a white sign", "c": "", "d": None, "e": "no picture"}
+    read = Captions(list(captions), captions, backbone, placeholder="no picture")[range(5)]
+    assert [(None if views is None else tuple(views.shape), status) for views, status, _ in read] == [
+        ((1, 2), OK), ((1, 4), OK), (None, UNREADABLE), (None, MISSING), (None, MISSING)]  # fmt: skip
+    assert [reason for _, _, reason in read] == [
+        "", "cut: 6 sub-tokens", "empty caption", "no caption", "caption of a placeholder picture",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="takes captions of 510 sub-tokens at most"):
+        load_backbone("caption", str(data_dir / "demo" / "encoder"), 511)
 
 
 def words_of(caption):
@@ -289,7 +322,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
     assert page["facts"]["Photos"].startswith("phrases features, size 32") and not page["warnings"][1:]
 
 
-def test_phrases_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
+def test_captions_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
     captions = read_captions(data_dir / "demo" / "captions.txt")
     odd = captions["test_0000.jpg"]
     monkeypatch.setattr(report_data, "phrases_of", lambda said: phrases_of(said)[said == odd :])
@@ -303,7 +336,7 @@ def test_phrases_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir
     assert 0 < lacking < 8 and said in page["warnings"]
 
 
-def test_phrases_that_are_not_here_are_said_and_moved_ones_found(run, data_dir, tmp_path):
+def test_captions_that_are_not_here_are_said_and_moved_ones_found(run, data_dir, tmp_path):
     folder, captions = tmp_path / "moved", data_dir / "demo" / "captions.txt"
     shutil.copytree(run, folder)
     config = json.loads((run / "config.json").read_text())
