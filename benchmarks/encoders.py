@@ -260,8 +260,10 @@ def text_row(kind, folder, words):
 
 
 def image_kinds():
-    """All kinds of models that `AutoModel` builds and that read images alone."""
+    """Kinds of models that `AutoModel` builds and that read images alone, but for timm's."""
     for kind, names in MODEL_MAPPING_NAMES.items():
+        if kind.startswith("timm"):
+            continue
         model = getattr(transformers, names if isinstance(names, str) else names[0], None)
         with contextlib.suppress(ImportError):  # raised by what stands for a model that needs a library
             reads = getattr(model, "input_modalities", "")
@@ -442,13 +444,13 @@ state knows nothing of what comes after it. "refused": in that one line, before 
 
 INTRO_IMAGES = """# Vision encoders tried
 
-Written by `benchmarks/encoders.py --images`, torch {}, transformers {}, timm {}. Those of transformers are
-tiny, of random weights, at 64 pixels; timm's are whole, of random weights, at their own size. What is tried
-is whether `extract_features.py --backbone auto` takes a kind, not how good it is. "works": it makes features of
-two demo photos; "works, to new posts": of all, and a run is trained with them, checked with wrong photos and
-asked about a new post. "refused": in that one line, before anything is written. Pixels, regions (1: a class
-token), width and kB a photo and view are those of the kind's usual configuration, mostly its base size;
-`--grid 7` makes 7 x 7 of the regions' places."""
+Written by `benchmarks/encoders.py --images`, torch {}, transformers {}, timm {}. Those of
+transformers are tiny, of random weights, at 64 pixels; timm's are whole, of random weights, at their own
+size. What is tried is whether `extract_features.py --backbone auto` takes a kind, not how good it is.
+"works": it makes features of two demo photos. "works, to new posts": of all of them, and a run is trained
+with them, checked with wrong photos and asked about a new post. "refused": in that one line, before anything
+is written. Pixels, regions (1: a class token), width and kB a photo and view are those of the kind's usual
+configuration, mostly its base size; empty where they cannot be told without running that."""
 
 if __name__ == "__main__":
     command_line(main)

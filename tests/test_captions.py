@@ -322,7 +322,7 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
     assert page["facts"]["Photos"].startswith("phrases features, size 32") and not page["warnings"][1:]
 
 
-def test_captions_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
+def test_phrases_that_are_not_as_many_as_the_regions_are_not_shown(run, data_dir, tmp_path, monkeypatch):
     captions = read_captions(data_dir / "demo" / "captions.txt")
     odd = captions["test_0000.jpg"]
     monkeypatch.setattr(report_data, "phrases_of", lambda said: phrases_of(said)[said == odd :])
@@ -336,7 +336,7 @@ def test_captions_that_are_not_as_many_as_the_regions_are_not_shown(run, data_di
     assert 0 < lacking < 8 and said in page["warnings"]
 
 
-def test_captions_that_are_not_here_are_said_and_moved_ones_found(run, data_dir, tmp_path):
+def test_phrases_that_are_not_here_are_said_and_moved_ones_found(run, data_dir, tmp_path):
     folder, captions = tmp_path / "moved", data_dir / "demo" / "captions.txt"
     shutil.copytree(run, folder)
     config = json.loads((run / "config.json").read_text())
