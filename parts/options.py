@@ -83,7 +83,7 @@ def add_model(parser):
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
         help="train on all views of a photo")
     add("--standardise", action="store_true", help="regions by the mean and deviation of train's photos,"
-        " channel by channel (stages.py): tried to help ResNet50's")
+        " channel by channel (stages.py); what it brought: docs/PHOTO.md")
     add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
         " the control that tells what the photos are worth")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"

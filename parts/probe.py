@@ -149,8 +149,8 @@ def probe_verdict(result):
     gain, control = result["gain"], result["control_gain"]
     if gain["low"] > 0 and gain["difference"] > control["difference"]:
         return (
-            "the photos tell what the text does not: a fusion should gain at least about as much, and if it"
-            " does not, its training is at fault, not the photos"
+            "the photos tell what the text does not: a fusion should gain about as much; if it does not, look"
+            " at its training first"
         )
     if gain["low"] > 0:
         return "others' photos gain as much: what is gained is not of the photos"
