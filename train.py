@@ -14,6 +14,7 @@ if __name__ == "__main__":
     from parts import threads  # noqa: F401 (before torch, whose threads read it when they are loaded)
 
 import contextlib
+import functools
 import math
 import platform
 import time
@@ -24,6 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from encoding import IGNORE, length_batches, to_device
@@ -32,10 +34,10 @@ from parts.files import write_json, write_json_lines
 from parts.opening import open_inputs
 from parts.options import parse_args
 from parts.posts import mean_regions, predict_posts
-from parts.processes import Stop, Stopped, autocast, fit_threads, gather, join_processes, keep_heap
+from parts.processes import Stop, add_up, autocast, fit_threads, gather, join_processes, keep_heap
 from parts.processes import pick_precision, wait_for_all
 from parts.run_files import start_from
-from parts.runs import begin, check_folder, load_state, save_state, save_weights, settle
+from parts.runs import begin, check_folder, load_state, save_epoch, save_state
 from parts.scores import format_scores, main_score, mentions, score
 from parts.systems import SYSTEMS
 from parts.tracking import Tracker
@@ -128,145 +130,50 @@ def share(posts, chosen, choices, rank, processes):
     return posts.batch([chosen[i] for i in mine], **choices, pictures=bool(weight)), weight
 
 
-class Training:
-    """A model in training: what moves its weights, and `progress`, how far it has come. A state keeps all.
+def answer_split(model, dataset, posts, args, device, rank, processes, split):
+    """The records of `predict_posts` for a split, in all processes, each of which answers its share."""
+    mine = posts[split].part(range(rank, len(posts[split]), processes))
+    known, name = mentions(dataset.examples["train"]), split if rank == 0 else ""
+    settings = dataset.labels, args.eval_batch_size, device, args.precision
+    return gather(predict_posts(model, mine, *settings, known, name), processes)
 
-    `posts`: those of train. `rank`: the number of this process among `processes`, which share each batch.
+
+def mean_losses(model, progress, posts):
+    """{name: mean of a loss since the epoch began, over its `posts`}; of the labels' loss over labels."""
+    sums = dict(zip(model.loss_weights, progress["loss"], strict=True))
+    losses = {"loss": sums.pop("labels") / max(1, progress["labelled"])}
+    return losses | {f"loss_{name}": value / posts for name, value in sums.items()}
+
+
+def rates_of(scheduler, args):
+    """The learning rates of the last step."""
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch - 1)
+    return {"lr": args.lr * factor, "fusion_lr": args.fusion_lr * factor}
+
+
+def log_epoch(progress, args, losses, rates, metrics, seconds, posts):
+    """Add an epoch, scored on valid, to the progress, and say so.
+
+    `seconds`: of training and scoring; `posts`: how many were trained on in that time.
     """
-
-    def __init__(self, model, posts, args, device, rank, processes):
-        self.model, self.parallel, self.posts, self.args, self.device = model, model, posts, args, device
-        self.rank, self.processes = rank, processes
-        if processes > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # 7 times as fast
-        self.lengths = posts.showing(None).lengths()  # with own photos: a control has the batches of its run
-        self.labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in posts.rows])  # of a post
-        steps = args.epochs * len(length_batches(self.lengths, args.batch_size))
-        warmup = int(steps * args.warmup_ratio)
-        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, steps)
-        self.progress = {"best": -1.0, "best_epoch": 0, "log": [], "timing": []}
-        self.begin_epoch(1)
-        self.due = time.monotonic() + min(60, args.save_every)  # the next state
-
-    def begin_epoch(self, number):
-        nothing = {"step": 0, "loss": [0.0] * len(self.model.loss_weights), "labelled": 0}
-        self.progress |= {"epoch": number} | nothing
-
-    def step(self, number, chosen, choices):
-        """One step of all processes over the posts `chosen`: (sum of each loss over them, gradient norm).
-
-        The norm is that before gradients are clipped.
-        """
-        args, model, count = self.args, self.model, int(self.labels[chosen].sum())
-        batch, weight = share(self.posts, chosen, choices, self.rank, self.processes)
-        if self.processes > 1:  # dropout of its own for each, the same again after --resume
-            seeds = np.random.default_rng([args.seed, self.progress["epoch"], number, self.rank])
-            torch.manual_seed(seeds.integers(2**63))
-        with autocast(self.device, args.precision):
-            losses = self.parallel(to_device(batch, self.device), return_losses=True).losses  # {name: [B]}
-        sums = torch.stack([losses[name].sum() for name in model.loss_weights])
-        # Gradients are averaged over processes, hence times their number.
-        loss = model.total(sums, count, len(chosen)) * (weight * self.processes)
-        loss.backward()
-        if self.scheduler.last_epoch == 0:  # the run's first step
-            check_all_train(model, self.optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        sums = sums.detach() * weight
-        if self.processes > 1:
-            torch.distributed.all_reduce(sums)
-        return sums, norm
-
-    def epoch(self, folder, stop, tracker):
-        """Train to the end of the epoch, where a state is kept; returns how many posts that were.
-
-        `Stopped`, after a state, where a signal has come to `stop`.
-        """
-        args, progress, posts, before = self.args, self.progress, self.posts, self.progress["step"]
-        rng = np.random.default_rng([args.seed, progress["epoch"]])
-        batches = length_batches(self.lengths, args.batch_size, rng)
-        loss_sum, labelled = torch.tensor(progress["loss"], device=self.device), progress["labelled"]
-        first_bad = torch.tensor(math.inf, device=self.device)  # step whose loss or gradient is not finite
-        done, name = sum(map(len, batches[:before])), f"epoch {progress['epoch']}"
-        self.model.train()
-        with progress_bar(len(posts), "post", True, initial=done, desc=name, disable=self.rank > 0) as bar:
-            for step, chosen in enumerate(batches, 1):
-                choices = draw(rng, len(chosen), posts, args)
-                if step <= before:  # done before the stop; its random numbers had to be drawn
-                    continue
-                sums, norm = self.step(step, chosen, choices)
-                loss_sum, labelled = loss_sum + sums, labelled + int(self.labels[chosen].sum())
-                bad = ~torch.isfinite(sums.sum() + norm)
-                first_bad = torch.where(bad, first_bad.clamp(max=step), first_bad)
-                bar.update(len(chosen))
-                signal, last = stop.agreed(), step == len(batches)
-                save = signal or last or self.rank == 0 and time.monotonic() >= self.due
-                # Not each step: reading a value makes the device wait. A bad step only stops the run: the
-                # weights have taken it in, the last state has not.
-                if save or step % 50 == 0:
-                    check_finite(first_bad.item(), posts, batches, progress["epoch"], args)
-                    progress |= {"step": step, "loss": loss_sum.tolist(), "labelled": labelled}
-                    seen = sum(map(len, batches[:step]))
-                    losses = self.losses(seen)
-                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
-                    tracker.log(losses | self.rates(), self.scheduler.last_epoch)
-                if save:
-                    self.save(folder)
-                if signal:
-                    wait_for_all(self.processes)  # the first process has written the state
-                    raise Stopped(signal)
-        return len(posts) - done
-
-    def losses(self, posts):
-        """{name: mean of a loss since the epoch began, over its `posts`}; of the labels' loss over labels."""
-        sums = dict(zip(self.model.loss_weights, self.progress["loss"], strict=True))
-        losses = {"loss": sums.pop("labels") / max(1, self.progress["labelled"])}
-        return losses | {f"loss_{name}": value / posts for name, value in sums.items()}
-
-    def rates(self):
-        """The learning rates of the last step."""
-        share = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch - 1)
-        return {"lr": self.args.lr * share, "fusion_lr": self.args.fusion_lr * share}
-
-    def log_epoch(self, metrics, seconds):
-        """Add the epoch, scored on valid, to the progress; returns whether it is the best, and a line on it.
-
-        `seconds`: of training and scoring.
-        """
-        progress, losses, rates = self.progress, self.losses(len(self.posts)), self.rates()
-        main_f1, accuracy = main_score(metrics), metrics.get("token", metrics.get("row"))["accuracy"]
-        best, epoch = main_f1 > progress["best"], progress["epoch"]
-        if best:
-            progress |= {"best": main_f1, "best_epoch": epoch}
-        log = {"epoch": epoch} | losses | rates | {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
-        progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
-        progress["timing"].append({"epoch": epoch, "train_s": seconds[0], "valid_s": seconds[1]})
-        name = "entity" if metrics["task"] == "ner" else "micro"
-        parts = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in losses.items()]
-        parts += [f"lr {rates['lr']:.2g}", f"valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"]
-        return best, "  ".join(parts)
-
-    def save(self, folder):
-        """Write the state, in the first process."""
-        if self.rank == 0:
-            self.due = time.monotonic() + self.args.save_every
-            path = folder / "state.pt"
-            save_state(path, self.progress, self.model, self.optimizer, self.scheduler, self.device)
-
-    def load(self, folder):
-        """Go on from a state."""
-        path = folder / "state.pt"
-        self.progress = load_state(path, self.model, self.optimizer, self.scheduler, self.device)
-        print(f"resuming   in epoch {self.progress['epoch']} after {self.progress['step']} steps")
+    epoch, main_f1 = progress["epoch"], main_score(metrics)
+    accuracy, best = metrics.get("token", metrics.get("row"))["accuracy"], main_f1 > progress["best"]
+    if best:
+        progress |= {"best": main_f1, "best_epoch": epoch}
+    log = {"epoch": epoch} | losses | rates | {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
+    progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
+    progress["timing"].append({"epoch": epoch, "train_s": seconds[0], "valid_s": seconds[1]})
+    name = "entity" if metrics["task"] == "ner" else "micro"
+    parts = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in losses.items()]
+    parts += [f"lr {rates['lr']:.2g}", f"valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"]
+    speed = f"{posts / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
+    print(f"epoch {epoch}/{args.epochs}", *parts, speed, sep="  ", flush=True)
 
 
 def score_splits(model, dataset, answers, run_dir, epoch, prints, rank):
     """Score valid and test, once, with the weights of the best epoch: records and metrics into the folder.
 
-    Returns {split: metrics}.
+    Returns {"best_SPLIT_main_f1": score}.
     """
     load_model(model, str(run_dir / "model.safetensors"))
     scores = {}
@@ -275,11 +182,12 @@ def score_splits(model, dataset, answers, run_dir, epoch, prints, rank):
             print(f"{dataset.name} has no {split} file: no {split} scores")
             continue
         records = answers(split)
-        scores[split] = score(records) | {"data": prints[split]}
+        metrics = score(records) | {"data": prints[split]}
+        scores[f"best_{split}_main_f1"] = main_score(metrics)
         if rank == 0:
             write_json_lines(run_dir / f"predictions-{split}.jsonl", records)
-            write_json(run_dir / f"metrics-{split}.json", scores[split])
-        print(format_scores(scores[split], f"\n{run_dir.name} {split}, epoch {epoch}"))
+            write_json(run_dir / f"metrics-{split}.json", metrics)
+        print(format_scores(metrics, f"\n{run_dir.name} {split}, epoch {epoch}"))
     return scores
 
 
@@ -294,15 +202,12 @@ def how_to_go_on(args, progress):
     return f"{args.run_dir}: stopped {place}; {command} goes on"
 
 
-def run(args, stack):
-    """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
-    keep_heap()
-    rank, processes, device = join_processes(args.device)
-    args.precision, run_dir = pick_precision(args.precision, device), Path(args.run_dir)
+def set_up(args, run_dir, device, processes):
+    """(model, tokenizer, data set, {split: `Posts`}, configuration) of a run."""
     check_folder(run_dir, args)
     if processes > 1 and "local" in args.align:
         raise ValueError("--align local: needs all posts of a batch in one process; leave torchrun out")
-    tracker = Tracker(args.track if rank == 0 else None)
+    keep_heap()
     torch.manual_seed(args.seed)
     dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)
     config = vars(args) | facts | {"word_rule_auto": args.word_rule == "auto"}
@@ -316,50 +221,95 @@ def run(args, stack):
         if not real.any():
             raise ValueError("--standardise: no post of train has a photo; leave it out")
         model.standardise.fit(torch.from_numpy(means[real]))
-    config |= tell_parameters(model, args)
-    training = Training(model, posts["train"], args, device, rank, processes)
-    folder = begin(args, config, encoder, tokenizer, rank, processes, stack)
+    return model, tokenizer, dataset, posts, config | tell_parameters(model, args)
+
+
+def run(args, stack):
+    """Train and score one run; returns its folder. What must be closed at the end goes on `stack`."""
+    rank, processes, device = join_processes(args.device)  # which share each batch
+    args.precision, run_dir = pick_precision(args.precision, device), Path(args.run_dir)
+    tracker = Tracker(args.track if rank == 0 else None)
+    model, tokenizer, dataset, posts, config = set_up(args, run_dir, device, processes)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if processes > 1 else model
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True)  # 7 times as fast
+    train = posts["train"]
+    lengths = train.showing(None).lengths()  # with own photos: a control has the batches of its run
+    labels = np.array([np.not_equal(row["labels"], IGNORE).sum() for row in train.rows])  # of a post
+    steps = args.epochs * len(length_batches(lengths, args.batch_size))
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(steps * args.warmup_ratio), steps)
+    folder = begin(args, config, model.encoder, tokenizer, rank, processes, stack)
     if folder is None:  # finished
         return run_dir
-    known = mentions(dataset.examples["train"])
-
-    def answers(split):
-        mine = posts[split].part(range(rank, len(posts[split]), processes))
-        settings = dataset.labels, args.eval_batch_size, device, args.precision
-        name = split if rank == 0 else ""  # of the bar; without, there is none
-        return gather(predict_posts(model, mine, *settings, known, name), processes)
-
+    fresh = {"step": 0, "loss": [0.0] * len(model.loss_weights), "labelled": 0}  # in an epoch
+    progress = {"best": -1.0, "best_epoch": 0, "log": [], "timing": [], "epoch": 1} | fresh
     if (folder / "state.pt").exists():
-        training.load(folder)
+        progress = load_state(folder / "state.pt", model, optimizer, scheduler, device)
+    answers = functools.partial(answer_split, model, dataset, posts, args, device, rank, processes)
     tracker.begin(dataset.name, run_dir.name, config, stack)
-    stop, progress = Stop(stack, processes), training.progress
-    try:
-        while progress["epoch"] <= args.epochs:
-            times, epoch = [time.perf_counter()], progress["epoch"]
-            with stop.held():
-                count = training.epoch(folder, stop, tracker)
-            times.append(time.perf_counter())
-            metrics = score(answers("valid"))
-            times.append(time.perf_counter())
-            with stop.held():
-                seconds = times[1] - times[0], times[2] - times[1]
-                best, line = training.log_epoch(metrics, seconds)
-                if rank == 0:
-                    if best:
-                        save_weights(model, folder)
-                    for name in ("log", "timing"):
-                        write_json_lines(folder / f"{name}.jsonl", progress[name])
-                    if folder != run_dir:  # it has something to show now: the old run makes room
-                        folder = settle(run_dir)
-                tracker.log(progress["log"][-1], training.scheduler.last_epoch)
-                speed = f"{count / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
-                print(f"epoch {epoch}/{args.epochs}  {line}  {speed}", flush=True)
-                training.begin_epoch(epoch + 1)
-        wait_for_all(processes)
-        scores = score_splits(model, dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
-    except Stopped as error:
-        raise Stopped(error.number, how_to_go_on(args, progress) if rank == 0 else "") from None
-    tracker.log({f"best_{split}_main_f1": main_score(metrics) for split, metrics in scores.items()}, None)
+    stop = Stop(stack, processes, lambda: how_to_go_on(args, progress) if rank == 0 else "")
+    due = time.monotonic() + min(60, args.save_every)  # the next state
+
+    while (epoch := progress["epoch"]) <= args.epochs:
+        times, rng = [time.perf_counter()], np.random.default_rng([args.seed, epoch])
+        batches, before = length_batches(lengths, args.batch_size, rng), progress["step"]
+        seen = done = sum(map(len, batches[:before]))  # posts
+        sums, labelled = torch.tensor(progress["loss"], device=device), progress["labelled"]
+        bad = torch.tensor(math.inf, device=device)  # the first step whose loss or gradient is not finite
+        bar = progress_bar(len(train), "post", True, initial=done, desc=f"epoch {epoch}", disable=rank > 0)
+        model.train()
+        with stop.held(), bar:
+            for step, chosen in enumerate(batches, 1):
+                choices, count = draw(rng, len(chosen), train, args), int(labels[chosen].sum())
+                if step <= before:  # done before the stop; its random numbers had to be drawn
+                    continue
+                batch, weight = share(train, chosen, choices, rank, processes)
+                if processes > 1:  # dropout of its own for each, the same again after --resume
+                    torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
+                with autocast(device, args.precision):
+                    losses = parallel(to_device(batch, device), return_losses=True).losses  # {name: [B]}
+                own = torch.stack([losses[name].sum() for name in model.loss_weights])
+                # Gradients are averaged over processes, hence times their number.
+                loss = model.total(own, count, len(chosen)) * (weight * processes)
+                loss.backward()
+                if scheduler.last_epoch == 0:  # the run's first step
+                    check_all_train(model, optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                of_step = add_up(own.detach() * weight, processes)
+                sums, labelled, seen = sums + of_step, labelled + count, seen + len(chosen)
+                bad = torch.where(torch.isfinite(of_step.sum() + norm), bad, bad.clamp(max=step))
+                bar.update(len(chosen))
+                signal = stop.agreed()
+                save = signal or step == len(batches) or rank == 0 and time.monotonic() >= due
+                # Not each step: reading a value makes the device wait. A bad step only stops the run: the
+                # weights have taken it in, the last state has not.
+                if save or step % 50 == 0:
+                    check_finite(bad.item(), train, batches, epoch, args)
+                    progress |= {"step": step, "loss": sums.tolist(), "labelled": labelled}
+                    losses = mean_losses(model, progress, seen)
+                    bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
+                    tracker.log(losses | rates_of(scheduler, args), scheduler.last_epoch)
+                if save and rank == 0:
+                    save_state(folder / "state.pt", progress, model, optimizer, scheduler, device)
+                    due = time.monotonic() + args.save_every
+                if signal:
+                    wait_for_all(processes)  # the first process has written the state; `held` raises
+                    break
+        times.append(time.perf_counter())
+        metrics = score(answers("valid"))
+        times.append(time.perf_counter())
+        with stop.held():  # at whose end all have waited for the files of the first
+            numbers = mean_losses(model, progress, len(train)), rates_of(scheduler, args)
+            log_epoch(progress, args, *numbers, metrics, np.diff(times).tolist(), len(train) - done)
+            if rank == 0:
+                folder = save_epoch(run_dir, folder, progress, model)
+            tracker.log(progress["log"][-1], scheduler.last_epoch)
+            progress |= fresh | {"epoch": epoch + 1}
+
+    scores = score_splits(model, dataset, answers, run_dir, progress["best_epoch"], config["data"], rank)
+    tracker.log(scores, None)
     if rank == 0:
         (run_dir / "state.pt").unlink(missing_ok=True)  # finished
     return run_dir

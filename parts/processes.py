@@ -117,6 +117,13 @@ def wait_for_all(processes):
         torch.distributed.barrier()
 
 
+def add_up(numbers, processes):
+    """A tensor of this process plus those of all others."""
+    if processes > 1:
+        torch.distributed.all_reduce(numbers)
+    return numbers
+
+
 def gather(part, processes):
     """The whole list, in every process, of what each has, a part [rank::processes] of it."""
     if processes == 1:
@@ -130,7 +137,7 @@ def gather(part, processes):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, the signal `number`, where a state is kept; the text says how to go on."""
+    """Ctrl-C or SIGTERM, the signal `number`; the text says how to go on."""
 
     def __init__(self, number, text=""):
         super().__init__(text)
@@ -140,13 +147,14 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """Ctrl-C and SIGTERM, until `stack` closes: raised as `Stopped`, or `held` back while a step is computed.
 
-    Several processes hold it always, since one that leaves alone would have the others wait. A second one
-    acts as it did before, so it ends the process at once. Outside of the main thread signals are none of
-    ours, and one that is ignored stays so.
+    `advice`: gives its text. Several processes hold it always, since one that leaves alone would have the
+    others wait. A second one acts as it did before, so it ends the process at once. Outside of the main
+    thread signals are none of ours, and one that is ignored stays so.
     """
 
-    def __init__(self, stack, processes):
+    def __init__(self, stack, processes, advice):
         self.number, self.holding, self.handlers, self.group = 0, processes > 1, {}, None
+        self.advice = advice
         if processes > 1:
             self.group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
@@ -163,16 +171,16 @@ class Stop:
         self.put_back()
         self.number = number
         if not self.holding:
-            raise Stopped(number)
+            raise Stopped(number, self.advice())
 
     @contextlib.contextmanager
     def held(self):
-        """A signal that comes in this context is raised at its end, in all processes."""
+        """A signal that comes in this context is raised at its end, in all processes, which wait there."""
         before, self.holding = self.holding, True
         yield
         self.holding = before
         if number := self.agreed():
-            raise Stopped(number)
+            raise Stopped(number, self.advice())
 
     def agreed(self):
         """The number of a signal that has come to any process, else 0; they all ask together, once a step."""

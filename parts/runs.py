@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from parts.console import first_line
-from parts.files import check_output, is_temporary, replacing, write_json
+from parts.files import check_output, is_temporary, replacing, write_json, write_json_lines
 from parts.processes import lock, out_of_memory, wait_for_all
 from parts.run_files import read_bytes, read_config
 from parts.systems import system_name
@@ -194,6 +194,7 @@ def load_state(path, model, optimizer, scheduler, device):
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and device.startswith("cuda"):
             torch.cuda.set_rng_state(state["cuda_rng"], device)
+        print(f"resuming   in epoch {state['progress']['epoch']} after {state['progress']['step']} steps")
         return state["progress"]
     except (*BROKEN, RuntimeError, ValueError) as error:
         if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
@@ -212,6 +213,15 @@ def save_weights(model, run_dir):
             save_model(model, str(temporary))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({first_line(error)}); make room, then --resume") from None
+
+
+def save_epoch(run_dir, folder, progress, model):
+    """Write what an epoch has brought; returns the run's folder: one in `COMING`, not empty now, moves up."""
+    if progress["best_epoch"] == progress["epoch"]:
+        save_weights(model, folder)
+    for name in ("log", "timing"):
+        write_json_lines(folder / f"{name}.jsonl", progress[name])
+    return settle(run_dir) if folder != run_dir else folder
 
 
 def flat(config, prefix=""):

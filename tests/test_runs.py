@@ -149,7 +149,7 @@ def test_a_kill_while_the_new_run_moves_up_loses_neither(flags, folder, tmp_path
     for stop in range(0, 30, 3):
         copy = shutil.copytree(folder, tmp_path / f"stopped{stop}")
         with monkeypatch.context() as patch:
-            patch.setattr(train, "settle", settle)
+            patch.setattr(runs, "settle", settle)
             with pytest.raises(Kill):
                 run(flags, copy, "--overwrite")
         left, moved = float("inf"), not (copy / runs.COMING).exists()
@@ -261,8 +261,8 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monk
     flags = [*flags[:-4], *more, "--save-every", 0, "--epochs", 3]  # without --fusion none
     whole = run(flags, tmp_path / "whole")
     assert not (whole / "state.pt").exists()
-    places = {"replace": os, "save_weights": train, "save_state": train, "write_json_lines": train,
-              "score": train}  # fmt: skip
+    places = [(os, "replace"), (runs, "save_weights"), (train, "save_state"), (train, "score"),
+              (train, "write_json_lines"), (runs, "write_json_lines")]  # fmt: skip
     calls, stop_at = 0, 0
 
     class Stop(BaseException):
@@ -278,7 +278,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, data_dir, monk
 
         return call
 
-    for name, module in places.items():
+    for module, name in places:
         monkeypatch.setattr(module, name, stopping(getattr(module, name)))
     run(flags, tmp_path / "counted")
     total = calls
@@ -354,10 +354,10 @@ def signals(monkeypatch, place, name, numbers, at):
 
 
 @pytest.mark.parametrize("number, place, name, at, said", [
-    (signal.SIGINT, train.Training, "step", 2, "in epoch 1 after 2 steps"),
-    (signal.SIGTERM, train.Training, "step", 4, "in epoch 2 after 1 steps"),
+    (signal.SIGINT, train, "add_up", 2, "in epoch 1 after 2 steps"),
+    (signal.SIGTERM, train, "add_up", 4, "in epoch 2 after 1 steps"),
     (signal.SIGTERM, train, "score", 1, "in epoch 1 after 3 steps"),
-    (signal.SIGINT, train, "save_weights", 1, "in epoch 2 after 0 steps"),
+    (signal.SIGINT, runs, "save_weights", 1, "in epoch 2 after 0 steps"),
     (signal.SIGINT, train, "score", 3, "while its best epoch was scored"),
 ])  # fmt: skip
 def test_a_signal_leaves_a_state_that_lacks_no_step(
@@ -371,7 +371,7 @@ def test_a_signal_leaves_a_state_that_lacks_no_step(
     assert stop.value.number == number and [signal.getsignal(n) for n in (2, 15)] == handlers
     assert str(stop.value).endswith("the same command with --resume goes on")
     progress = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]
-    if place is train.Training:
+    if name == "add_up":
         assert (progress["epoch"], progress["step"]) == ((1, 2) if at == 2 else (2, 1))
     capsys.readouterr()
     run(flags, tmp_path / "run", "--resume")
@@ -380,7 +380,7 @@ def test_a_signal_leaves_a_state_that_lacks_no_step(
 
 
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
-    signals(monkeypatch, train.Training, "step", [signal.SIGINT, signal.SIGINT], 2)
+    signals(monkeypatch, train, "add_up", [signal.SIGINT, signal.SIGINT], 2)
     with pytest.raises(KeyboardInterrupt) as stop:
         run(flags, tmp_path / "run")
     assert not isinstance(stop.value, Stopped) and not (tmp_path / "run" / "state.pt").exists()
