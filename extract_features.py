@@ -249,7 +249,9 @@ def verify(cache):
         return
     writer = FeatureWriter(cache.path, lock(cache.path, os.O_RDWR), cache.attrs, cache.ids)
     with contextlib.closing(writer):
-        writer.undo(damaged)
+        os.replace(cache.path, unfinished(cache.path))  # not to stand over rows that are not done
+        for row in damaged:
+            writer.put("status", row, 0)
     names = ", ".join(cache.ids[row] for row in damaged[:20])
     raise ValueError(
         f"{cache.path}: {len(damaged)} of {len(cache.ids)} rows are damaged ({names});"

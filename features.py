@@ -8,6 +8,8 @@
     writer = FeatureWriter(path, os.open(path, os.O_RDWR), settings, image_ids)
     writer.write(row, regions, (rows, columns), OK, "")     # regions [views, r, D], r <= R
 
+    write_features("mine.h5", {"1.jpg": array, "2.jpg": None})    # regions [r, D] that you made yourself
+
 Needs torch, numpy and h5py only, and nothing else of this project: copy the file and use it.
 """
 
@@ -32,6 +34,7 @@ REASON_WIDTH = 200  # bytes kept of why a photo could not be read
 BOX_COLUMNS = ("boxes", "box_labels")  # of a file whose regions are those of boxes
 LABEL_WIDTH = 40  # bytes kept of what a box holds
 LARGEST = 2**16  # bytes of an attribute, at most
+ELSEWHERE = "elsewhere"  # the "backbone" of regions that `write_features` was given
 
 
 def columns_of(shape, kind, width, boxes=False):
@@ -184,15 +187,12 @@ def reserve(path, size, flags=0):
     """Take `size` bytes on disk for a file, opened with `flags`; OSError if there is not so much."""
     fd = os.open(path, os.O_RDWR | flags, 0o644)
     try:
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            os.posix_fallocate(fd, 0, size)
-        else:
-            os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # some file systems take none ahead
-            return os.ftruncate(fd, max(size, os.fstat(fd).st_size))
-        need = f"no room for {size:,} bytes ({error.strerror})"
-        raise OSError(f"{path.parent}: {need}; make room or lower --views") from None
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:  # macOS has no such call, some file systems take none ahead
+        if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            need = f"no room for {size:,} bytes ({error.strerror})"
+            raise OSError(f"{path.parent}: {need}; make room or lower --views") from None
+        os.ftruncate(fd, max(size, os.fstat(fd).st_size))
     finally:
         os.close(fd)
 
@@ -285,12 +285,6 @@ class FeatureWriter:
         self.put("status", row, status)
         self.status[row] = status
 
-    def undo(self, rows):
-        """Mark rows of a finished file as not done; first it loses its name, not to stand over them."""
-        os.replace(self.path, unfinished(self.path))
-        for row in rows:
-            self.put("status", row, 0)
-
 
 def refuse_other_settings(path, settings):
     """`read_layout`; ValueError that names every setting in which the file differs from those asked for.
@@ -304,6 +298,53 @@ def refuse_other_settings(path, settings):
         reason = f"made with other settings: {'; '.join(others)}"
         raise ValueError(f"{path}: {reason}; another --cache-dir keeps both")
     return attrs, columns
+
+
+def as_regions(image_id, values, width=None):
+    """Values [R, D] of a photo as float16; ValueError if they are no regions, or not `width` wide."""
+    fault = ""
+    try:
+        with np.errstate(over="ignore"):  # what does not fit is infinite then
+            regions = np.asarray(values, np.float32).astype(np.float16)
+        if regions.ndim != 2 or not 0 < len(regions) < 2**16 or not regions.shape[1]:
+            fault = f"of shape {list(regions.shape)}, not [1 to 65535, width]; give None for a photo without"
+        elif width not in (None, regions.shape[1]):
+            fault = f"{regions.shape[1]} wide, others {width}"
+        elif not finite(regions):
+            fault = "not finite as float16, up to 65504; scale them"
+    except (TypeError, ValueError) as error:
+        fault = f"no array of numbers ({error})"
+    if fault:
+        raise ValueError(f"photo {image_id}: its regions are {fault}")
+    return regions
+
+
+def write_features(path, photos, source="unknown"):
+    """Make a feature file of your own regions, for train.py --model bert-vision --features PATH.
+
+    `photos`: {photo id, as the posts name it: array [R, D], or None where there is none}; R may differ from
+    photo to photo. Each is read twice, so a mapping may load it when asked for. `source`: what made them.
+    ValueError names a photo whose regions do not fit, or `path` if it is there.
+    """
+    path, most, width = Path(path), 0, None
+    if path.exists() or unfinished(path).exists():
+        raise ValueError(f"{path}: is there already, or begun; name another file, or move it away")
+    for image_id, values in photos.items():
+        if values is not None:
+            rows, width = as_regions(image_id, values, width).shape
+            most = max(most, rows)
+    if not most:
+        raise ValueError(f"{path}: no photo has regions; give some")
+    settings = {"format": FORMAT, "backbone": ELSEWHERE, "weights": source}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, ids = unfinished(path), list(photos)
+    create_file(partial, ids, [0] * len(ids), (len(ids), 1, most, width), "float16", settings)
+    writer = FeatureWriter(partial, os.open(partial, os.O_RDWR), settings, ids)
+    for row, (image_id, values) in enumerate(photos.items()):
+        regions = None if values is None else as_regions(image_id, values, width)[None]
+        writer.write(row, regions, (0, 0), *((MISSING, "none given") if values is None else (OK, "")))
+    writer.close()
+    os.replace(partial, path)
 
 
 class Regions:
@@ -435,7 +476,7 @@ class FeatureCache(Regions):
         fault = "damaged" if finite(self.regions[row]) else "not finite, so damaged"
         where = f"{self.path}: the features of photo {self.ids[row]} are {fault} ({view})"
         advice = "--verify finds all such rows, and the same command without it then repairs them"
-        return ValueError(f"{where}; extract_features.py {advice}")
+        return ValueError(f"{where}; extract_features.py {advice}; make others' files anew")
 
     def keep_on(self, device):
         """Copy all regions to a device, every row checked; `read` then takes them there, where they stay."""

@@ -69,14 +69,15 @@ class Predictor:
     `device`: by default cuda where there is one. `weights`: of the backbone, as extract_features.py takes
     them; needed only if they were a local file. `precision`: "float32" or "bfloat16", by default the run's
     own on a GPU and float32 on a CPU. `root`: the folder that photos may come from, for posts of strangers;
-    what leads out of it is no photo, and no note tells what lies there. ValueError if the weights are not
+    what leads out of it is no photo, and no note tells what lies there. `features`: of a run whose regions
+    were made elsewhere, a file of `write_features` with those of the photos, by their names. ValueError if the weights are not
     those the run's features were made with. A run with --generated answers without second pictures, as it
     answers a post that has none. In a child forked after it was made (gunicorn --preload) it computes with
     one thread; on a GPU make it there. It leaves seeds and settings of the program that uses it alone.
     On cores that others use too, set GOMP_SPINCOUNT=1000 (KMP_BLOCKTIME=0 on macOS) before torch is imported.
     """
 
-    def __init__(self, run_dir, device=None, weights=None, precision=None, root=None):
+    def __init__(self, run_dir, device=None, weights=None, precision=None, root=None, features=None):
         if root is not None and not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: no such folder; name as root the one that photos may come from")
         self.root = None if root is None else os.path.realpath(root)
@@ -88,7 +89,7 @@ class Predictor:
             if self.provenance:
                 backbone = self.provenance["backbone"]
                 self.source = backbone if backbone in WORDED else "image"
-                self.backbone = run_backbone(self.provenance, weights)
+                self.backbone = run_backbone(self.provenance, weights, self.config["region_dim"], features)
                 self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.boxed = bool(self.provenance) and "boxes_sha256" in self.provenance
         self.precision = precision or precision_on(self.device, self.config)
@@ -170,8 +171,7 @@ class Predictor:
     def rows(self, read):
         """The rows of `encode` of posts, with their notes; answers say how many words were cut off."""
         # Twice --max-len: some words, parts of emojis, have no piece.
-        near_ones = [near(post.example, 2 * self.config["max_len"]) for post in read]
-        examples, gone = zip(*near_ones, strict=True)
+        examples, gone = zip(*(near(post.example, 2 * self.config["max_len"]) for post in read), strict=True)
         rows, _ = encode(self.tokenizer, examples, self.config["labels"], self.config["max_len"])
         for row, count in zip(rows, gone, strict=True):
             row["cut_words"] += count
@@ -361,6 +361,7 @@ def parse_args(argv):
     what.add_argument("--words", nargs="+", metavar="WORD", help="one post, as words")
     what.add_argument("--input", metavar="FILE", help="many posts: JSON lines with text or words, image, id")
     add("--weights", metavar="FILE", help="of the backbone (default: what the run knows of them)")
+    add("--features", metavar="FILE", help="of photos, for runs on regions made elsewhere (default: none)")
     add("--precision", choices=("float32", "bfloat16"), help="default: the run's on a GPU, float32 on a CPU")
     add("--device", default=default_device(), help="that runs the model (default: %(default)s here)")
     add = parser.add_argument_group("beside --text or --words (default: none)").add_argument
@@ -404,7 +405,7 @@ def check_options(args, predictor):
     uses = {"head": relations, "tail": relations, "image": source == "image"}
     uses |= {"caption": source in WORDED, "phrases": source == "phrases"}
     uses |= {name: name in keys for name in ("about_post", "about_photo", "relevance")}
-    uses |= {"images": source is not None, "weights": source is not None}
+    uses |= dict.fromkeys(("images", "weights", "features"), source is not None)
     for name, use in uses.items():
         if getattr(args, name) is not None and not use:
             inputs = " and ".join(filter(None, ("text", source, *keys)))
@@ -421,11 +422,12 @@ def check_options(args, predictor):
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    predictor = Predictor(args.run, args.device, args.weights, args.precision)
+    predictor = Predictor(args.run, args.device, args.weights, args.precision, features=args.features)
     fit_threads(predictor.model, predictor.backbone.parameters if predictor.backbone else 0)
     check_options(args, predictor)
     if args.input is not None:
         run = run_digits(args.run, args.precision)
+        run += predictor.backbone.cache.sha256.encode() if args.features else b""
         try:
             return answer_file(predictor, run, args.input, args.output, args.shard, args.images)
         except OSError as error:
@@ -433,15 +435,14 @@ def main(argv=None):
                 raise
             full = f"{args.output}: {error.strerror}; the answers so far are kept"
             raise OSError(f"{full}: make room, and the same command goes on") from None
-    names = [name for name in ("text", "words", *BESIDE_TEXT) if getattr(args, name) is not None]
-    (answer,) = predictor([{name: getattr(args, name) for name in names}])
+    values = {name: getattr(args, name) for name in ("text", "words", *BESIDE_TEXT)}
+    answer = predictor({name: value for name, value in values.items() if value is not None})
     if "error" in answer:
         raise ValueError(f"the post: {answer['error']}")
     if "note" in answer:
         print(answer["note"], file=sys.stderr)
     if "cut_words" in answer:
-        cut = f"the last {answer['cut_words']} words were not read: the run's --max-len cuts them off"
-        print(cut, file=sys.stderr)
+        print(f"the last {answer['cut_words']} words were cut off, by the run's --max-len", file=sys.stderr)
     print(json.dumps(answer, ensure_ascii=False) if args.json else format_answer(answer))
 
 

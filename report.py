@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import NONE, photo_names
+from features import ELSEWHERE
 from parts.console import bounded, command_line
 from parts.datasets import SPLITS, TEXT_PLACES, first_existing, locate
 from parts.files import check_output, replacing
@@ -25,7 +26,7 @@ from parts.opening import dataset_now
 from parts.photos import image_folders
 from parts.processes import check_device, default_device
 from parts.report_data import MISSING, attention, image_check_line, load_photos, notes_line, open_regions
-from parts.report_data import posts_of, shown_boxes, shown_phrases
+from parts.report_data import posts_of, shown_boxes, shown_phrases, shown_regions
 from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
 from parts.run_table import is_control
 from parts.scores import entity_spans, rate_text, read_predictions, score
@@ -191,6 +192,8 @@ def what_was_read(args, run, config, records, split, kept, warnings):
         raise ValueError(f"--captions {args.captions}: the run read no phrases; leave it out")
     if cache is not None and cache.boxes:
         phrases = shown_boxes(cache)
+    elif cache is not None and cache.attrs["backbone"] == ELSEWHERE:
+        phrases = shown_regions(cache)
     try:
         if cache is not None and on_phrases:
             phrases = shown_phrases(config, cache, args.data_dir, args.captions)
@@ -230,7 +233,9 @@ def facts_of(run, config, split, records, log, shown):
     }  # fmt: skip
     system = [config["model"], *(f"{name} {value}" for name, value in parts.items() if value is not None)]
     regions = "not used"
-    if features:
+    if features and features["backbone"] == ELSEWHERE:
+        regions = f"regions made elsewhere ({features['weights']}); where they lie in a photo is not known"
+    elif features:
         regions = ", ".join([
             f"{features.get('encoder', features['backbone'])} features", f"size {features['img_size']}",
             *(f"{key} {features[key]}" for key in ("fit", "grid") if key in features),

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from features import OK, about_crc32
+from features import ELSEWHERE, OK, about_crc32
 
 
 def require_room(path, size):
@@ -53,13 +53,16 @@ def require_photos(cache, image_ids, dataset):
     """ValueError if the file lacks photos of a data set: it is another's, or of a part of this one."""
     photos = (photo for image_id in image_ids for photo in cache.photos_of(image_id))
     absent = [photo for photo in photos if photo not in cache.rows]
-    if absent:
-        raise ValueError(
-            f"{cache.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
-            f" {absent[0]}); it was made for {cache.attrs.get('dataset')}. Was the text another, or"
-            f" --limit set? Name {dataset}'s own file, or make it: extract_features.py"
-            f" --dataset {dataset}"
-        )
+    if not absent:
+        return
+    advice = (f"it was made for {cache.attrs.get('dataset')}. Was the text another, or --limit set? Name"
+              f" {dataset}'s own file, or make it: extract_features.py --dataset {dataset}")  # fmt: skip
+    if cache.attrs.get("backbone") == ELSEWHERE:
+        advice = f"give write_features all of them, None for one without; it has {', '.join(cache.ids[:3])} ..."
+    raise ValueError(
+        f"{cache.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
+        f" {absent[0]}); {advice}"
+    )
 
 
 def point_out_alike(cache):

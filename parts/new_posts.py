@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data import NONE, NerExample, RelationExample
-from features import UNREADABLE, Regions
+from features import ELSEWHERE, MISSING, OK, UNREADABLE, FeatureCache, Regions
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
 from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
@@ -192,12 +192,57 @@ def inside(path, root):
     return real if os.path.commonpath((real, root)) == root else None
 
 
-def run_backbone(made, weights=None):
+class Given:
+    """In the place of a backbone, where a feature file alone has the regions of photos, by their names.
+
+    `made`: the `features_made` of the run, whose regions are `width` wide; `path`: the file of
+    `write_features`, None where there is none, and so no regions.
+    """
+
+    same_size, dtype, parameters = True, np.float16, 0
+
+    def __init__(self, made, width, path):
+        self.regions, self.cache, self.shape = torch.nn.Identity(), None, (1, width)
+        if path is None:
+            return
+        self.cache = FeatureCache(path)
+        self.shape = self.cache.shape[2:]
+        sides = (self.cache.attrs["backbone"], self.cache.attrs["weights"], self.shape[1])
+        if sides != (ELSEWHERE, made["weights"], width):
+            raise ValueError(f"{path}: regions made by {sides[1]}, {sides[2]} wide; the run's by"
+                             f" {made['weights']}, {width} wide; name others with --features")  # fmt: skip
+
+    def read(self, name):
+        """(regions [1, n, D] or None, status, reason) of a photo by its name, a path or an opened image's."""
+        if self.cache is None:
+            return None, MISSING, "regions are made elsewhere; --features names their file"
+        row = self.cache.rows.get(os.path.basename(name))
+        if row is None:
+            return None, MISSING, f"not in {self.cache.path}"
+        batch, status = self.cache.read([self.cache.ids[row]]), int(self.cache.status[row])
+        regions = batch["regions"][batch["region_mask"]][None].numpy()
+        return regions if status == OK else None, status, self.cache.reasons[row]
+
+    def look(self, views, device, each):
+        return views
+
+    def grid(self, views):
+        return 0, 0
+
+
+def run_backbone(made, weights=None, width=None, features=None):
     """The backbone that made a run's features, from what the run knows of them (`features_made`).
 
-    `weights`: where they are, if the run knows them by their digits alone. ValueError if they are absent, or
-    others.
+    `weights`: where they are, if the run knows them by their digits alone. `features`: of a run on regions
+    `width` wide that were made elsewhere, the file of those of new photos. ValueError if what is needed is
+    absent, or another.
     """
+    if made["backbone"] == ELSEWHERE:
+        if weights:
+            raise ValueError(f"--weights {weights}: the run's regions were made elsewhere; leave it out")
+        return Given(made, width, features)
+    if features:
+        raise ValueError(f"--features {features}: the run makes regions of photos itself; leave it out")
     named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
     kind = made["weights"].split("-")[0]
     if weights is None and kind == "file":
@@ -247,6 +292,8 @@ class NewPhotos(Regions):
         if made["backbone"] in WORDED:
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
             read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
+        elif made["backbone"] == ELSEWHERE:
+            read = lambda row: backbone.read(names[row])  # noqa: E731
         else:
             paths, reasons = dict(sources), {}
             for name, photo in sources.items():

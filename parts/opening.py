@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from features import FeatureCache
+from features import ELSEWHERE, FeatureCache
 from parts.datasets import DATASETS, load_dataset
 from parts.feature_photos import compare_photos, point_out_alike, require_photos
 from parts.notes import Notes, reads_relevance
@@ -124,12 +124,14 @@ def open_features(args, dataset):
     several = sum(isinstance(e.image_id, tuple) for posts in dataset.examples.values() for e in posts)
     if several and args.model == "vilt":
         raise ValueError(f"--model vilt reads one photo a post, {several} posts have several; take another")
-    made_from = attrs.get("made_from", "an unknown folder")
-    print(f"features   {args.features}: {cache.views} views, made from {made_from}")
+    made = f"made from {attrs.get('made_from', 'an unknown folder')}"
+    if backbone == ELSEWHERE:
+        made = f"made elsewhere ({attrs['weights']}), {cache.region_dim} wide; of which photos nothing tells"
+    print(f"features   {args.features}: {cache.views} views, {made}")
     if cache.boxes:
         count = (cache.num_regions[cache.num_regions > 0] - 1).sum()
         print(f"           a region for each whole photo, and one for each of {count} boxes")
-    if backbone not in WORDED:
+    if backbone not in (*WORDED, ELSEWHERE):
         try:
             paths = find_photos(cache.ids, image_folders(args.dataset, args.data_dir, args.images))
         except FileNotFoundError:
@@ -139,8 +141,9 @@ def open_features(args, dataset):
         if absent := compare_photos(cache, paths):
             print(f"           {absent} of its photos are not here (--images names their folder): nothing"
                   f" tells whether they are {dataset.name}'s")  # fmt: skip
+    if backbone not in WORDED:
         point_out_alike(cache)
-    if attrs["parameters"]:
+    if attrs.get("parameters"):
         of = f"{attrs.get('encoder', backbone)} (weights {attrs['weights']})"
         print(f"frozen     {attrs['parameters']:,} parameters of {of}, in that file")
     kind = {"caption": "a caption", "phrases": "phrases"}.get(backbone, "a photo")
@@ -149,7 +152,7 @@ def open_features(args, dataset):
         print(f"           {split}: {with_photo} of {len(examples)} posts have {kind}")
         if not with_photo:
             print(f"WARNING    no post of {split} has {kind}: its scores are those of text only")
-    if args.augment and cache.views == 1 and backbone not in WORDED:
+    if args.augment and cache.views == 1 and backbone not in (*WORDED, ELSEWHERE):
         print("           one view only: no augmentation (extract_features.py --views 4 makes more)")
     return cache
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from data import NONE, NerExample, RelationExample
 from encoding import length_batches, to_device
+from features import ELSEWHERE
 from parts.captions import phrases_of
 from parts.checks import verdict
 from parts.console import progress_bar
@@ -78,8 +79,11 @@ def open_regions(run, config, records, features):
     if not weighs or config["shuffle_photos"]:
         return None
     photos = [record["image_id"] for record in records]
-    cache = run_cache(run, config, "features", features, photos, config["features_made"]["dataset"])
-    return cache if cache.grid.any() or cache.boxes or cache.attrs["backbone"] == "phrases" else None
+    cache = run_cache(run, config, "features", features, photos, Path(config["dataset"]).name)
+    listed = cache.attrs["backbone"] == "phrases"
+    if cache.attrs["backbone"] == ELSEWHERE:
+        listed = cache.shape[2] <= PLACES  # more would fill the page
+    return cache if cache.grid.any() or cache.boxes or listed else None
 
 
 def shown_boxes(cache):
@@ -95,6 +99,14 @@ def shown_boxes(cache):
         boxes = [[round(share, 4) for share in (x0, y0, x1 - x0, y1 - y0)] for x0, y0, x1, y1 in corners]
         shown[image_id] = {"phrases": names, "boxes": boxes}
     return shown
+
+
+def shown_regions(cache):
+    """What `shown_boxes` gives, of regions that lie nobody knows where: numbers for names, and no boxes."""
+    return {
+        image_id: {"phrases": [f"region {i + 1}" for i in range(cache.num_regions[row])], "boxes": []}
+        for image_id, row in cache.rows.items()
+    }  # fmt: skip
 
 
 def shown_phrases(config, cache, data_dir, path):

@@ -25,6 +25,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from align import ALIGNMENTS
 from encoding import special_ends
+from features import ELSEWHERE
 from fusion import FUSIONS
 from parts.console import first_line, in_users_layer
 from parts.photos import FITS
@@ -75,6 +76,8 @@ def is_provenance(value):
     backbones = {backbone for system in SYSTEMS.values() for backbone in backbones_of(system)}
     if not fits(value) or value["backbone"] not in backbones:
         return False
+    if value["backbone"] == ELSEWHERE:
+        return True
     counts = [value[key] for key in ("grid", "places") if key in value]
     framed = value.get("fit") in (None, *FITS) and all(map(size, [value.get("img_size"), *counts]))
     return framed and SEED[0](value.get("seed"))

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from features import ELSEWHERE
 from fusion import FUSIONS, Fusion
 from parts.blip_vilt import Blip, Vilt
 from parts.model import TextRegions
@@ -42,7 +43,7 @@ SYSTEMS = {
 
 def backbones_of(system):
     """The backbones whose feature files a system reads."""
-    return VISION if system.backbone == "auto" else (system.backbone,)
+    return (*VISION, ELSEWHERE) if system.backbone == "auto" else (system.backbone,)
 
 
 # In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
@@ -99,7 +100,7 @@ def mistake(args, task, system, regions):
     if args.img_size and args.features:
         return "--img-size and --features: either tells which feature file; leave one out"
     if system.backbone == "auto" and args.fusion != "none" and not args.features:
-        maker = "extract_features.py --backbone auto --weights ENCODER makes it"
+        maker = "extract_features.py --backbone auto --weights ENCODER makes it, or write_features"
         return f"--model {args.model}: name its feature file with --features ({maker})"
     if args.images and system.backbone in WORDED:
         kind = "captions" if system.backbone == "caption" else "phrases"

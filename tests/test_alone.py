@@ -30,6 +30,8 @@ writer.write(0, np.ones((1, 2, 3), np.float16), (1, 2), features.OK, "")
 writer.close()
 batch = features.FeatureCache("f.h5").read(["a", None])
 assert batch["regions"].sum((1, 2)).tolist() == [6, 0] and batch["region_mask"].sum(1).tolist() == [2, 0]
+features.write_features("own.h5", {"a": np.ones((2, 3)), "b": None})
+assert features.FeatureCache("own.h5").read(["a", "b"])["regions"].sum((1, 2)).tolist() == [6, 0]
 """,
     "fusion": """
 for layer in fusion.FUSIONS.values():

@@ -12,6 +12,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import features
 from encoding import collate
@@ -340,3 +342,52 @@ def test_reading_in_a_child_process(made, method):
         regions, mask, grid, _ = pool.apply_async(read_bytes, task).get(timeout=120)
     assert regions == stored[[7, 0, 39], [1, 0, 1]].tobytes() and mask == b"\1" * 12
     assert grid == np.full((3, 2), 2).tobytes()
+
+
+# Regions [R, D] of some photos, a R each, None for a photo without any.
+SIZES = st.lists(st.none() | st.integers(1, 5), min_size=1, max_size=5).filter(any)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(1, 4), st.sampled_from(["float16", "float32", "float64", "uint8"]), st.data())
+def test_regions_of_ones_own_are_read_back_as_float16(tmp_path_factory, sizes, width, kind, data):
+    path = tmp_path_factory.mktemp("own") / "mine.h5"
+    values = st.integers(0, 255) if kind == "uint8" else st.floats(-65504, 65504, width=16)
+    photos = {f"é {row}.jpg": None if size is None else
+              np.array(data.draw(st.lists(values, min_size=size * width, max_size=size * width)), kind)
+              .reshape(size, width) for row, size in enumerate(sizes)}  # fmt: skip
+    features.write_features(path, photos, source="a model of mine")
+    cache = FeatureCache(path)
+    batch = cache.read(list(photos))
+    assert cache.attrs["weights"] == "a model of mine" and cache.attrs["backbone"] == "elsewhere"
+    assert cache.region_dim == width and batch["regions"].dtype == torch.float16
+    assert not batch["region_grid"].any()
+    for row, (photo, regions) in enumerate(photos.items()):
+        assert cache.has_photo(photo) == (regions is not None) and cache.whole(row)
+        real = batch["regions"][row][batch["region_mask"][row]].numpy()
+        assert np.array_equal(real, np.zeros((0, width)) if regions is None else regions.astype("float16"))
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("regions, reason", [
+    (np.ones((2, 4)), "4 wide, others 3"),
+    ([[1, 2, np.nan]], "not finite as float16"), ([[1, 2, 1e5]], "not finite as float16"),
+    (np.ones((0, 3)), "of shape .0, 3., not "), (np.ones((3, 0)), "of shape .3, 0."),
+    (np.ones(3), "of shape .3., not .1 to 65535, width.; give None"),
+    (np.ones((2**16, 3), "float16"), "of shape .65536, 3."),
+    ([["a", "b", "c"]], "no array of numbers"), ([[1, 2], [3]], "no array of numbers"),
+])  # fmt: skip
+def test_regions_that_do_not_fit_are_named_and_nothing_is_written(tmp_path, regions, reason):
+    with pytest.raises(ValueError, match=f"photo 2.jpg: its regions are {reason}") as error:
+        features.write_features(tmp_path / "mine.h5", {"1.jpg": np.ones((1, 3)), "2.jpg": regions})
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    path = tmp_path / "mine.h5"
+    with pytest.raises(ValueError, match="mine.h5: no photo has regions"):
+        features.write_features(path, {"1.jpg": None})
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="mine.h5: is there already"):
+        features.write_features(path, {"1.jpg": np.ones((1, 3))})
+    assert path.read_text() == "mine"
