@@ -30,10 +30,12 @@ from parts.console import bounded, command_line, dataset_name
 from parts.datasets import load_dataset
 from parts.feature_photos import require_photos
 from parts.files import check_output, write_json
+from parts.model_card import add_check
 from parts.notes import Notes
 from parts.photos import find_photos, image_folders
 from parts.processes import check_device, default_device
-from parts.run_files import predictions_file, read_config, read_object
+from parts.report_data import image_check_line
+from parts.run_files import find_run, predictions_file, read_config, read_object
 from parts.run_table import latex, run_table, seeds_of, write_figure
 from parts.scores import format_scores, gold_fingerprint, main_score, mentions, read_predictions, score
 from parts.scores import seen_spans
@@ -219,7 +221,10 @@ def print_probe(args):
 
 
 def store(path, scores):
-    """Write scores that are printed already; where that cannot be, in a read-only folder for one, say so."""
+    """Write scores that are printed already; where that cannot be, in a read-only folder for one, say so.
+
+    Returns whether they were written.
+    """
 
     def ours(path):
         with contextlib.suppress(ValueError):
@@ -229,9 +234,11 @@ def store(path, scores):
     try:
         check_output(path, ours=ours)
         write_json(path, scores)
+        return True
     except (OSError, ValueError) as error:
         reason = f"{path}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"    not stored: {reason}", flush=True)
+    return False
 
 
 def places(args):
@@ -271,7 +278,8 @@ def check_runs(args):
         print(f"    {verdict(config, check)}", flush=True)
         if check["photos"]:
             print(f"    {type_changes(check)}", flush=True)
-        store(run / f"image-check-{split}.json", check)
+        if store(run / f"image-check-{split}.json", check):
+            add_check(run, split, image_check_line(config, check))
 
 
 def read_file(path):
@@ -326,7 +334,7 @@ def parse_args(argv):
     # fmt: off
     what = parser.add_mutually_exclusive_group(required=True)
     add = what.add_argument
-    add("--run", nargs="+", type=Path, help="scores of run folders of train.py")
+    add("--run", nargs="+", type=find_run, help="scores of runs of train.py: folders, or USER/NAME at a hub")
     add("--predictions", type=Path, metavar="FILE", help="of a file: JSON lines, or 'word gold predicted'")
     add("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired bootstrap; of seeds 'runs/NAME-s*'")
     add("--table", nargs="+", metavar="RUNS", help="many runs: seeds averaged, the best on valid marked")

@@ -48,7 +48,7 @@ from parts.notes import EXTRAS, Segments, check_note, note_text
 from parts.photos import WORDED
 from parts.posts import Posts, predict_posts
 from parts.processes import check_device, default_device, fit_threads, open_output, precision_on
-from parts.run_files import load_run
+from parts.run_files import find_run, load_run
 from parts.scores import entity_spans
 
 NO_BOXES = "no boxes given: the whole photo alone was looked at"
@@ -70,9 +70,9 @@ class Predictor:
     them; needed only if they were a local file. `precision`: "float32" or "bfloat16", by default the run's
     own on a GPU and float32 on a CPU. `root`: the folder that photos may come from, for posts of strangers;
     what leads out of it is no photo, and no note tells what lies there. `features`: of a run whose regions
-    were made elsewhere, a file of `write_features` with those of the photos, by their names. ValueError if the weights are not
-    those the run's features were made with. A run with --generated answers without second pictures, as it
-    answers a post that has none. In a child forked after it was made (gunicorn --preload) it computes with
+    were made elsewhere, a file of `write_features` with those of the photos, by their names. ValueError if
+    the weights are not those the run's features were made with. A run with --generated answers as it does a
+    post without a second picture. In a child forked after it was made (gunicorn --preload) it computes with
     one thread; on a GPU make it there. It leaves seeds and settings of the program that uses it alone.
     On cores that others use too, set GOMP_SPINCOUNT=1000 (KMP_BLOCKTIME=0 on macOS) before torch is imported.
     """
@@ -83,7 +83,7 @@ class Predictor:
         self.root = None if root is None else os.path.realpath(root)
         self.device = device or default_device()
         with torch.random.fork_rng(devices=[]):  # models are begun at random: with no number of the host's
-            self.model, self.tokenizer, self.config = load_run(run_dir, self.device)
+            self.model, self.tokenizer, self.config = load_run(find_run(run_dir), self.device)
             self.provenance = self.config["features_made"]
             self.source = self.backbone = None  # text only
             if self.provenance:
@@ -355,7 +355,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="run folder of train.py")
+    add("--run", type=find_run, required=True, help="run folder of train.py, or USER/NAME at a hub")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="one post, as it was typed")
     what.add_argument("--words", nargs="+", metavar="WORD", help="one post, as words")

@@ -27,7 +27,8 @@ from parts.photos import image_folders
 from parts.processes import check_device, default_device
 from parts.report_data import MISSING, attention, image_check_line, load_photos, notes_line, open_regions
 from parts.report_data import posts_of, shown_boxes, shown_phrases, shown_regions
-from parts.run_files import load_run, predictions_file, read_bytes, read_config, read_image_check, read_log
+from parts.run_files import find_run, load_run, predictions_file, read_bytes, read_config
+from parts.run_files import read_image_check, read_log
 from parts.run_table import is_control
 from parts.scores import entity_spans, rate_text, read_predictions, score
 
@@ -154,7 +155,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
-    add("--run", type=Path, nargs="+", required=True, help="run of train.py; of several the best on valid")
+    add("--run", type=find_run, nargs="+", required=True, help="run of train.py, or USER/NAME at a hub; of"
+        " several the best on valid")
     add("--split", choices=("test", "valid"), help="what was answered (default: test if there is one)")
     add("--output", type=Path, metavar="FILE", help="the page (default: RUN/report-SPLIT.html)")
     add("--posts", type=number_of_posts, default=1000, metavar="N|all", help="shown, most errors first"

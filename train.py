@@ -31,6 +31,7 @@ from transformers import get_linear_schedule_with_warmup
 from encoding import IGNORE, length_batches, to_device
 from parts.console import command_line, progress_bar
 from parts.files import write_json, write_json_lines
+from parts.model_card import write_card
 from parts.opening import open_inputs
 from parts.options import parse_args
 from parts.posts import mean_regions, predict_posts
@@ -312,6 +313,7 @@ def run(args, stack):
     tracker.log(scores, None)
     if rank == 0:
         (run_dir / "state.pt").unlink(missing_ok=True)  # finished
+        write_card(run_dir)
     return run_dir
 
 

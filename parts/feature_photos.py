@@ -58,7 +58,7 @@ def require_photos(cache, image_ids, dataset):
     advice = (f"it was made for {cache.attrs.get('dataset')}. Was the text another, or --limit set? Name"
               f" {dataset}'s own file, or make it: extract_features.py --dataset {dataset}")  # fmt: skip
     if cache.attrs.get("backbone") == ELSEWHERE:
-        advice = f"give write_features all of them, None for one without; it has {', '.join(cache.ids[:3])} ..."
+        advice = f"give write_features all, None for one without; it has {', '.join(cache.ids[:3])} ..."
     raise ValueError(
         f"{cache.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
         f" {absent[0]}); {advice}"

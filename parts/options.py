@@ -5,6 +5,7 @@
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from align import ALIGNMENTS
@@ -171,8 +172,20 @@ def stored_settings(path, given):
         left_out.add("features")
     elif "features" in given or "features" not in left_out:
         left_out.add("img_size")
+    parser, words = make_parser(exit_on_error=False), flags_of(config, left_out)
+    try:
+        settings = vars(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--config {path}: {error}; correct it, or give that option") from None
+    return {key: settings[key] for key in settings.keys() & config.keys() - left_out}
+
+
+def flags_of(config, left_out=()):
+    """The options of a configuration as they are typed, but for those left out."""
     words = []
-    for key in vars(make_parser().parse_args([])).keys() & config.keys() - left_out:
+    for key in vars(make_parser().parse_args([])):
+        if key not in config or key in left_out:
+            continue
         flag, value = f"--{key.replace('_', '-')}", config[key]
         if key == "align":
             words += [flag, *(f"{name}={weight}" for name, weight in value.items())] if value else []
@@ -182,12 +195,15 @@ def stored_settings(path, given):
             words += ["--no-augment"] if key == "augment" else []
         elif value is not None:
             words.append(f"{flag}={value}")
-    parser = make_parser(exit_on_error=False)
-    try:
-        settings = vars(parser.parse_args(words))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"--config {path}: {error}; correct it, or give that option") from None
-    return {key: settings[key] for key in settings.keys() & config.keys() - left_out}
+    return words
+
+
+def command_of(path):
+    """The command that trains the run whose config.json lies at `path` again."""
+    settings, defaults = stored_settings(path, set()), vars(make_parser().parse_args([]))
+    config = {key: value for key, value in read_config_file(path).items() if key in settings}
+    usual = {key for key, value in settings.items() if value == defaults[key]}
+    return shlex.join(["python", "train.py", *flags_of(config, usual)])
 
 
 def parse_args(argv, description=None):

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -109,7 +111,26 @@ KEYS = {
 }  # fmt: skip
 # What runs made before these options were there lack: a new row of `KEYS` needs one here.
 NEWER = {"init": None, "standardise": False, "word_rule": None, "word_rule_auto": True}
+# What is downloaded of a run at a hub.
+OF_HUB = ["config.json", "model.safetensors", "encoder/*", "log.jsonl", "predictions-*.jsonl",
+          "metrics-*.json", "image-check-*.json"]  # fmt: skip
 OF_LOG = ("epoch", "loss", "valid_main_f1", "valid_accuracy", "best_epoch")
+
+
+def find_run(name):
+    """The folder of a run: `name`, or, where no such folder is, what a hub has under the name "user/name".
+
+    That is downloaded by huggingface_hub into its own cache: no more than a run's own files, and nothing of
+    them is run. FileNotFoundError if it cannot be had.
+    """
+    folder = Path(name)
+    if folder.exists() or folder.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return folder
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=OF_HUB))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = f"no such folder, and the hub does not give it ({first_line(error)})"
+        raise FileNotFoundError(f"{name}: {reason}; name a folder under runs/, or a run there") from None
 
 
 def read_bytes(path, most=1):

@@ -26,8 +26,9 @@ OWN = (
     "model.safetensors", "state.pt", "log.jsonl", "timing.jsonl", "predictions-*.jsonl", "metrics-*.json",
     "image-check-*.json", "report-*.html", "encoder/config.json", "encoder/tokenizer*",
     "encoder/*tokens*.json", "encoder/vocab.*", "encoder/merges.txt", "encoder/*.model",
-    "encoder/bpe.codes", "encoder/chat_template.jinja", "config.json",
+    "encoder/bpe.codes", "encoder/chat_template.jinja", "README.md", "config.json",
 )  # fmt: skip
+CARD = "<!-- A model card, written by train.py; what you change in it stays. -->"
 COMING = ".new"  # in a run's folder: the run that is begun there, until it moves up
 BROKEN = (KeyError, TypeError, AttributeError, EOFError, UnpicklingError)  # raised by bytes that are no state
 RUN_FORMAT = 2  # raised when training itself changes: runs of before and after are not of one system
@@ -35,7 +36,13 @@ RUN_FORMAT = 2  # raised when training itself changes: runs of before and after 
 
 def own_files(run_dir):
     """The files in a run's folder that the scripts wrote, config.json last: without it there is no run."""
-    return [path for pattern in OWN for path in sorted(run_dir.glob(pattern))]
+    paths = [path for pattern in OWN for path in sorted(run_dir.glob(pattern))]
+    return [path for path in paths if path.name != "README.md" or is_card(path)]
+
+
+def is_card(path):
+    """Whether a file is a model card that train.py wrote, changed by its user or not."""
+    return path.is_file() and not path.is_symlink() and CARD in path.read_text("utf-8", "replace")
 
 
 def check_folder(run_dir, args):

@@ -107,7 +107,7 @@ def test_new_posts_of_such_a_run(of_features, tmp_path):
     assert seeing({"words": ["x"], "image": "other"})["note"] == f"other: not in {path}"
     for name, width, source in (("wide", 7, "a model of mine"), ("another", 6, "another")):
         write_features(tmp_path / name, {"x": np.ones((1, width))}, source)
-        with pytest.raises(ValueError, match=f"{name}: regions made by {source}, {width} wide; the run's by "):
+        with pytest.raises(ValueError, match=f"{name}: regions made by {source}, {width} wide; the run's "):
             predict.Predictor(folder, features=tmp_path / name)
     with pytest.raises(ValueError, match="--weights x: the run's regions were made elsewhere"):
         predict.Predictor(folder, weights="x")
@@ -117,5 +117,5 @@ def test_a_photo_that_the_file_lacks_is_named(of_features, flags, tmp_path):
     write_features(tmp_path / "few.h5", {"a": np.ones((1, 2))})
     size = flags.index("--img-size")
     more = ["--model", "bert-vision", "--features", tmp_path / "few.h5"]
-    with pytest.raises(ValueError, match="no row for 40 of demo's 40 photos .first: train_0000.; give write_"):
+    with pytest.raises(ValueError, match="no row for 40 of demo's 40 photos .first: train_0000.; give "):
         run(flags[:size] + flags[size + 2 :], tmp_path / "run", *more)

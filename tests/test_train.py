@@ -1,6 +1,7 @@
 """Training as a user runs it, on tiny data: what is learned and logged, and what lands in a run folder."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
 from parts.datasets import load_dataset
 from parts.opening import open_run
+from parts.options import OF_ONE_RUN, parse_args
 from parts.posts import predict_posts, shuffled_photos
 from parts.run_files import load_run
 from parts.scores import entity_spans, main_score, read_predictions, score
@@ -38,11 +40,18 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
     out = capsys.readouterr().out
     examples = load_dataset(dataset, data_dir).examples
     scored = [split for split in ("valid", "test") if split in examples]
-    names = {"config.json", "encoder", "model.safetensors", "log.jsonl", "timing.jsonl"}
+    names = {"README.md", "config.json", "encoder", "model.safetensors", "log.jsonl", "timing.jsonl"}
     assert {path.name for path in folder.iterdir()} == names | {
         f"{kind}-{split}.json{'l' * (kind == 'predictions')}"
         for kind in ("metrics", "predictions") for split in scored
     }
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    level = "token" if dataset == "demo" else "row"
+    command = next(line for line in card.splitlines() if line.startswith("    python train.py "))
+    again, chosen = vars(parse_args(shlex.split(command)[2:])), OF_ONE_RUN | {"precision", "word_rule"}
+    assert [(key, config[key]) for key in again if key not in chosen] == [
+        (key, again[key]) for key in again if key not in chosen
+    ]
     assert ("mnre has no test file" in out) == ("test" not in examples)
     assert ("posts have a photo" in out) == (fusion not in ("none", "bert-caption"))
     assert ("posts have a caption" in out) == (fusion == "bert-caption")
@@ -55,7 +64,9 @@ def test_a_run_folder_tells_the_whole_run(flags, tmp_path, dataset, fusion, data
             for key in ("predicted", "probability") if dataset == "demo" else ():
                 assert len(record[key]) == len(example.words)
         metrics = json.loads((folder / f"metrics-{split}.json").read_text())
-        data = metrics.pop("data")
+        data, main, base = metrics.pop("data"), main_score(metrics), metrics["baseline"]
+        assert data["sha256"] in card and f"| {main:.4f} | {metrics[level]['accuracy']:.4f} |" in card
+        assert f"| always `{base['label']}` | {base['main_f1']:.4f} | {base['accuracy']:.4f} |" in card
         assert metrics == score(records) and data["sha256"] in (folder / "config.json").read_text()
     log = json_lines(folder / "log.jsonl")
     assert [line["epoch"] for line in log] == [1, 2] and all(np.isfinite(line["loss"]) for line in log)
