@@ -157,6 +157,15 @@ def to_bio(labels, scheme):
     return [y if y == "O" else ("I" if goes_on(x, y) else "B") + y[1:] for x, y in pairwise(["O", *labels])]
 
 
+def bio_posts(path, posts):
+    """(BIO labels of each post, the scheme of the file, how many change); `posts` as `check_scheme`."""
+    scheme = label_scheme([labels for _, labels in posts])
+    check_scheme(path, posts, scheme)
+    bio = [to_bio(labels, scheme) for _, labels in posts]
+    changed = sum(a != b for (_, labels), new in zip(posts, bio) for a, b in zip(labels, new))
+    return bio, scheme, changed
+
+
 def conll_posts(path, lines, spaced):
     """([(line it begins at, its photo's id, rows) of each post], number of -DOCSTART- lines) of CoNLL lines.
 
@@ -192,33 +201,6 @@ def conll_posts(path, lines, spaced):
     return posts, documents
 
 
-def word_column(table):
-    """The first column of a table that holds words, and does not count, measure or repeat; None if none."""
-    columns = zip(*table, strict=True)
-    letters = [{re.sub(r"[\W\d_]", "", field) for field in column} - {""} for column in columns]
-    return next((i for few in (1, 0) for i, texts in enumerate(letters) if len(texts) > few), None)
-
-
-def column_advice(lines, rows):
-    """What to keep of a file's columns, as part of an error: which hold words and labels, if that is sure."""
-    table, unsure = [fields for _, fields in rows], "; keep one word and one label, a tab between them"
-    if len(set(map(len, table))) > 1:
-        return unsure
-    labels = [i for i, column in enumerate(zip(*table, strict=True)) if all(map(LABEL.fullmatch, column))]
-    types = [{fields[i][2:] for fields in table} - {""} for i in labels[-2:]]
-    if len(types) == 2 and types[0] & types[1]:
-        return unsure  # gold and predicted labels, it seems
-    word = word_column([fields[: labels[-1]] for fields in table]) if labels else None
-    if word is None:
-        return unsure
-    advice = f"; keep columns {word + 1} and {labels[-1] + 1}, the word and its label"
-    text = [lines[number - 1][1] for number, _ in rows]
-    if any("\t" not in line and re.search("^ |  ", line) for line in text):
-        return advice  # cut would count every space
-    delimiter = "" if "\t" in text[0] else "-d' ' "
-    return f"{advice}, as cut {delimiter}-f{word + 1},{labels[-1] + 1} does"
-
-
 def reading_notes(documents, scheme, changed):
     """What to say of a CoNLL file: its -DOCSTART- lines, and its labels in another scheme."""
     notes = [f"{documents} -DOCSTART- lines left out"] if documents else []
@@ -243,11 +225,9 @@ def read_ner(path, allowed, notes=None):
         for number, fields in rows:
             where = f"{path}:{number}"
             if len(fields) != 2:
-                seen = f"{fields[0]!r:.80}"
-                if fields[1:]:
-                    advice = column_advice(lines, [row for _, _, others in posts for row in others])
-                    seen = f"{len(fields)} columns, {str(fields)[1:-1]:.80}{advice}"
-                raise ValueError(f"{where}: expected word<TAB>label, found {seen}")
+                count = f"{len(fields)} columns, " if fields[1:] else ""
+                message = f"expected word<TAB>label, found {count}{str(fields)[1:-1]:.80}"
+                raise ValueError(f"{where}: {message}; keep one word and one label, a tab between them")
             if not LABEL.fullmatch(fields[1]):
                 check_label(fields[1], allowed, where)
         if allowed is not None and image_id is None and not photoless:
@@ -260,15 +240,12 @@ def read_ner(path, allowed, notes=None):
             post_id += f"@{start}"
         numbers, pairs = zip(*rows, strict=True)
         columns[post_id] = image_id or None, *zip(*pairs, strict=True), numbers
-    scheme = label_scheme([labels for _, _, labels, _ in columns.values()])
-    check_scheme(path, [(numbers, labels) for _, _, labels, numbers in columns.values()], scheme)
-    examples, changed = [], 0
-    for post_id, (image_id, words, labels, numbers) in columns.items():
-        bio = to_bio(labels, scheme)
-        for number, label in zip(numbers, bio, strict=True):
+    labelled = [(numbers, labels) for _, _, labels, numbers in columns.values()]
+    (bio, scheme, changed), examples = bio_posts(path, labelled), []
+    for (post_id, (image_id, words, _, numbers)), labels in zip(columns.items(), bio, strict=True):
+        for number, label in zip(numbers, labels, strict=True):
             check_label(label, allowed, f"{path}:{number}")
-        changed += sum(a != b for a, b in zip(labels, bio, strict=True))
-        examples.append(NerExample(post_id, image_id, words, tuple(bio)))
+        examples.append(NerExample(post_id, image_id, words, tuple(labels)))
     missing = [start for start, image_id, _ in posts if not image_id]
     if photoless and posts:
         notes.append(f"no IMGID line: {len(posts)} posts without photo")
@@ -325,17 +302,6 @@ def fold(name):
     return unicodedata.normalize("NFC", name).strip().lower()
 
 
-def refusal(row, error):
-    """Why a row is not one of MNRE's, whose reading raised `error`: what it has, and what to do."""
-    lacking = f"no key {error}" if type(error) is KeyError else f"{type(error).__name__}: {error}"
-    reason = str(error) if type(error) is ValueError else lacking
-    form = f"not a row {{'token', 'h': {{'pos'}}, 't': {{'pos'}}, 'img_id', 'relation'}} ({reason[:120]})"
-    if not isinstance(row, dict):
-        return form
-    keys = str([*row])[1:-1][:80]
-    return f"{form} but {keys}; 'pos' is to be [start, end) in words of 'token', the end exclusive"
-
-
 def relation_name(name, where):
     """The name of a relation, `NONE` for other names of no relation; ValueError if it is none."""
     if not isinstance(name, str):
@@ -372,23 +338,23 @@ def read_mnre(path, allowed, notes=None):
             spans = {end: (start, stop) for end in "ht" for start, stop in [row[end]["pos"]]}
             names = {end: row[end].get("name") for end in "ht"}
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(f"{where}: {refusal(row, error)}") from None
+            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            form = "{'token', 'h': {'pos'}, 't': {'pos'}, 'img_id', 'relation'}, pos = [start, end) in words"
+            raise ValueError(f"{where}: not a row {form} ({reason[:120]}); correct it") from None
         if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
             raise ValueError(f"{where}: 'token' must be a list of words")
         # A str to Python, but no text.
         if half := [word for word in words if re.search("[\ud800-\udfff]", word)]:
             raise ValueError(f"{where}: the word {half[0]!r} holds half a character, a surrogate; correct it")
         for end, (start, stop) in spans.items():
-            name, inside = names[end], type(start) is type(stop) is int and 0 <= start <= stop <= len(words)
-            whole = inside and name not in (None, "") and same_text(name, words[start : stop + 1])
-            hint = f"; is the end inclusive? It is to be exclusive: [{start}, {stop + 1}]" if whole else ""
-            if not inside or start == stop:
+            name = names[end]
+            if not (type(start) is type(stop) is int and 0 <= start < stop <= len(words)):
                 message = f"'{end}' pos is not a span [start, end) of its {len(words)} words"
-                raise ValueError(f"{where}: {message}{hint}")
+                raise ValueError(f"{where}: {message}; the end is exclusive")
             if name not in (None, "") and not same_text(name, words[start:stop]):
                 span = f"pos [{start}, {stop}] holds {' '.join(words[start:stop])!r}"
-                hint = hint or "; correct one of them (the end is exclusive)"
-                raise ValueError(f"{where}: '{end}' is named {name!r}, but {span}{hint}")
+                advice = "correct one of them (the end is exclusive)"
+                raise ValueError(f"{where}: '{end}' is named {name!r}, but {span}; {advice}")
         if image_id is not None or allowed is not None:
             if not isinstance(image_id, str):
                 raise ValueError(f"{where}: 'img_id' must be text")

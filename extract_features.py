@@ -101,10 +101,11 @@ def parse_args(argv):
         parser.error("--boxes: each is one region, of a square; leave --fit pad and --grid out")
     if args.verify and args.overwrite:
         parser.error("--verify and --overwrite: one looks at the file, the other replaces it; leave one out")
-    fitting = 64 if args.device.startswith("cuda") else 8  # 8 stays in a CPU's caches
-    args.batch_size, args.views = args.batch_size or fitting, args.views or (1 if captions else 4)
-    if captions and args.views > 1:
+    if captions and (args.views or 1) > 1:
         parser.error("--views: a caption has one view; leave it out")
+    args.views = args.views or (1 if captions else 4)
+    if args.batch_size is None:  # 8 stays in a CPU's caches
+        args.batch_size = 64 if args.device.startswith("cuda") else 8
     return args
 
 
@@ -148,9 +149,9 @@ def begin(args, path, inputs, shape, kind, settings, recorded):
     ValueError if the disk has no room for it, or if what lies there is none of ours.
     """
     partial, size = unfinished(path), int(np.prod(shape)) * np.dtype(kind).itemsize
-    found = sum(value is not None for value in inputs.values())
+    present = sum(value is not None for value in inputs.values())
     what = {"caption": "captions", "phrases": "with phrases"}.get(args.backbone, "found")
-    counts = f"{shape[0]} photos, {found} {what}, x {shape[1]} views"
+    counts = f"{shape[0]} photos, {present} {what}, x {shape[1]} views"
     print(f"{settings['dataset']}: {counts}; {path} takes {size:,} bytes")
     for place in (path, partial):
         check_output(place, "--cache-dir", is_ours)
@@ -169,54 +170,45 @@ def find_inputs(args, dataset, image_ids):
     ValueError if no post names a photo, FileNotFoundError if none is there.
     """
     if not image_ids:
-        raise ValueError(
-            f"no post of {args.dataset} names a photo: there is nothing to extract; train with --fusion none"
-        )
+        reason = f"no post of {args.dataset} names a photo: there is nothing to extract"
+        raise ValueError(f"{reason}; train with --fusion none")
     place, reasons = args.captions, {}
     if args.backbone == "caption":
         inputs = by_name(image_ids, read_captions(place))
     elif args.backbone == "phrases":
-        said = said_of_photos(place, dataset)
-        inputs = {image_id: said[image_id] for image_id in image_ids}
+        phrases = said_of_photos(place, dataset)
+        inputs = {image_id: phrases[image_id] for image_id in image_ids}
     else:
         folders = image_folders(args.dataset, args.data_dir, args.images)
         place, inputs = ", ".join(map(str, folders)), find_photos(image_ids, folders, reasons)
-    found = [value for value in inputs.values() if value is not None]
-    if not found:
+    present = [value for value in inputs.values() if value is not None]
+    if not present:
         near = next((f" ({image_id}: {reason})" for image_id, reason in reasons.items()), "")
-        raise FileNotFoundError(
-            f"none of the {len(image_ids)} photos is in {place}{near}; name another with --images or"
-            " --captions"
-        )
+        reason = f"none of the {len(image_ids)} photos is in {place}{near}"
+        raise FileNotFoundError(f"{reason}; name another with --images or --captions")
     if args.captions:
-        check_placeholder(found, args.placeholder)
+        check_placeholder(present, args.placeholder)
     return inputs, reasons
 
 
 def check_placeholder(captions, placeholder):
     """Point out a caption of suspiciously many photos; ValueError if no photo has that of a placeholder."""
-    said, count = Counter(captions).most_common(1)[0]
+    caption, count = Counter(captions).most_common(1)[0]
     often = count > max(10, len(captions) / 100)
-    if isinstance(said, str) and often and not placeholder:
-        print(
-            f"WARNING: {count} of {len(captions)} captions are {said!r}; if it describes a placeholder"
-            " picture, name it with --placeholder, and these photos count as missing"
-        )
+    if isinstance(caption, str) and often and not placeholder:
+        print(f"WARNING: {count} of {len(captions)} captions are {caption!r}; if it describes a placeholder"
+              " picture, name it with --placeholder, and these photos count as missing")  # fmt: skip
     if placeholder and placeholder not in captions:
-        raise ValueError(
-            f"--placeholder {placeholder!r}: no caption is that; copy it as it stands in the file"
-        )
+        reason = "no caption is that; copy it as it stands in the file"
+        raise ValueError(f"--placeholder {placeholder!r}: {reason}")
 
 
 def file_name(args, dataset, settings):
     """The feature file's name: data set, encoder and size, and what else was chosen."""
     encoder = Path(args.weights).absolute().name if args.backbone == "auto" else args.backbone
-    parts = {
-        "dataset": dataset, "encoder": encoder, "size": settings["img_size"], "fit": settings.get("fit"),
-        "grid": args.grid and f"grid{args.grid}", "boxes": args.boxes and "boxes",
-        "limit": args.limit and f"first{args.limit}",
-    }  # fmt: skip
-    return "-".join(str(part) for part in parts.values() if part)
+    parts = [dataset, encoder, settings["img_size"], settings.get("fit"), args.grid and f"grid{args.grid}",
+             args.boxes and "boxes", args.limit and f"first{args.limit}"]  # fmt: skip
+    return "-".join(str(part) for part in parts if part)
 
 
 @torch.inference_mode()
@@ -225,9 +217,9 @@ def extract(backbone, writer, loader, batches, device, progress):
     each = writer.attrs["views"]
     for rows, photos in zip(batches, loader, strict=True):
         pixels = [views for views, *_ in photos if views is not None]
-        made = iter(backbone.look(pixels, device, each) if pixels else ())
+        of_photos = iter(backbone.look(pixels, device, each) if pixels else ())
         for row, (views, status, reason, *boxes) in zip(rows, photos, strict=True):
-            regions = next(made) if views is not None else None
+            regions = next(of_photos) if views is not None else None
             if regions is not None and not np.isfinite(regions).all():
                 name = writer.image_ids[row]
                 raise ValueError(f"features of photo {name} do not fit float16; check --weights")
@@ -242,7 +234,8 @@ def verify(cache):
     damaged = []
     with progress_bar(len(cache.ids), "row") as bar:
         for row in range(len(cache.ids)):
-            damaged += [] if cache.whole(row) else [row]
+            if not cache.whole(row):
+                damaged.append(row)
             bar.update()
     if not damaged:
         print(f"{cache.path}: all {len(cache.ids)} rows are as they were written")
@@ -253,10 +246,9 @@ def verify(cache):
         for row in damaged:
             writer.put("status", row, 0)
     names = ", ".join(cache.ids[row] for row in damaged[:20])
-    raise ValueError(
-        f"{cache.path}: {len(damaged)} of {len(cache.ids)} rows are damaged ({names});"
-        " the same command without --verify computes them again, and nothing else"
-    )
+    reason = f"{len(damaged)} of {len(cache.ids)} rows are damaged ({names})"
+    advice = "the same command without --verify computes them again, and nothing else"
+    raise ValueError(f"{cache.path}: {reason}; {advice}")
 
 
 def read_placeholder(path, backbone):
@@ -269,12 +261,12 @@ def read_placeholder(path, backbone):
 
 def report(cache):
     """Say what became of the photos; the file holds the full list (`status`, `reason`)."""
-    named = (("ok", OK), ("missing", MISSING), ("unreadable", UNREADABLE))
-    counts = ", ".join(f"{(cache.status == code).sum()} {name}" for name, code in named)
+    ok, missing, unreadable = ((cache.status == code).sum() for code in (OK, MISSING, UNREADABLE))
+    counts = f"{ok} ok, {missing} missing, {unreadable} unreadable"
     print(f"{cache.path}: {len(cache.ids)} photos, {counts}")
-    noted = np.array([bool(reason) for reason in cache.reasons])
+    remarked = np.array([bool(reason) for reason in cache.reasons])
     for name, code in (("missing", MISSING), ("unreadable", UNREADABLE), ("ok, but", OK)):
-        rows = np.flatnonzero((cache.status == code) & noted)
+        rows = np.flatnonzero((cache.status == code) & remarked)
         for row in rows[:20]:
             print(f"  {name}: {cache.ids[row]} ({cache.reasons[row]})")
         if len(rows) > 20:
@@ -321,13 +313,13 @@ def main(argv=None):
         "images_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
     }  # fmt: skip
     if args.captions:
-        settings |= {"captions_sha256": hashlib.sha256(Path(args.captions).read_bytes()).hexdigest()}
-        settings |= {"placeholder": args.placeholder or "none"}
+        settings["captions_sha256"] = hashlib.sha256(Path(args.captions).read_bytes()).hexdigest()
+        settings["placeholder"] = args.placeholder or "none"
     else:
         picture = args.placeholder and Path(args.placeholder)
-        settings |= {"placeholder": read_placeholder(picture, backbone) if picture else None}
+        settings["placeholder"] = read_placeholder(picture, backbone) if picture else None
     if args.boxes:
-        settings |= {"boxes_sha256": hashlib.sha256(Path(args.boxes).read_bytes()).hexdigest()}
+        settings["boxes_sha256"] = hashlib.sha256(Path(args.boxes).read_bytes()).hexdigest()
     recorded = {  # said in the file, not compared with what is asked
         "made_from": args.captions or str(next(filter(None, inputs.values())).parent),
         "weights_sha256": backbone.weights_sha256, "parameters": backbone.parameters,

@@ -127,34 +127,12 @@ def look(post):
 # What opens and closes what a model thought. An answer may be cut before it closes, or begin after it opens.
 THOUGHT = re.compile(r"^[ \t]*<(?:think|thinking|thought|reasoning)>", re.MULTILINE)
 THOUGHT_END = re.compile("</(?:think|thinking|thought|reasoning)>")
-# Of an object: strings in either quotes, braces, and what JSON lacks, a comma at an end and Python's names.
-TOKEN = re.compile(
-    r'''"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)|[{}]|,(?=\s*[]}])|\b(?:None|True|False)\b''',
-    re.DOTALL,
-)
-AS_JSON = {",": "", "None": "null", "True": "true", "False": "false"}
-
-
-def mend_object(text, start):
-    """(JSON of the object that begins at `start` as Python has them, its end); ("", 0) if it does not end."""
-    depth, parts, end = 0, [], start
-    for match in TOKEN.finditer(text, start):
-        token = match[0]
-        depth += (token == "{") - (token == "}")
-        if token[0] == "'":
-            inner = token[1:-1].replace("\\'", "'")
-            token = '"' + re.sub(r'(?<!\\)"', r'\"', inner) + '"'
-        parts += [text[end : match.start()], AS_JSON.get(token, token)]
-        end = match.end()
-        if depth == 0:
-            return "".join(parts), end
-    return "", 0
 
 
 def read_answer(answer, keys):
     """The last JSON object in an answer that has one of the keys asked for, or None.
 
-    What was thought is no answer. Objects may have commas at their ends, single quotes, raw line breaks.
+    What was thought is no answer. Strings may hold raw line breaks.
     """
     answer = THOUGHT.split(THOUGHT_END.split(answer)[-1])[0][-READ:]
     decoder, last, end = json.JSONDecoder(strict=False), None, 0
@@ -162,11 +140,7 @@ def read_answer(answer, keys):
         if start < end:  # inside of one
             continue
         with contextlib.suppress(ValueError, RecursionError):
-            try:
-                value, stop = decoder.raw_decode(answer, start)
-            except ValueError:
-                text, stop = mend_object(answer, start)
-                value = decoder.decode(text)
+            value, stop = decoder.raw_decode(answer, start)
             if value.keys() & set(keys):
                 last, end = value, stop
     return last

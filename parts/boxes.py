@@ -6,7 +6,6 @@ One JSON object a line and photo, from any detector. A box is [x0, y0, x1, y1] i
 as its EXIF data say, from the top left corner on. Labels and scores may be missing, other keys are ignored.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,9 +17,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data import read_lines
 from features import LABEL_WIDTH
-from parts.notes import is_text
+from parts.files import is_text, read_by_id
 from parts.photos import Photos, by_name
 
 MOST = 16  # boxes of a photo that are looked at, best scores first
@@ -73,44 +71,22 @@ def check_boxes(entry):
     return Boxes(tuple(tuple(boxes[i]) for i in best), tuple(labels[i] for i in best), len(boxes) - len(best))
 
 
-def read_boxes(path):
-    """{photo's name: its `Boxes`} of a file of boxes; ValueError with file and line."""
-    found = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one JSON object a photo and line") from None
-        if not isinstance(entry, dict) or not is_text(entry.get("image")):
-            raise ValueError(f"{where}: not a JSON object with an image, the photo's id, that is text")
-        if entry["image"] in found:
-            raise ValueError(f"{where}: {entry['image']:.100} has boxes already; put all in one line")
-        try:
-            found[entry["image"]] = check_boxes(entry)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; correct it") from None
-    return found
-
-
 def boxes_of(path, image_ids):
     """{image id: its `Boxes` in the file at `path`, or None}; what is there is said on the console.
 
     ValueError if the file has boxes of none of the photos.
     """
-    known = read_boxes(path)
-    found = by_name(image_ids, known)
-    boxed = [boxes for boxes in found.values() if boxes is not None and boxes.corners]
+    in_file = read_by_id(path, "image", check_boxes)
+    of_photos = by_name(image_ids, in_file)
+    boxed = [boxes for boxes in of_photos.values() if boxes is not None and boxes.corners]
     if not boxed:
-        first = next(iter(known), "none")
-        raise ValueError(f"{path}: boxes of none of the {len(found)} photos (first image: {first}); name"
-                         " the file of this data set")  # fmt: skip
+        reason = f"boxes of none of the {len(of_photos)} photos (first image: {next(iter(in_file), 'none')})"
+        raise ValueError(f"{path}: {reason}; name the file of this data set")
     count, more = sum(len(boxes.corners) for boxes in boxed), sum(boxes.left_out for boxes in boxed)
-    print(f"{path}: {count} boxes of {len(boxed)} photos; {len(found) - len(boxed)} photos have none, and one"
-          f" region, the whole; {more} boxes left out, over the best {MOST} of their photo")  # fmt: skip
-    return found
+    bare = len(of_photos) - len(boxed)
+    print(f"{path}: {count} boxes of {len(boxed)} photos; {bare} photos have none, and one region, the whole;"
+          f" {more} boxes left out, over the best {MOST} of their photo")  # fmt: skip
+    return of_photos
 
 
 def clip(boxes, width, height):
@@ -118,19 +94,19 @@ def clip(boxes, width, height):
 
     Boxes that are empty there, or no more than a line, are left out.
     """
-    kept, labels, cut = [], [], 0
+    corners, labels, cut = [], [], 0
     for (x0, y0, x1, y1), label in zip(boxes.corners, boxes.labels, strict=True):
         left, top = max(0, math.floor(x0)), max(0, math.floor(y0))
         right, bottom = min(width, math.ceil(x1)), min(height, math.ceil(y1))
         sides = max(0, right - left), max(0, bottom - top)
         if max(sides) >= THIN * min(sides) or x0 == x1 or y0 == y1:
             continue
-        kept.append((left, top, right, bottom))
+        corners.append((left, top, right, bottom))
         labels.append(label)
         # Detectors end boxes a fraction of a pixel outside.
         cut += min(x0, y0) <= -1 or x1 >= width + 1 or y1 >= height + 1
-    empty = len(boxes.corners) - len(kept)
-    return kept, labels, f"of its boxes {cut} cut to the photo, {empty} empty" if cut or empty else ""
+    empty = len(boxes.corners) - len(corners)
+    return corners, labels, f"of its boxes {cut} cut to the photo, {empty} empty" if cut or empty else ""
 
 
 class BoxedPhotos(Photos):

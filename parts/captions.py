@@ -107,13 +107,16 @@ def load_phrases(weights, img_size, seed):
     def prepare(said):
         phrases = phrases_of(said)
         ids = [text_pieces(tokenizer, phrase) for phrase in phrases[:most]]
-        kept = [torch.tensor(phrase[:longest]) for phrase in ids if phrase]
-        long, bare = sum(len(phrase) > longest for phrase in ids), len(ids) - len(kept)
-        cut = [f"cut: {len(phrases)} phrases"] * (len(phrases) > most)
-        cut += [f"cut: {long} of the phrases to {longest} sub-tokens"] * (long > 0)
-        cut += [f"left out: {bare} of the phrases, without a sub-token"] * (bare > 0)
-        padded = nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=-1) if kept else []
-        return padded, "; ".join(cut)
+        tensors = [torch.tensor(phrase[:longest]) for phrase in ids if phrase]
+        long, bare, remarks = sum(len(phrase) > longest for phrase in ids), len(ids) - len(tensors), []
+        if len(phrases) > most:
+            remarks.append(f"cut: {len(phrases)} phrases")
+        if long:
+            remarks.append(f"cut: {long} of the phrases to {longest} sub-tokens")
+        if bare:
+            remarks.append(f"left out: {bare} of the phrases, without a sub-token")
+        padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-1) if tensors else []
+        return padded, "; ".join(remarks)
 
     settings = {"img_size": most, "cut_at": CUT_AT}
     return worded_backbone(PhraseStates(states), states.encoder, prepare, weights, settings)
@@ -144,6 +147,3 @@ class Captions:
 
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]
-
-    def __len__(self):
-        return len(self.image_ids)

@@ -23,10 +23,9 @@ import time
 import urllib.request
 from collections import deque
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from urllib.error import HTTPError
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import torch
 import transformers
@@ -201,15 +200,6 @@ def read_content(body):
     return (content or "") if isinstance(content, str | None) else None
 
 
-def retry_after(headers):
-    """Seconds that a server asks to wait, which it may give as a number or a date; 0 if it does not."""
-    wait = headers.get("Retry-After", "0")
-    try:
-        return float(wait) if wait.isdecimal() else parsedate_to_datetime(wait).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return 0
-
-
 class Endpoint:
     """A `model` at an OpenAI-compatible server; several threads may call it at once. Photos go as JPEG.
 
@@ -234,10 +224,8 @@ class Endpoint:
         query = parse_qsl(parts.query)
         secrets = [key, *(value for name, value in query if re.search(SECRETS, name, re.IGNORECASE))]
         proxy = urllib.request.getproxies().get(parts.scheme)
-        if proxy and not urllib.request.proxy_bypass(parts.netloc):
-            user, _, host = re.sub(r"^\w+://", "", proxy).rpartition("@")
-            secrets += [user, user.partition(":")[2], base64.b64encode(unquote(user).encode()).decode()]
-            self.place += f" through the proxy {host}"
+        if proxy and not urllib.request.proxy_bypass(parts.netloc):  # a password may stand before its "@"
+            self.place += f" through the proxy {proxy.rpartition('@')[2].rpartition('/')[2]}"
         secrets = {spelling for secret in secrets for spelling in spellings(secret)}
         self.secrets = sorted(secrets, key=len, reverse=True)  # one may stand in another
         if parts.scheme == "http" and not re.fullmatch(r"localhost|127(\.\d+){3}|::1", parts.hostname):
@@ -305,7 +293,7 @@ class Endpoint:
             final = lasts = False  # whether to try again is of no use now, and later
             pause = min(60, 2 ** (attempt - 1)) * random.uniform(0.5, 1)  # seconds
             try:
-                settings = self.settings
+                settings = self.settings  # another thread may change them meanwhile
                 status, name, headers, body = self.send(chat | settings)
             except (OSError, HTTPException, ValueError) as error:  # timeouts and connections
                 failure = " ".join(self.clean(str(getattr(error, "reason", error))).split())[:300]
@@ -323,7 +311,8 @@ class Endpoint:
                 elif status in (400, 422) and self.learn(words, settings):
                     continue
                 failure = f"{failure}: {words[:300]}" if words else failure
-                pause = max(pause, retry_after(headers))
+                wait = headers.get("Retry-After", "0")
+                pause = max(pause, float(wait) if wait.isdecimal() else 0)  # a date counts as none
                 lasts = (status < 500 and status not in (408, 429)) or b"insufficient_quota" in body
                 final = lasts and status != 200
                 if status in (400, 413, 422) and self.answers_others(texts):

@@ -19,9 +19,8 @@ def require_room(path, size):
 
 def photo_bytes(paths):
     """The size of each photo at `paths`, {image id: path or None}, in bytes; 0 where there is none."""
-    return [
-        os.path.getsize(path) if path is not None and os.path.isfile(path) else 0 for path in paths.values()
-    ]
+    there = (path is not None and os.path.isfile(path) for path in paths.values())
+    return [os.path.getsize(path) if is_file else 0 for path, is_file in zip(paths.values(), there)]
 
 
 def refuse_other_photos(path, attrs, image_ids, sizes, paths):
@@ -32,11 +31,10 @@ def refuse_other_photos(path, attrs, image_ids, sizes, paths):
     here = photo_bytes({image_id: paths.get(image_id) for image_id in image_ids})
     other = [image_id for image_id, a, b in zip(image_ids, sizes, here, strict=True) if a and b and a != b]
     if other:
-        raise ValueError(
-            f"{path}: made of other photos than those here: {len(other)} differ in size (first: {other[0]};"
-            f" it was made from {attrs.get('made_from', 'an unknown folder')}); name the right photos with"
-            " --images, the right file with --features, or extract these into another --cache-dir"
-        )
+        origin = f"first: {other[0]}; it was made from {attrs.get('made_from', 'an unknown folder')}"
+        advice = "name the photos with --images, the file with --features, or take another --cache-dir"
+        reason = f"made of other photos than those here: {len(other)} differ in size ({origin})"
+        raise ValueError(f"{path}: {reason}; {advice}")
 
 
 def compare_photos(cache, paths):
@@ -55,14 +53,12 @@ def require_photos(cache, image_ids, dataset):
     absent = [photo for photo in photos if photo not in cache.rows]
     if not absent:
         return
+    reason = f"no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first: {absent[0]})"
     advice = (f"it was made for {cache.attrs.get('dataset')}. Was the text another, or --limit set? Name"
               f" {dataset}'s own file, or make it: extract_features.py --dataset {dataset}")  # fmt: skip
     if cache.attrs.get("backbone") == ELSEWHERE:
         advice = f"give write_features all, None for one without; it has {', '.join(cache.ids[:3])} ..."
-    raise ValueError(
-        f"{cache.path}: no row for {len(absent)} of {dataset}'s {len(image_ids)} photos (first:"
-        f" {absent[0]}); {advice}"
-    )
+    raise ValueError(f"{cache.path}: {reason}; {advice}")
 
 
 def point_out_alike(cache):
@@ -79,8 +75,7 @@ def point_out_alike(cache):
     bare = cache.crc32[rows, 0] ^ np.bitwise_xor.reduce(bits * shifts, 1)
     _, first, counts = np.unique(bare, return_index=True, return_counts=True)
     if len(rows) and counts.max() > 2 and counts.max() >= len(rows) / 100:
-        print(
-            f"WARNING: {counts.max()} of {len(rows)} photos are one picture (first:"
-            f" {cache.ids[rows[first[counts.argmax()]]]}); if it stands for a photo that is lost,"
-            " extract_features.py --placeholder FILE counts them as missing"
-        )
+        name = cache.ids[rows[first[counts.argmax()]]]
+        advice = "extract_features.py --placeholder FILE counts them as missing"
+        print(f"WARNING: {counts.max()} of {len(rows)} photos are one picture (first: {name}); if it stands"
+              f" for a photo that is lost, {advice}")  # fmt: skip

@@ -14,6 +14,8 @@ import secrets
 import stat
 from pathlib import Path
 
+from data import read_lines
+
 
 def check_output(path, option="", ours=None):
     """ValueError unless `path` is a new name or a regular file of our own kind: nothing else is replaced.
@@ -88,6 +90,41 @@ def write_json(path, value):
 
 def write_json_lines(path, records):
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def is_text(value):
+    """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str to Python, and no text."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def is_span(value):
+    """Whether a value is a span [start, end)."""
+    two = isinstance(value, list | tuple) and len(value) == 2 and all(type(place) is int for place in value)
+    return two and 0 <= value[0] < value[1]
+
+
+def read_by_id(path, id_key, check):
+    """{id, a text under `id_key`: check(object)} of a file of one JSON object a line.
+
+    ValueError with file and line: no such object, an id for the second time, what `check` says.
+    """
+    values = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not is_text(value.get(id_key)):
+                raise ValueError(f"not a JSON object with {id_key!r}, an id that is text")
+            if value[id_key] in values:
+                raise ValueError(f"a second line for {value[id_key]:.100}; keep one")
+            values[value[id_key]] = check(value)
+        except (ValueError, RecursionError) as error:
+            reason = error
+            if isinstance(error, RecursionError | json.JSONDecodeError):
+                reason = f"not JSON ({error}); write one JSON object a line"
+            raise ValueError(f"{path}:{number}: {reason}") from None
+    return values
 
 
 def bounded_lines(file, most):

@@ -97,14 +97,12 @@ def open_processor(source):
     """The image processor at `source`, a hub's model or a folder; ValueError if there is none."""
     try:
         # Always this one of its two implementations: the other makes other last bits.
-        return transformers.AutoImageProcessor.from_pretrained(
-            source, backend="torchvision", **as_data(source)
-        )
+        kind = transformers.AutoImageProcessor
+        return kind.from_pretrained(source, backend="torchvision", **as_data(source))
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(
-            f"--weights {source}: no image processor ({first_line(error)}); name a hub's model or a local"
-            " folder with a preprocessor_config.json"
-        ) from None
+        reason = f"no image processor ({first_line(error)})"
+        hint = "name a hub's model or a local folder with a preprocessor_config.json"
+        raise ValueError(f"--weights {source}: {reason}; {hint}") from None
 
 
 def timm_framing(data, img_size, fit):
@@ -163,8 +161,8 @@ def check_framing(framing, fit):
     side, pixels = framing.settings["img_size"], framing.prepare(RAMPS)
     width, height = padded_size(*RAMPS.size, side) if fit == "pad" else (side, side)
     if pixels.shape != (3, height, width):
-        made = f"a photo of 300 x 200 becomes {pixels.shape[2]} x {pixels.shape[1]}"
-        raise ValueError(f"{made}, not {width} x {height}: add --fit squash or pad")
+        size = f"a photo of 300 x 200 becomes {pixels.shape[2]} x {pixels.shape[1]}"
+        raise ValueError(f"{size}, not {width} x {height}: add --fit squash or pad")
     if fit == "processor":
         left, top, across, down = seen_part(*RAMPS.size, framing.settings)
         places = (torch.arange(side) + 0.5) / side

@@ -9,14 +9,13 @@ Relations, one a row, or as many as a row has between its entities:
     {"text": ..., "entities": [{"id": 7, ...}, ...], "relations": [{"from_id": 7, "to_id": 8, "type": ...}]}
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from data import NerExample, RelationExample, check_image_id, check_label, check_scheme, label_scheme
-from data import none_notes, parse_row, photo_names, read_rows, reading_notes, relation_name, same_text
-from data import to_bio
+from data import NerExample, RelationExample, bio_posts, check_image_id, check_label, none_notes, parse_row
+from data import photo_names, read_rows, reading_notes, relation_name, same_text
+from parts.files import is_span
 from parts.words import RULES, cut_words
 
 # The keys that are read; of several the first.
@@ -28,7 +27,7 @@ IMAGES = ("image", "images", "img_id", "image_id")
 def first_of(row, keys):
     """The first value of a row under one of `keys`; null, and NaN as pandas writes it, are no value."""
     values = (row.get(key) for key in keys)
-    return next((v for v in values if v is not None and not (isinstance(v, float) and math.isnan(v))), None)
+    return next((value for value in values if value is not None and value == value), None)  # NaN != NaN
 
 
 def words_of(row):
@@ -65,7 +64,7 @@ class Post:
     def word_span(self, span):
         """A span [start, end) of words, from one of characters where the post came as text."""
         size, unit = (len(self.row["text"]), "characters") if self.is_text else (len(self.words), "words")
-        if not (is_span(span) and 0 <= span[0] < span[1] <= size):
+        if not (is_span(span) and span[1] <= size):
             raise self.refuse(f"{span!r:.40} is not a span [start, end) of its {size} {unit}; correct it")
         if not self.is_text:
             return tuple(span)
@@ -73,8 +72,7 @@ class Post:
         shown = f"the span [{start}, {end}), {self.row['text'][start:end]!r:.60},"
         if word := crossed(self.offsets, span):
             word = self.row["text"][slice(*word)]
-            raise self.refuse(f"{shown} ends inside the word {word!r:.60}; correct it, or cut texts otherwise"
-                              " (--word-rule)")  # fmt: skip
+            raise self.refuse(f"{shown} ends inside the word {word!r:.60}; correct it or see --word-rule")
         inside = [i for i, (a, b) in enumerate(self.offsets) if start <= a and b <= end]
         if not inside:
             raise self.refuse(f"{shown} holds no word; correct it")
@@ -90,10 +88,6 @@ class Post:
         if own is not None:
             return str(own)
         return " ".join(photo_names(image)) or f"row {self.number}"
-
-
-def is_span(value):
-    return isinstance(value, list) and len(value) == 2 and all(type(place) is int for place in value)
 
 
 def crossed(offsets, span):
@@ -255,18 +249,15 @@ class Reader:
 
     def entities(self, path, posts):
         """(examples, notes) of posts with named entities."""
-        columns = []  # a post's lines and labels, as `check_scheme` takes them
+        columns = []  # a post's lines and labels, as `bio_posts` takes them
         for post in posts:
             of_words = not post.is_text and first_of(post.row, LABELS) is not None
             labels = self.labels_of_words(post) if of_words else labels_of_spans(post)
             columns.append(([post.number] * len(labels), labels))
-        scheme = label_scheme([labels for _, labels in columns])
-        check_scheme(path, columns, scheme)
-        examples, changed = [], 0
-        for post, (_, labels) in zip(posts, columns, strict=True):
-            bio, image = to_bio(labels, scheme), self.photo(post)
-            changed += sum(a != b for a, b in zip(labels, bio, strict=True))
-            examples.append(NerExample(post.id(image), image, tuple(post.words), tuple(bio)))
+        (bio, scheme, changed), examples = bio_posts(path, columns), []
+        for post, labels in zip(posts, bio, strict=True):
+            image = self.photo(post)
+            examples.append(NerExample(post.id(image), image, tuple(post.words), tuple(labels)))
         return examples, reading_notes(0, scheme, changed)
 
     def labels_of_words(self, post):

@@ -17,7 +17,8 @@ from features import ELSEWHERE, MISSING, OK, UNREADABLE, FeatureCache, Regions
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
 from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
-from parts.notes import check_note, is_text
+from parts.files import is_span, is_text
+from parts.notes import check_note
 from parts.photos import WORDED, Photos
 from parts.words import cut_words
 
@@ -137,9 +138,7 @@ def read_post(post, task, rule):
         raise ValueError("words is not a list")
     spans = []
     for name in ("head", "tail") if task == "relation" else ():
-        span = post.get(name)
-        whole = isinstance(span, list | tuple) and len(span) == 2 and all(type(i) is int for i in span)
-        if not (whole and 0 <= span[0] < span[1] <= size):
+        if not (is_span(span := post.get(name)) and span[1] <= size):
             raise ValueError(f"{name} is not a span [start, end) of its {size} {unit}")
         spans.append(tuple(span))
     if words is None and rule is None:
@@ -169,16 +168,14 @@ def near(example, reach):
     """
     relation, words = isinstance(example, RelationExample), example.words
     spans = [example.head, example.tail] if relation else [(0, 0)]
-    kept = [i for i in range(len(words)) if any(a - reach <= i < b + reach for a, b in spans)]
-    if len(kept) == len(words):
-        return example, 0
-    changes = {"words": tuple(words[i] for i in kept)}
+    places = [i for i in range(len(words)) if any(a - reach <= i < b + reach for a, b in spans)]
+    changes = {"words": tuple(words[i] for i in places)}
     if relation:
-        head, tail = ((kept.index(a), kept.index(b - 1) + 1) for a, b in spans)
+        head, tail = ((places.index(a), places.index(b - 1) + 1) for a, b in spans)
         changes |= {"head": head, "tail": tail}
     else:
-        changes["labels"] = example.labels[: len(kept)]
-    return replace(example, **changes), len(words) - len(kept)
+        changes["labels"] = example.labels[: len(places)]
+    return replace(example, **changes), len(words) - len(places)
 
 
 # ----------------------------------------------------------------------------------------------------- photos
@@ -246,18 +243,14 @@ def run_backbone(made, weights=None, width=None, features=None):
     named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
     kind = made["weights"].split("-")[0]
     if weights is None and kind == "file":
-        raise ValueError(
-            f"the run's features were made with a local {made['backbone']} ({made['weights']}); name it with"
-            " --weights"
-        )
+        local = f"a local {made['backbone']} ({made['weights']})"
+        raise ValueError(f"the run's features were made with {local}; name it with --weights")
     published = "random" if kind == "random" else named(made["weights"], made["weights"])
     own = {"random", "imagenet", "imagenet-v2"}  # to others folders, or names at the hub
     known = own if made["backbone"] == "resnet50" else DEFAULT_WEIGHTS - own
     if weights is None and published not in {None, *known}:
-        raise ValueError(
-            f"the run's features were made with {published}, and a run's word loads nothing from a hub; name"
-            " it with --weights"
-        )
+        rule = "a run's word loads nothing from a hub; name it with --weights"
+        raise ValueError(f"the run's features were made with {published}, and {rule}")
     weights = weights or published
     framing = made.get("fit"), made.get("grid")
     backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"], *framing)
@@ -268,10 +261,8 @@ def run_backbone(made, weights=None, width=None, features=None):
     pairs = [(key, made.get(key), value) for key, value in here.items()]
     differing = [f"{key} (run: {theirs}, here: {ours})" for key, theirs, ours in pairs if theirs != ours]
     if differing:
-        raise ValueError(
-            f"--weights {weights or 'default'}: not what the run's features were made with:"
-            f" {'; '.join(differing)}"
-        )
+        reason = f"not what the run's features were made with: {'; '.join(differing)}"
+        raise ValueError(f"--weights {weights or 'default'}: {reason}")
     return backbone
 
 
@@ -311,8 +302,8 @@ class NewPhotos(Regions):
             waiting += [] if views is None else [(row, views)]
             if waiting and (len(waiting) == together or row == count - 1):
                 with torch.inference_mode():
-                    made_of = backbone.look([views for _, views in waiting], device, 1)
-                for (row, views), regions in zip(waiting, made_of, strict=True):  # [1, n, D]
+                    of_photos = backbone.look([views for _, views in waiting], device, 1)
+                for (row, views), regions in zip(waiting, of_photos, strict=True):  # [1, n, D]
                     if np.isfinite(regions).all():
                         self.num_regions[row], self.grid[row] = regions.shape[1], backbone.grid(views)
                         self.regions[row, :, : self.num_regions[row]] = regions

@@ -16,8 +16,6 @@ hides with it, or "no photo" would not be without.
 """
 
 import hashlib
-import json
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,12 +24,8 @@ import numpy as np
 
 from data import photo_names, read_lines
 from encoding import special_ends, text_pieces
+from parts.files import is_text, read_by_id
 from parts.photos import by_name, read_captions
-
-
-def is_text(value):
-    """Whether a value is text that UTF-8 can hold: half a surrogate pair is a str to Python, and no text."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 # What is taken of a note: the values of train.py --extra.
@@ -67,28 +61,8 @@ def check_note(note, keys=tuple(KEYS)):
 
 
 def read_notes(path):
-    """{id: note} of a notes file.
-
-    ValueError with file and line: no JSON object, a wrong value, an id for the second time.
-    """
-    notes = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            note = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error}); a note is one JSON object a line") from None
-        if not isinstance(note, dict) or not is_text(note.get("id")):
-            raise ValueError(f"{where}: not a JSON object with an id that is text")
-        if note["id"] in notes:
-            raise ValueError(f"{where}: a second note for {note['id']:.100}; keep one")
-        try:
-            notes[note["id"]] = check_note(note)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    return notes
+    """{id: note} of a notes file; ValueError with file and line."""
+    return read_by_id(path, "id", check_note)
 
 
 class Notes:
@@ -102,9 +76,8 @@ class Notes:
     def __init__(self, path, tokenizer=None, extra="none", length=0, relevance=False):
         self.path, self.relevance, self.segments = Path(path), relevance, None
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"no notes file {path}; make it with write_notes.py, or name another with --notes"
-            )
+            hint = "make it with write_notes.py, or name another with --notes"
+            raise FileNotFoundError(f"no notes file {path}; {hint}")
         self.notes, self.sha256 = read_notes(path), hashlib.sha256(self.path.read_bytes()).hexdigest()
         if tokenizer is not None and extra != "none":
             self.segments = Segments(tokenizer, extra, length)
@@ -145,9 +118,8 @@ class Notes:
         used = {note_id for of_split in ids.values() for note_id in of_split} - {None}
         if not used:
             first = next(iter(self.notes), "none")
-            raise ValueError(
-                f"{self.path}: no note is of any post (first id: {first}); is it another data set's?"
-            )
+            reason = f"no note is of any post (first id: {first}); is it another data set's?"
+            raise ValueError(f"{self.path}: {reason}")
         unused = len(self.notes) - len(used)
         lines = [f"{self.path}: {len(self.notes)} notes, {unused} of no post here ({self.sha256[:16]})"]
         for split, of_split in ids.items():

@@ -55,9 +55,7 @@ def image_folders(name, data_dir="data", images=None):
     parts = ("", *(split for names in SPLITS.values() for split in names))
     folders = [root / part for root in roots for part in parts if (root / part).is_dir()]
     if not folders:
-        raise FileNotFoundError(
-            f"no image folder {roots[0]}: put the photos there or name theirs with --images"
-        )
+        raise FileNotFoundError(f"no image folder {roots[0]}: put photos there or name theirs with --images")
     return folders
 
 
@@ -326,9 +324,6 @@ class Photos:
     def __getitem__(self, rows):
         return [self.read(row) for row in rows]
 
-    def __len__(self):
-        return len(self.image_ids)
-
 
 def low_priority(worker):
     """Let the forward pass go first: its threads wait for the slowest of them."""
@@ -356,13 +351,11 @@ def batch_loader(reader, batches, workers, ahead=2):
 
 def load_ahead(reader, batches, workers, batch_bytes, processes):
     """`batch_loader` of at most so many workers: as many as have a batch to make, and room for its bytes."""
-    asked = min(workers, len(batches))
-    fitting, ahead = queues(asked, batch_bytes, shared_memory(processes))
-    if fitting < asked:
-        print(
-            f"{fitting} of {asked} workers: /dev/shm has no room for more batches"
-            " (docker run --shm-size 1g makes some)"
-        )
+    most = min(workers, len(batches))
+    fitting, ahead = queues(most, batch_bytes, shared_memory(processes))
+    if fitting < most:
+        reason = "/dev/shm has no room for more batches (docker run --shm-size 1g makes some)"
+        print(f"{fitting} of {most} workers: {reason}")
     return batch_loader(reader, batches, fitting, ahead)
 
 

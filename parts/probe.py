@@ -110,11 +110,11 @@ def photo_probe(dataset, cache, source, split, device, seed=1337):
         if not asked:
             raise ValueError(f"{dataset.name} {name}: no entity in it, so nothing to ask")
         states = text_states(encoder, tokenizer, examples, asked, device)
-        kept = np.isfinite(states[:, 0])
-        lost = int((~kept).sum())
-        asked = [question for question, keep in zip(asked, kept, strict=True) if keep]
-        text[name], gold[name] = states[kept], [answer for _, _, answer in asked]
-        ids[name] = [examples[i].image_id for i, _, _ in asked]
+        whole = np.isfinite(states[:, 0])
+        lost = int((~whole).sum())
+        pairs = [(i, answer) for (i, _, answer), inside in zip(asked, whole, strict=True) if inside]
+        text[name], gold[name] = states[whole], [answer for _, answer in pairs]
+        ids[name] = [examples[i].image_id for i, _ in pairs]
         photo[name], real[name] = mean_regions(cache, ids[name])
         swap = shuffled_photos([example.image_id for example in examples], cache, seed)
         other[name], _ = mean_regions(cache, [swap[image_id] for image_id in ids[name]])
@@ -148,13 +148,9 @@ def probe_verdict(result):
     """What a fusion could gain, in one or two sentences, of a `photo_probe`."""
     gain, control = result["gain"], result["control_gain"]
     if gain["low"] > 0 and gain["difference"] > control["difference"]:
-        return (
-            "the photos tell what the text does not: a fusion should gain about as much; if it does not, look"
-            " at its training first"
-        )
+        return ("the photos tell what the text does not: a fusion should gain about as much; if it does not,"
+                " look at its training first")  # fmt: skip
     if gain["low"] > 0:
         return "others' photos gain as much: what is gained is not of the photos"
-    return (
-        "a linear model gains nothing sure from these photos: a fusion that gains must find what is not"
-        " linear, so check its gain with --image-check and a run with --shuffle-photos"
-    )
+    return ("a linear model gains nothing sure from these photos: a fusion that gains must find what is not"
+            " linear, so check its gain with --image-check and a run with --shuffle-photos")  # fmt: skip

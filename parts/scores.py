@@ -12,7 +12,7 @@ import re
 from collections import Counter
 
 from data import NONE, check_label, check_scheme, conll_posts, label_scheme, read_lines, reading_notes, to_bio
-from data import word_column
+from parts.files import is_span, is_text
 
 # ----------------------------------------------------------------------------------------------------- scores
 
@@ -118,13 +118,11 @@ def label_scores(gold, predicted):
     """
     from sklearn.metrics import precision_recall_fscore_support  # here: it takes 2 seconds to load
 
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        gold, predicted, average="weighted", zero_division=0
-    )
-    macro = precision_recall_fscore_support(gold, predicted, average="macro", zero_division=0)[2]
+    weighted, macro = (precision_recall_fscore_support(gold, predicted, average=how, zero_division=0)
+                       for how in ("weighted", "macro"))  # fmt: skip
     accuracy = sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
-    rates = {"precision": precision, "recall": recall, "f1": f1, "macro_f1": macro}
-    return {"accuracy": accuracy} | {name: float(rate) for name, rate in rates.items()}
+    rates = dict(zip(("precision", "recall", "f1"), map(float, weighted[:3]), strict=True))
+    return {"accuracy": accuracy} | rates | {"macro_f1": float(macro[2])}
 
 
 def relation_scores(gold, predicted):
@@ -156,16 +154,13 @@ def score(records):
     metrics["token" if ner else "row"] = label_scores(flat_gold, flat)
     constant = [[majority] * len(labels) for labels in gold] if ner else [majority] * len(gold)
     without = entity_scores(gold, constant) if ner else relation_scores(gold, constant)
-    metrics["baseline"] = label_scores(flat_gold, [majority] * len(flat)) | {
-        "label": majority,
-        "main_f1": without["f1"],
-    }
+    baseline = label_scores(flat_gold, [majority] * len(flat))
+    metrics["baseline"] = baseline | {"label": majority, "main_f1": without["f1"]}
     metrics["posts_without_photo"] = sum(record.get("photo") is False for record in records)
     metrics["posts_without_note"] = sum(record.get("extra") is False for record in records)
     if ner:
-        metrics["words_answered_without_model"] = sum(
-            p is None for record in records for p in record.get("probability", [])
-        )
+        chances = (chance for record in records for chance in record.get("probability", []))
+        metrics["words_answered_without_model"] = sum(chance is None for chance in chances)
     metrics["gold_fingerprint"] = gold_fingerprint(records)
     metrics["warnings"] = one_label_warnings(flat, metrics["entity" if ner else "relation"])
     return metrics
@@ -176,10 +171,9 @@ def one_label_warnings(predicted, main):
     label, count = Counter(predicted).most_common(1)[0]
     share, answered = count / len(predicted), main["predicted"]
     if share >= 0.99 or answered < 0.1 * main["gold"]:
-        return [
-            f"{share:.1%} of the answers are {label!r}, and {answered} entities or relations were answered"
-            f" where gold has {main['gold']}: the accuracy measures the data set, not the model"
-        ]
+        answers = f"{answered} entities or relations were answered where gold has {main['gold']}"
+        most = f"{share:.1%} of the answers are {label!r}"
+        return [f"{most}, and {answers}: the accuracy measures the data set, not the model"]
     return []
 
 
@@ -227,13 +221,11 @@ def format_scores(metrics, title):
     lines += [line(all_labels, metrics[level], metrics[level]["accuracy"])]
     always = f"always {base['label']!r} (its {main} F1: {base['main_f1']:.4f})"
     lines += [line(always, base, base["accuracy"])]
-    if metrics["posts_without_photo"]:
-        lines += [f"posts without a photo: {metrics['posts_without_photo']}"]
-    if metrics["posts_without_note"]:
-        lines += [f"posts without a note: {metrics['posts_without_note']}"]
-    if metrics.get("words_answered_without_model"):
-        unseen = metrics["words_answered_without_model"]
-        lines += [f"words cut off or without a sub-token, answered O: {unseen}"]
+    counts = {
+        "posts without a photo": "posts_without_photo", "posts without a note": "posts_without_note",
+        "words cut off or without a sub-token, answered O": "words_answered_without_model",
+    }  # fmt: skip
+    lines += [f"{text}: {metrics[key]}" for text, key in counts.items() if metrics.get(key)]
     return "\n".join(lines + [f"WARNING: {warning}" for warning in metrics["warnings"]])
 
 
@@ -245,18 +237,9 @@ def is_list(value, fits):
     return isinstance(value, list) and all(map(fits, value))
 
 
-def is_text(value):
-    return isinstance(value, str)
-
-
 def is_rate(value):
     """Whether a value is null or a number from 0 to 1; a CRF's marginals may come out a little above."""
     return value is None or (type(value) in (int, float) and 0 <= value <= 1.01)
-
-
-def is_span(value):
-    """Whether a value is a span [start, end)."""
-    return is_list(value, lambda i: type(i) is int) and len(value) == 2 and 0 <= value[0] < value[1]
 
 
 # Per key beside id and labels: whether a value is right, given how many labels there are (None: one, of a
@@ -328,9 +311,8 @@ def json_records(path, lines, task):
         if records and ner != isinstance(records[0]["gold"], list):
             raise ValueError(f"{where}: named entities and relations in one file; split them")
         if not isinstance(predicted, type(gold)) or (ner and len(predicted) != len(gold)):
-            raise ValueError(
-                f"{where}: gold and predicted must be two label lists of one length, or two labels"
-            )
+            reason = "gold and predicted must be two label lists of one length, or two labels"
+            raise ValueError(f"{where}: {reason}")
         labels = [*gold, *predicted] if ner else [gold, predicted]
         if not is_list(labels, is_text):
             raise ValueError(f"{where}: a label is not text, but {labels!r:.60}")
@@ -367,9 +349,8 @@ def conll_records(path, lines):
         for label in fields[-2:]:
             check_label(label, None, f"{path}:{number}")
     # The last two columns count, as in the CoNLL evaluation script. Before the word its number may stand.
-    alike = len({len(fields) for _, fields in table}) == 1
-    word = word_column([fields[:-2] for _, fields in table]) or 0 if alike else 0
-    records, numbers = [], []
+    numbered = all(len(fields) > 3 and fields[0].isdigit() for _, fields in table)
+    word, records, numbers = int(numbered), [], []
     for count, (_, image_id, rows) in enumerate(posts, 1):
         columns = zip(*((fields[word], *fields[-2:]) for _, fields in rows), strict=True)
         record = dict(zip(("words", "gold", "predicted"), map(list, columns), strict=True))

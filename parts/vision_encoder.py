@@ -164,9 +164,8 @@ def read_state_dict(path):
         safe = path.endswith(".safetensors")
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(
-            f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path"
-        ) from None
+        message = f"--weights {path}: no such file; give imagenet, imagenet-v2, random or a path"
+        raise ValueError(message) from None
     except Exception as error:  # a broken file raises whatever the reader stumbles over
         if out_of_memory(error):
             raise
@@ -196,9 +195,8 @@ def load_resnet50(weights, img_size, seed, fit="squash", grid=None):
         try:
             state = source.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"cannot download {published} ({error}); give a local file with --weights PATH"
-            ) from None
+            message = f"cannot download {published} ({error}); give a local file with --weights PATH"
+            raise ValueError(message) from None
     else:
         state = model.state_dict() if weights == "random" else read_state_dict(weights)
     unlike = f"--weights {weights}: not ResNet50's"
@@ -209,9 +207,8 @@ def load_resnet50(weights, img_size, seed, fit="squash", grid=None):
         raise ValueError(f"{unlike} ({str(error).splitlines()[-1].strip()})") from None
     missing = [key for key in missing if not key.startswith("fc.")]
     if missing or more:  # a deeper ResNet has all of ResNet50's; a key or a prefix before them is the first
-        counts = [f"{len(keys)} tensors {what} (first: {keys[0]})"
-                  for what, keys in (("missing", missing), ("more", more)) if keys]  # fmt: skip
-        raise ValueError(f"{unlike}: {', '.join(counts)}; give the state dict of torchvision's resnet50")
+        counts = f"{len(missing)} tensors missing, {len(more)} more (first: {[*more, *missing][0]})"
+        raise ValueError(f"{unlike}: {counts}; give the state dict of torchvision's resnet50")
     colours, bilinear = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), INTERPOLATIONS.index("bilinear")
     if fit == "processor":
         shorter = 232 if published == "IMAGENET1K_V2" else 256  # of photos of 224
@@ -313,9 +310,8 @@ def try_out(model, side):
     return int(before > 0 and not registers_alone), before, rows, states.shape[2]
 
 
-def load_encoder(
-    source, img_size, seed, fit="processor", grid=None, kinds=(), model_class=AutoModel, whole=True
-):
+def load_encoder(source, img_size, seed, fit="processor", grid=None,
+                 kinds=(), model_class=AutoModel, whole=True):  # fmt: skip
     """Any image model of transformers, timm's among them: its last states, of two towers the image's.
 
     `source`: a hub's name or a folder. `kinds`: those that are wanted, any by default. `whole`: keep a class
@@ -383,9 +379,8 @@ def load_pixels(weights, img_size, seed):
     if not side:
         raise ValueError(f"--weights {weights}: its image processor is not ViLT's: it has no size_divisor")
     most = (size // side) * (int(1333 / 800 * size) // side)  # 1333 : 800: the longest the processor makes
-    settings = {"weights": "none", **settings}
+    settings, shape = {"weights": "none", **settings}, (most, 3 * side**2)
     prepare = Processed(processor)
-    shape = most, 3 * side**2
     return Backbone(Patches(side), prepare, config["resample"], side, shape, False, settings, "uint8")
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 import time
-from email.utils import formatdate
 
 import pytest
 import torch
@@ -214,10 +213,8 @@ def test_a_slow_server_and_one_that_is_not_there_are_tried_again(serve):
     assert len(ask.stopped) == 2
 
 
-def test_retry_after_is_honoured_as_a_number_and_as_a_date(serve):
-    later, before = formatdate(time.time() + 90, usegmt=True), formatdate(time.time() - 90, usegmt=True)
-    cases = (("7", 7, 7), (later, 80, 91), *((no, 0.5, 1) for no in ("0", before, "soon", "-3", "1e9")))
-    for asked, low, high in cases:
+def test_retry_after_is_honoured(serve):
+    for asked, low, high in (("7", 7, 7), *((no, 0.5, 1) for no in ("0", "soon", "-3", "1e9"))):
         limited = 429, {"Retry-After": asked}, b""
         ask = asker(serve(lambda number, body, limited=limited: OK if number else limited))
         assert ask([["hi"]], [None]) == ["fine"]

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import subprocess
 
 import faults
 import pytest
@@ -63,14 +62,11 @@ def test_ner_file_without_photos(tmp_path, blank):
         NerExample("line 1", None, ("a", "b"), ("O", "B-PER")),
         NerExample(f"line {second}", None, ("c",), ("I-PER",)),
     ]
-    assert notes == (
-        ["no IMGID line: 2 posts without photo"] + ["2 -DOCSTART- lines left out"] * ("DOC" in blank)
-    )
-
-
-def test_a_photo_line_with_a_label_starts_a_post_too(tmp_path):
-    posts = read_ner(tmp_path, "IMGID:1\tO\na\tO\nIMGID:2\tO\nb\tB-PER\n")
-    assert [(post.image_id, post.words) for post in posts] == [("1", ("a",)), ("2", ("b",))]
+    documents = ["2 -DOCSTART- lines left out"] if "DOC" in blank else []
+    assert notes == ["no IMGID line: 2 posts without photo", *documents]
+    numbers = []
+    data.read_ner(write(tmp_path / "x", "1 B-PER\n2 I-PER\n"), None, numbers)
+    assert numbers[1:] == ["every word is a number: is the first column that of the words?"]
 
 
 def in_scheme(entities, length, scheme):
@@ -110,18 +106,14 @@ def test_label_schemes(tmp_path, scheme, letters, seed):
     assert strict(made, IOB2) == strict(posts, scheme) and any(strict(made, IOB2))
     changed = sum(a != b for pair in zip(written, made, strict=True) for a, b in zip(*pair, strict=True))
     names = {0: {"IOBES": "BIOES"}.get(scheme.__name__, scheme.__name__), 1: "BMES", 2: "BMEWO"}
-    name = names[len(letters)]
-    assert (
-        notes == ([] if scheme is IOB2 else [f"{name} labels read as BIO, {changed} changed"])
-        and (made == posts) == (scheme is IOB2)
-    )
+    told = [] if scheme is IOB2 else [f"{names[len(letters)]} labels read as BIO, {changed} changed"]
+    assert notes == told and (made == posts) == (scheme is IOB2)
 
 
 def test_orphans_in_a_bio_file_stay(tmp_path):
     notes, labels = [], ["I-PER", "O", "B-LOC", "O", "B-PER", "I-LOC", "B-LOC", "B-LOC"]
-    (post,) = data.read_ner(
-        write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels)), LABELS, notes
-    )
+    path = write(tmp_path / "x", "IMGID:1\n" + "".join(f"w\t{y}\n" for y in labels))
+    (post,) = data.read_ner(path, LABELS, notes)
     assert (list(post.labels), notes) == (labels, [])
 
 
@@ -161,9 +153,7 @@ def test_ner_repeated_ids(tmp_path, ids):
 
 @pytest.mark.parametrize("content, line, reason", [
     ("IMGID:1\na O\n", 2, "word<TAB>label, found 'a O'"), (POST + "2\n", 5, "word<TAB>label, found '2'"),
-    ("IMGID:1\na\tX\tO\n", 2,
-        "word<TAB>label, found 3 columns, 'a', 'X', 'O'; keep columns 1 and 3, .*, as cut -f1,3 does"),
-    ("IMGID:1\na\tB-PER\tB-PER\nb\tO\tB-LOC\n", 2, "'B-PER'; keep one word and one label, a tab"),
+    ("IMGID:1\na\tX\tO\n", 2, "found 3 columns, 'a', 'X', 'O'; keep one word and one label, a tab"),
     ("IMGID:1\na\tS-ORG\n", 2, "unknown label 'B-ORG'"),
     ("IMGID:1\na\tO\nb\tB-ORG\n", 3, "unknown label 'B-ORG'"), ("IMGID:1\na\t\n", 2, "unknown label ''"),
     ("IMGID:1\na\tb-Per\n", 2, "unknown label 'b-Per'"), ("IMGID:1\na\to\n", 2, "unknown label 'o'"),
@@ -179,21 +169,20 @@ def test_ner_errors(tmp_path, content, line, reason):
         read_ner(tmp_path, content)
 
 
-@pytest.mark.parametrize(
-    "head, tail", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2), (1, 2)), ((3, 4), (0, 4))]
-)
+SPAN_PAIRS = [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2), (1, 2)), ((3, 4), (0, 4))]
+
+
+@pytest.mark.parametrize("head, tail", SPAN_PAIRS)
 def test_mnre_spans(tmp_path, head, tail):
     path = write(tmp_path / "x", row(h={"name": "", "pos": list(head)}, t={"pos": list(tail)}))
-    assert read_mnre(path, RELATIONS) == [
-        RelationExample("1.jpg@1", "1.jpg", tuple(TOKENS), head, tail, MEMBER)
-    ]
+    row_of_path = RelationExample("1.jpg@1", "1.jpg", tuple(TOKENS), head, tail, MEMBER)
+    assert read_mnre(path, RELATIONS) == [row_of_path]
 
 
 @pytest.mark.parametrize("start, end", [("", "\n"), ("", "\r\n"), ("\ufeff", "\n")])
 def test_mnre_rows_that_share_a_photo(tmp_path, start, end):
-    path = write(
-        tmp_path / "x", (start + row() + row(relation="None") + "\n" + row()[:-1]).replace("\n", end)
-    )
+    text = start + row() + row(relation="None") + "\n" + row()[:-1]
+    path = write(tmp_path / "x", text.replace("\n", end))
     found = [(example.id, example.image_id, example.label) for example in read_mnre(path, RELATIONS)]
     assert found == [("1.jpg@1", "1.jpg", MEMBER), ("1.jpg@2", "1.jpg", "None"), ("1.jpg@4", "1.jpg", MEMBER)]
 
@@ -221,30 +210,9 @@ def test_mnre_rows_of_any_form(tmp_path, form, allowed):
     assert [e.id for e in found] == ["1.jpg@1", "1.jpg@2"]
 
 
-@pytest.mark.parametrize("content, line, reason", [
-    (json.dumps(ROW)[:-1], 1, r"not a row .*\(not JSON: Expecting ',' delimiter at character 1"),
-    (json.dumps(ROW).replace("null", "nul").replace('"h"', "h"), 1, "not JSON: Expecting property name"),
-    (f"{ROW}"[:-1] + ", 'x': null}", 1, r"\(ValueError: malformed node or string\)"),
-    (row() + "[1, 2]", 2, "not a row .*TypeError"),
-    (json.dumps(ROW | {"token": ["\ud83d", *TOKENS]}), 1, r"'\\ud83d' holds half a character"),
-    (f"[\n{row()}]", 2, "not a JSON array of rows .Expecting property name"),
-    ("[\n1]", 2, "row 1: not a row"),
-    (json.dumps([ROW, ROW | {"relation": "x"}], indent=1), 24, "row 2: unknown label 'x'"),
-    ("[" * 100_000, 1, "too deep"), (json.dumps([ROW]) + "\n{}", 2, "Extra data"),
-])  # fmt: skip
-def test_mnre_errors_say_why(tmp_path, content, line, reason):
-    path = write(tmp_path / "x", content)
-    with refused(path, line, reason):
-        read_mnre(path, RELATIONS)
-
-
 @pytest.mark.parametrize("end", ["h", "t"])
 @pytest.mark.parametrize("pos, name, said", [
-    ([0, 1], "Messi joins",
-        r"'{}' is named 'Messi joins', but pos \[0, 1\] holds 'Messi'; is the end inclusive\? .* \[0, 2\]"),
-    ([2, 2], "Miami",
-        r"'{}' pos is not a span \[start, end\) of its 4 words; is the end inclusive\? .* \[2, 3\]"),
-    ([2, 2], "today", r"'{}' pos is not a span \[start, end\) of its 4 words$"),
+    ([2, 2], "Miami", r"'{}' pos is not a span \[start, end\) of its 4 words; the end is exclusive"),
     ([1, 3], "Miami", r"'{}' is named 'Miami', but pos \[1, 3\] holds 'joins Miami'; correct one of them"),
     ([3, 4], "x\ny", r"'{}' is named 'x\\ny', but pos \[3, 4\] holds 'today'; correct one of them"),
 ])  # fmt: skip
@@ -253,12 +221,9 @@ def test_mnre_names_are_the_words_of_their_span(tmp_path, end, pos, name, said):
     for allowed in (RELATIONS, None):
         with refused(path, 2, said.format(end)):
             read_mnre(path, allowed)
-
-
-@pytest.mark.parametrize("name", ["Messi joins", "messi  joins", "Messijoins", "", None])
-def test_mnre_names_that_fit(tmp_path, name):
-    (example,) = read_mnre(write(tmp_path / "x", row(h={"name": name, "pos": [0, 2]})), RELATIONS)
-    assert example.head == (0, 2)
+    for fits in ("Messi joins", "messi  joins", "Messijoins", "", None):
+        (example,) = read_mnre(write(tmp_path / "x", row(h={"name": fits, "pos": [0, 2]})), RELATIONS)
+        assert example.head == (0, 2)
 
 
 @pytest.mark.parametrize("place", ["{}", "{{'token': {}}}", "[{} for _ in (1,)]", "{{'token': f'{{{}}}'}}"])
@@ -277,6 +242,10 @@ HUGE = row().replace("[2, 3]", f"[0x{'f' * 5000}, 3]")  # Python does not print 
 
 
 @pytest.mark.parametrize("line, reason", [
+    (json.dumps(ROW)[:-1], r"not a row .*\(not JSON: Expecting ',' delimiter at character 1"),
+    (json.dumps(ROW).replace('"h"', "h"), "not JSON: Expecting property name"),
+    (f"{ROW}"[:-1] + ", 'x': null}", r"\(ValueError: malformed node or string\)"),
+    (json.dumps(ROW | {"token": ["\ud83d", *TOKENS]}), r"'\\ud83d' holds half a character"),
     *((row(**{end: {"pos": pos}}), f"'{end}' pos") for end in "ht" for pos in SPANS), (HUGE, ""),
     *((row(t=t), "not a row") for t in ({"pos": [1]}, {"pos": 3}, {"pos": None}, [0, 1], {})),
     *((str({k: v for k, v in ROW.items() if k != key}), f"not a row .*{key}") for key in ROW),
@@ -293,12 +262,22 @@ def test_mnre_errors(tmp_path, line, reason):
         read_mnre(path, RELATIONS)
 
 
-@pytest.mark.parametrize(
-    "reader, kind", [(r, k) for r in ("read_ner", "read_mnre") for k in faults.CONTENTS[r]]
-)
+@pytest.mark.parametrize("content, line, reason", [
+    (f"[\n{row()}]", 2, "not a JSON array of rows .Expecting"), ("[\n1]", 2, "row 1: not a row"),
+    (json.dumps([ROW, ROW | {"relation": "x"}], indent=1), 24, "row 2: unknown label 'x'"),
+    ("[" * 100_000, 1, "too deep"), (json.dumps([ROW]) + "\n{}", 2, "Extra data"),
+])  # fmt: skip
+def test_mnre_arrays_with_a_mistake(tmp_path, content, line, reason):
+    path = write(tmp_path / "x", content)
+    with refused(path, line, reason):
+        read_mnre(path, RELATIONS)
+
+
+@pytest.mark.parametrize("reader", ["read_ner", "read_mnre"])
+@pytest.mark.parametrize("kind", faults.CONTENTS["read_ner"])
 def test_fuzz(reader, kind):
-    counts = faults.fuzz(reader, kind, 150)
-    assert counts["inputs"] == 150 and counts["read"] + counts["refused"] == 150
+    counts = faults.fuzz(reader, kind, 80)
+    assert counts["inputs"] == 80 and counts["read"] + counts["refused"] == 80
     assert counts["read"] and (kind == "words" or counts["refused"])  # with any words a file is valid
 
 
@@ -314,47 +293,6 @@ def test_posts_with_and_without_photo_in_one_file(tmp_path):
         data.read_ner(path, None)
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("separator", [" ", "\t", "  "])
-def test_advice_for_columns_keeps_words_and_labels_or_names_none(tmp_path, separator, seed):
-    rng = random.Random(seed)
-    empty = "" if separator == "\t" else "_"
-    others = {  # what may stand beside words and labels, of the n-th word of post p
-        "index": lambda p, n: str(n + 1), "id": lambda p, n: f"{p}-{n}", "document": lambda p, n: f"doc{p}",
-        "score": lambda p, n: f"{rng.random():.4f}", "empty": lambda p, n: empty,
-    }  # fmt: skip
-    before, after = ([rng.choice(list(others)) for _ in range(rng.randint(0, 2))] for _ in range(2))
-    between = [lambda p, n: rng.choice(["NNP", "VBZ"]), lambda p, n: rng.choice(["O", "B-NP"])]
-    middle = between[: rng.randint(not (before or after), 2)]
-    posts = [[(rng.choice(["Ann", "東京", "2", "!"]) + "x" * n, rng.choice(["O", "B-PER"])) for n in range(4)]
-             for _ in range(5)]  # fmt: skip
-    lines = []
-    for p, post in enumerate(posts):
-        lines.append(f"IMGID:{p}")
-        for n, (word, label) in enumerate(post):
-            sides = [[others[name](p, n) for name in names] for names in (before, after)]
-            fields = [*sides[0], word, *(make(p, n) for make in middle), label, *sides[1]]
-            lines.append(separator.join(fields))
-        lines.append("")
-    path = write(tmp_path / "x", "\n".join(lines))
-    advice = f"keep columns {len(before) + 1} and {len(before + middle) + 2}, "
-    with pytest.raises(ValueError, match=advice) as error:
-        data.read_ner(path, None)
-    cut = re.search(r"as (cut .*) does$", str(error.value))
-    assert bool(cut) == (separator != "  ")
-    if cut:
-        made = subprocess.run(f"{cut[1]} {path}", shell=True, capture_output=True, check=True).stdout
-        read = data.read_ner(write(tmp_path / "y", made), None)
-        assert [list(zip(post.words, post.labels, strict=True)) for post in read] == posts
-        assert [post.image_id for post in read] == ["0", "1", "2", "3", "4"]
-
-
-def test_a_file_without_a_word_is_pointed_out(tmp_path):
-    notes = []
-    data.read_ner(write(tmp_path / "x", "1 B-PER\n2 I-PER\n3 O\n"), None, notes)
-    assert notes[1:] == ["every word is a number: is the first column that of the words?"]
-
-
 def test_mnre_version_1_is_named_and_read_as_ones_own(tmp_path):
     path = write(tmp_path / "mnre" / "train.txt", row(relation="none") + row(relation="/per/misc/creat"))
     with refused(path, 1, "unknown label 'none', not of MNRE version 2; .* for version 1 .*--dataset path"):
@@ -362,30 +300,21 @@ def test_mnre_version_1_is_named_and_read_as_ones_own(tmp_path):
     assert [example.label for example in read_mnre(path, None)] == ["None", "/per/misc/creat"]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "huge"])
 @pytest.mark.parametrize("read", [data.read_lines, lambda path: data_task(path.parent)])
-def test_a_pipe_is_not_waited_for_and_a_huge_file_not_read(tmp_path, kind, read):
+def test_a_pipe_is_not_waited_for_and_a_huge_file_not_read(tmp_path, read):
     path = tmp_path / "train.txt"
-    if kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.touch()
-        os.truncate(path, 2**29 + 1)
-    message = {"pipe": "no regular file", "huge": "536,870,913 bytes; no file of posts"}[kind]
-    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"^{path}: no regular file"):
+        read(path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 2**29 + 1)
+    with pytest.raises(ValueError, match=f"^{path}: 536,870,913 bytes; no file of posts"):
         read(path)
 
 
-@pytest.mark.parametrize(
-    "read, allowed", [(read_mnre, RELATIONS), (data.read_ner, LABELS), (data.read_ner, None)]
-)
-def test_a_line_of_100_megabytes_is_one_clear_error(tmp_path, read, allowed):
-    path = tmp_path / "long.txt"
-    with open(path, "wb") as file:
-        file.write(b"IMGID:1\n" if read is not read_mnre else b"")
-        file.write(b"[1," * 33_000_000 + b"\n")
-    with pytest.raises(
-        ValueError, match=r"long.txt:\d: a line of 99,000,000 characters; no post has one so long"
-    ) as error:
-        read(path, allowed)
-    assert len(str(error.value)) < 300
+def test_a_line_of_100_megabytes_is_one_clear_error(tmp_path):
+    path = write(tmp_path / "x", b"IMGID:1\n" + b"[1," * 33_000_000)
+    with refused(path, 2, "a line of 99,000,000 characters; no post has one so long, correct the file"):
+        data.read_lines(path)
+

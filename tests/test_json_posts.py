@@ -134,7 +134,7 @@ def test_answers_that_hold_an_error_are_counted(tmp_path):
 
 @pytest.mark.parametrize("row, said", [
     ({"text": TEXT, "entities": [{"start": 0, "end": 5, "label": "PER"}]},
-        "the span [0, 5), 'Ann L', ends inside the word 'Lee'; correct it, or cut texts otherwise (--wor"),
+        "the span [0, 5), 'Ann L', ends inside the word 'Lee'; correct it or see --word-rule"),
     ({"text": TEXT, "entities": [{"start": 1, "end": 3, "label": "PER"}]}, "'nn', ends inside the word"),
     ({"text": TEXT, "entities": [{"start": 8, "end": 9, "label": "PER"}]}, "[8, 9), ' ', holds no word"),
     *(({"text": TEXT, "entities": [{"start": start, "end": end, "label": "PER"}]},

@@ -76,7 +76,7 @@ def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
     "line, said",
     [
         ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"),
-        ({"id": 3}, "an id that is text"), ({"id": "a"}, "a second note for a"),
+        ({"id": 3}, "an id that is text"), ({"id": "a"}, "a second line for a"),
         ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
         ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"),
         ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
@@ -89,7 +89,7 @@ def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
         ('{"id": "b", "about_post": %s}' % ("[" * 900 + "]" * 900), "about_post must be text, not a list"),
         ({"id": "b", "about_post": {"x": "y" * 10**5}}, "about_post must be text, not an object"),
         ('{"id": "b", "relevance": 1%s}' % ("0" * 5000), "not JSON"),
-        ({"id": "b" * 10**6}, "a second note for b{100}; keep one"), ("\\x00", "not JSON"),
+        ({"id": "b" * 10**6}, "a second line for b{100}; keep one"), ("\\x00", "not JSON"),
     ],
 )  # fmt: skip
 def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, said):

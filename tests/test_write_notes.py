@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
-import stat
 import threading
 import time
 from collections import Counter
@@ -94,12 +92,7 @@ def test_the_last_complete_object_is_taken_whatever_stands_around_it(before, mor
     ('{"about_post": "a"}, no.</think>\n{"about_post": "b"}', {"about_post": "b"}),
     ('<think>{"about_post": "a"}</think>', None), (' <think>So {"about_post": "a"} or', None),
     ('{"about_post": "<think> (tag)"}', {"about_post": "<think> (tag)"}),
-    ('{"about_post": "a", "phrases": ["b,]",],}', {"about_post": "a", "phrases": ["b,]"]}),
-    ("It's {'about_post': 'O\\'Neil \"so\"', 'x': None, 'y': [True,]}",
-     {"about_post": "O'Neil \"so\"", "x": None, "y": [True]}),
-    ('{"about_post": "a\nb\tc"}', {"about_post": "a\nb\tc"}),
-    ("{'about_post': 'a\nb'}", {"about_post": "a\nb"}),
-    ("{'about_post': __import__('os').getpid()}", None), ("{'about_post'}", None),
+    ('{"about_post": "a\nb\tc"}', {"about_post": "a\nb\tc"}), ("{'about_post': __import__('os')}", None),
 ])  # fmt: skip
 def test_what_counts_as_an_answer(answer, found):
     assert read_answer(answer, ["about_post", "phrases"]) == found
@@ -243,10 +236,8 @@ def test_answers_of_every_kind(serve, folder, capsys):
 
 
 @pytest.mark.parametrize("status, place", [(400, 0), (400, 3), (413, 0), (422, 3)])
-def test_a_post_that_the_server_refuses_is_kept_raw_and_the_others_go_on(
-    serve, data_dir, tmp_path, place, status, capsys
-):
-    """Whichever post it is, the first too, of which only another question can tell that it is at fault."""
+def test_a_post_that_the_server_refuses_is_kept_raw(serve, data_dir, tmp_path, place, status, capsys):
+    """And others go on. The first too, of which only another question can tell that it is at fault."""
     out = tmp_path / "n.jsonl"
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--model", "m", "--output", out,
              "--limit", 5]  # fmt: skip
@@ -282,9 +273,7 @@ def test_first_posts_that_all_get_no_note_end_it_and_none_is_kept(serve, data_di
         assert not (tmp_path / "n.jsonl").exists() and len(server.requests) < 40
 
 
-def test_a_note_among_the_first_keeps_those_before_it_and_without_photos_none_is_sent(
-    serve, data_dir, tmp_path
-):
+def test_a_note_among_the_first_keeps_those_before_it(serve, data_dir, tmp_path):
     post = load_dataset("demo", data_dir).examples["train"][6]
     prompt = fill_prompt(post, False)
     server = serve(lambda number, body: json.dumps(GOOD) if asked_text(body) == prompt else "{}")
@@ -331,6 +320,7 @@ def test_the_key_is_sent_and_never_seen(serve, folder, monkeypatch, capsys):
 
 
 KEY = "sk-/se+cret\"12345"
+PLACES = ["words", "body", "escaped", "quoted", "address", "page", "content", "status", "line"]
 
 
 def echo(part, where):
@@ -347,12 +337,8 @@ def echo(part, where):
     }[where]  # fmt: skip
 
 
-@pytest.mark.parametrize("where", [
-    "words", "body", "escaped", "quoted", "address", "page", "content", "status", "line",
-])  # fmt: skip
-def test_the_key_that_a_server_repeats_is_in_no_message_and_no_note(
-    serve, data_dir, tmp_path, monkeypatch, capsys, where
-):
+@pytest.mark.parametrize("where", PLACES)
+def test_the_key_that_a_server_repeats_is_nowhere(serve, data_dir, tmp_path, monkeypatch, capsys, where):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     posts = load_dataset("demo", data_dir).examples["train"]
 
@@ -435,10 +421,8 @@ def test_a_failure_keeps_what_was_written_and_others_do_not_wait(serve, data_dir
     with pytest.raises(ValueError) as caught:
         run(*flags, "--endpoint", server.url, "--workers", 3)
     assert time.monotonic() - start < 5
-    assert str(caught.value) == (
-        f"post {examples[6].id}: {server.url}/chat/completions: 403 Forbidden: too long; what was written"
-        " stays"
-    )
+    message = f"{server.url}/chat/completions: 403 Forbidden: too long; what was written stays"
+    assert str(caught.value) == f"post {examples[6].id}: {message}"
     assert [note["id"] for note in lines(tmp_path / "n.jsonl")] == [e.id for e in examples[:6]]
     broken[0] = False
     server = serve(reply)  # the other one's last requests may still come in
@@ -491,7 +475,9 @@ def test_wherever_it_was_stopped_a_local_model_goes_on(data_dir, tmp_path, monke
 def test_wherever_it_was_stopped_an_endpoint_goes_on(serve, data_dir, tmp_path):
     server = serve(lambda number, body: about(asked_text(body)))
     flags = ["--dataset", "mnre", "--data-dir", data_dir, "--endpoint", server.url, "--limit", 8]
-    whole = run(*flags, "--output", tmp_path / "whole.jsonl").read_bytes()
+    whole = run(*flags, "--output", tmp_path / "sub" / "whole.jsonl").read_bytes()
+    rows = load_dataset("mnre", data_dir).examples["train"][:8]
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == [f"train/{row.id}" for row in rows]
     for size in cuts(whole):
         (tmp_path / "out.jsonl").write_bytes(whole[:size])
         before = len(server.requests)
@@ -536,49 +522,15 @@ def test_a_file_of_anything_else_is_left_alone(serve, data_dir, tmp_path, monkey
     assert len(server.requests) == asked
 
 
-@pytest.mark.parametrize("kind", ["device", "folder", "pipe", "link", "dangling", "empty"])
-def test_an_output_that_is_not_its_own_is_left_as_it_is(data_dir, tmp_path, kind):
-    out, target = tmp_path / "out.jsonl", tmp_path / "target"
-    target.write_bytes(b"" if kind == "empty" else b"mine")
-    make = {
-        "device": lambda: os.mknod(out, stat.S_IFCHR | 0o666, os.makedev(1, 3)), "folder": out.mkdir,
-        "pipe": lambda: os.mkfifo(out), "link": lambda: out.symlink_to(target), "empty": out.touch,
-        "dangling": lambda: out.symlink_to(tmp_path / "nothing"),
-    }  # fmt: skip
-    try:
-        make[kind]()
-    except PermissionError:  # only root makes devices; a socket is no file either
-        with socket.socket(socket.AF_UNIX) as place:
-            place.bind(str(out))
-    before = out.lstat()
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--retries", 0, "--output", out]
-    with pytest.raises(ValueError, match="refused" if kind == "empty" else "out.jsonl: is .*--output"):
-        run(*flags, "--endpoint", "http://127.0.0.1:9/v1")
-    after = out.lstat()
-    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "target"]
-
-
-def test_one_process_an_output(data_dir, tmp_path):
+def test_one_process_an_output_and_an_empty_one_stays_without_a_server(data_dir, tmp_path):
     flags = ["--dataset", "demo", "--data-dir", data_dir, "--no-photos", "--output", tmp_path / "out.jsonl"]
     with open(tmp_path / "out.jsonl", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="out.jsonl: another process is writing it"):
             run(*flags)
-
-
-def test_a_note_a_row_of_relations(serve, data_dir, tmp_path):
-    server = serve(lambda number, body: about(asked_text(body)))
-    flags = ["--dataset", "mnre", "--data-dir", data_dir, "--endpoint", server.url, "--workers", 1]
-    notes = lines(run(*flags, "--output", tmp_path / "sub" / "n.jsonl"))
-    parts = load_dataset("mnre", data_dir).examples
-    times = Counter(e.id for part in parts.values() for e in part)
-    ids = [e.id if times[e.id] == 1 else f"{split}/{e.id}" for split, part in parts.items() for e in part]
-    assert [note["id"] for note in notes] == ids and len(set(ids)) == 32 and "train/train_0000.jpg@1" in ids
-    examples = [e for part in parts.values() for e in part]
-    for (_, _, body), example in zip(server.requests, examples, strict=True):
-        names = [" ".join(example.words[a:b]) for a, b in (example.head, example.tail)]
-        assert f'It names "{names[0]}" and "{names[1]}"' in asked_text(body)
+    with pytest.raises(ValueError, match="refused"):
+        run(*flags, "--retries", 0, "--endpoint", "http://127.0.0.1:9/v1")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_photos_that_are_not_there(serve, folder, tmp_path, capsys):
@@ -627,7 +579,3 @@ def test_arguments_that_contradict_are_refused(flags, message, capsys):
         write_notes.parse_args(flags)
     assert message in capsys.readouterr().err
 
-
-def test_a_local_model_that_sees_photos_is_the_default():
-    args = write_notes.parse_args([])
-    assert args.model == "Qwen/Qwen2.5-VL-3B-Instruct" and args.photos and args.endpoint is None
