@@ -112,18 +112,19 @@ def read_by_id(path, id_key, check):
     for number, line in read_lines(path):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             value = json.loads(line)
-            if not isinstance(value, dict) or not is_text(value.get(id_key)):
-                raise ValueError(f"not a JSON object with {id_key!r}, an id that is text")
-            if value[id_key] in values:
-                raise ValueError(f"a second line for {value[id_key]:.100}; keep one")
-            values[value[id_key]] = check(value)
         except (ValueError, RecursionError) as error:
-            reason = error
-            if isinstance(error, RecursionError | json.JSONDecodeError):
-                reason = f"not JSON ({error}); write one JSON object a line"
-            raise ValueError(f"{path}:{number}: {reason}") from None
+            raise ValueError(f"{where}: not JSON ({error}); write one JSON object a line") from None
+        if not isinstance(value, dict) or not is_text(value.get(id_key)):
+            raise ValueError(f"{where}: not a JSON object with {id_key!r}, an id that is text")
+        if value[id_key] in values:
+            raise ValueError(f"{where}: a second line for {value[id_key]:.100}; keep one")
+        try:
+            values[value[id_key]] = check(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return values
 
 

@@ -11,7 +11,8 @@ from transformers import OwlViTProcessor, YolosConfig, YolosForObjectDetection, 
 
 import extract_features
 from features import FeatureCache
-from parts.boxes import read_boxes
+from parts.boxes import check_boxes
+from parts.files import read_by_id
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -72,7 +73,7 @@ def test_boxes_are_those_of_the_pipeline_of_transformers(
     assert out.read_bytes() == whole
     with pytest.raises(ValueError, match="threshold 0.[24], here 0.9.: .* were others; name another --output"):
         detect_boxes.main([*flags, "--threshold", "0.9"])
-    counts = [min(len(boxes.corners), 16) for boxes in read_boxes(out).values()]
+    counts = [min(len(boxes.corners), 16) for boxes in read_by_id(out, "image", check_boxes).values()]
     path = extract_features.main([
         "--dataset", "demo", "--data-dir", str(data_dir), "--cache-dir", str(tmp_path), "--weights", "random",
         "--img-size", "32", "--views", "1", "--workers", "0", "--limit", "3", "--boxes", str(out),
@@ -90,6 +91,6 @@ def test_a_photo_that_cannot_be_read_has_no_boxes_and_is_counted(detectors, tmp_
     flags = ["--dataset", str(tmp_path), "--model", str(detectors["yolos"]), "--threshold", "0"]
     detect_boxes.main([*flags, "--output", str(tmp_path / "boxes.jsonl")])
     assert "2 of 3 photos, 0 done before; 5 boxes found now, 1 photos cannot be read" in capsys.readouterr().out
-    assert [boxes.count for boxes in read_boxes(tmp_path / "boxes.jsonl").values()] == [5, 0]
+    assert [boxes.count for boxes in read_by_id(tmp_path / "boxes.jsonl", "image", check_boxes).values()] == [5, 0]
     with pytest.raises(ValueError, match="--model absent: cannot be loaded"):
         detect_boxes.main([*flags, "--model", "absent", "--output", str(tmp_path / "other.jsonl")])
