@@ -200,7 +200,8 @@ def test_compare_and_leak_check_on_the_command_line(tmp_path, capsys):
 def test_what_counts_as_another_seed_of_the_same_system():
     """Seed, paths and machine; every other setting makes another system."""
     config = CONFIG | {
-        "dataset": "twitter2017", "threads": 1, "processes": 1, "versions": {"torch": "2.15"}, "encoder_parameters": 5,
+        "dataset": "twitter2017", "threads": 1, "processes": 1, "versions": {"torch": "2.15"},
+        "encoder_parameters": 5,
         "data": {"train": {"file": "data/train.txt", "sha256": "a", "variant": "v"}},
         "features_made": {"weights": "w", "views": 4, "seed": 1, "sha256": "b", "engine": "eager",
                           "version_torch": "2.15"},

@@ -156,7 +156,7 @@ def test_labels_that_are_not_bio_are_refused(own, label):
     folder = own("test", [("a", "O"), ("b", label)], separator="\t")
     with pytest.raises(ValueError, match="test.txt:3: label .* is not O, B-TYPE or I-TYPE"):
         load_dataset(folder)
-    with pytest.raises(ValueError, match="test.txt:3: expected word<TAB>label, found 3 columns, 'a', 'b', 'O'"):
+    with pytest.raises(ValueError, match="test.txt:3: expected word<TAB>label, found 3 columns, 'a', 'b'"):
         load_dataset(own("test", [("x", "O"), ("a b", "O")]))  # a word with a space
 
 
@@ -172,7 +172,7 @@ def test_types_may_hold_spaces_where_tabs_separate(own):
 @pytest.mark.parametrize("row, said", [
     ({"text": "Ann", "spans": [{"start": 0}]}, "no 'entities' and no labels in it; an empty list says that"),
     ({"text": "Ann Lee", "h": {"pos": [0, 7]}, "t": {"pos": [3, 4]}, "relation": "x"},
-        "not a row {'token', 'h': {'pos'}, 't': {'pos'}, 'img_id', 'relation'}, pos = [start, end) in words (K"),
+        "not a row {'token', 'h': {'pos'}, 't': {'pos'}, 'img_id', 'relation'}, pos = [start, end) in words"),
     ({"token": ["Ann"], "subj_start": 0, "subj_end": 0, "relation": "x"},
         "no 'head' and 'tail' in it, but 'token', 'subj_start', 'subj_end', 'relation'; give it both"),
     ({"text": "Ann Lee", "head": "Ann", "tail": "Lee", "relation": "x"}, "'Ann' is not a span [start, end)"),

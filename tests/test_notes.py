@@ -256,7 +256,8 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     plain = collate(rows, 0) | photos
     noted = collate([segments(row, {"about_post": "so good today"}) for row in rows], 0) | photos
     with torch.inference_mode():
-        assert not torch.allclose(model(plain).logits, model(noted).logits, atol=1e-3)  # through the encoder it does
+        # Through the encoder it does.
+        assert not torch.allclose(model(plain).logits, model(noted).logits, atol=1e-3)
         model.encoder.encoder.layer = torch.nn.ModuleList()
         assert torch.allclose(model(plain).logits, model(noted).logits, atol=1e-5)
 

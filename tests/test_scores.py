@@ -321,7 +321,8 @@ BAD = [
         (POST, "seen", ("null", "[0, 1]", "[[1]]", "[[0, 1, 2]]", "[[0.0, 1]]", "[[[], 1]]", "[[-1, 1]]")),
         (ROW, "head", ('"Ann"', "null", "[1, 1]", "[2]", "[true, 2]")), (ROW, "tail", ("{}", "[0, []]")),
     ) for value in values),
-    *((f'{ROW[:-1]}, "image_id": {value}}}', 1, "image_id must be text, a list of it or null") for value in ("[1]", "1.5")),
+    *((f'{ROW[:-1]}, "image_id": {value}}}', 1, "image_id must be text, a list of it or null")
+      for value in ("[1]", "1.5")),
     (ROW[:-1] + ', "words": ["a", "b"], "head": [0, 1], "tail": [1, 3]}', 1, "must be spans of its 2 words"),
     (POST.replace('"O"', '"B-\\ud800"', 1), 1, "surrogates not allowed"),
     (POST.replace("{", " { ", 1)[:-1], 1, "not a JSON"),

@@ -422,7 +422,7 @@ def test_options_that_say_too_little_or_too_much(data_dir, model_of, tmp_path, m
         load_backbone("auto", str(data_dir / "demo" / "encoder"))
     absent = (lambda: False, "{0} requires the timm library but it was not found")
     monkeypatch.setitem(transformers.utils.import_utils.BACKENDS_MAPPING, "timm", absent)
-    with pytest.raises(ValueError, match="a model of timm, which is not installed; pip install timm") as error:
+    with pytest.raises(ValueError, match="a model of timm, which is not installed; pip install") as error:
         load_backbone("auto", str(model_of("convnext_atto")))
     assert "\n" not in str(error.value)
 
