@@ -59,7 +59,6 @@ def require_photos(cache, image_ids, dataset):
     if cache.attrs.get("backbone") == ELSEWHERE:
         advice = f"give write_features all, None for one without; it has {', '.join(cache.ids[:3])} ..."
     raise ValueError(f"{cache.path}: {reason}; {advice}")
-    raise ValueError(f"{cache.path}: {reason}; {advice}")
 
 
 def point_out_alike(cache):

@@ -142,7 +142,8 @@ def test_a_users_mistake_is_one_line_and_no_traceback(data_dir, tmp_path):
         file.write("IMGID:x\nword B-PER\n")
     line = valid.read_text(encoding="utf-8").count("\n")
     result = run_script(tmp_path, "train.py", "--dataset", "demo", "--data-dir", tmp_path)
-    expected = f"train.py: error: {valid}:{line}: expected word<TAB>label, found 'word B-PER'\n"
+    found = "found 'word B-PER'; keep one word and one label, a tab between them"
+    expected = f"train.py: error: {valid}:{line}: expected word<TAB>label, {found}\n"
     assert (result.returncode, result.stderr, result.stdout) == (1, expected, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
