@@ -58,10 +58,8 @@ def compare(pattern_a, pattern_b, split, score_name):
     result = paired_bootstrap(a_runs, b_runs, score_name)
     relations = not isinstance(a_runs[0][0]["gold"], list)
     if len(a_runs) != len(b_runs):
-        print(
-            f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the"
-            " steadier one"
-        )
+        print(f"WARNING: {len(a_runs)} runs of A against {len(b_runs)} of B: the mean over more seeds is the"
+              " steadier one")  # fmt: skip
     width = max(len(a), len(b))
     print(score_title(score_name, relations))
     for side, name in (("A", a), ("B", b)):
@@ -169,16 +167,12 @@ def print_leaks(args):
         boxes = {name: found.count if found else 0 for name, found in boxes_of(args.boxes, ids).items()}
     leaks = leak_check(dataset, split, folders, boxes)
     if not leaks:
-        print(
-            f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without it,"
-            f" in train or {split}"
-        )
+        print(f"nothing to tell: each type and relation has fewer than {FEWEST} posts with it, or without"
+              f" it, in train or {split}")  # fmt: skip
         return
     width = max([12, *map(len, leaks)])
-    print(
-        f"{dataset.name}: what metadata alone tells, learned on train, AUC on {split} with 95% interval; 0.5"
-        " = nothing"
-    )
+    print(f"{dataset.name}: what metadata alone tells, learned on train, AUC on {split} with 95% interval;"
+          " 0.5 = nothing")  # fmt: skip
     print(f"{'':<{width}} posts  photo's files    text length")
     for target, leak in leaks.items():
         photo, text = (f"{area:.3f} ±{half:.3f}" for area, half in (leak["photo"], leak["text"]))

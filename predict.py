@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import argparse
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -40,19 +39,18 @@ from PIL import Image
 
 from encoding import encode
 from parts.boxes import check_boxes
-from parts.console import bounded, command_line, progress_bar
-from parts.files import bounded_lines, resume_lines
-from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, read_photos, read_post
-from parts.new_posts import run_backbone, size_of
+from parts.console import bounded, command_line, progress_bar, shard
+from parts.files import resume_lines
+from parts.new_posts import LINE, NewPhotos, NewPost, check_id, load_post, near, numbered_lines
+from parts.new_posts import read_photos, read_post, run_backbone, windows
 from parts.notes import EXTRAS, Segments, check_note, note_text
 from parts.photos import WORDED
 from parts.posts import Posts, predict_posts
 from parts.processes import check_device, default_device, fit_threads, open_output, precision_on
-from parts.run_files import find_run, load_run
+from parts.run_files import find_run, load_run, run_digits
 from parts.scores import entity_spans
 
 NO_BOXES = "no boxes given: the whole photo alone was looked at"
-WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 ASKED = ("text", "words", "image", "head", "tail")
 BESIDE_TEXT = ("image", "caption", "phrases", "about_post", "about_photo", "relevance", "head", "tail")
 
@@ -137,8 +135,10 @@ class Predictor:
                 answer["error"] = str(error)
         if not read:
             return answers
-        rows = self.rows(read)
-        photos = self.photos(read) if self.source else None
+        rows, photos = self.rows(read), None
+        if self.source:
+            sources = {name: source for post in read for name, (_, source) in post.photos.items()}
+            photos = NewPhotos(sources, self.provenance, self.backbone, self.device, self.pool, self.root)
         shown = Posts([post.example for post in read], rows, self.tokenizer.pad_token_id, photos)
         settings = self.config["labels"], self.config["eval_batch_size"], self.device, self.precision
         records = predict_posts(self.model, shown, *settings)
@@ -169,18 +169,24 @@ class Predictor:
         return NewPost(given, replace(example, image_id=image_id), offsets, note, photos, answer)
 
     def rows(self, read):
-        """The rows of `encode` of posts, with their notes; answers say how many words were cut off."""
+        """The rows of `encode` of posts, with their notes; answers say what of both is not read."""
         # Twice --max-len: some words, parts of emojis, have no piece.
         examples, gone = zip(*(near(post.example, 2 * self.config["max_len"]) for post in read), strict=True)
         rows, _ = encode(self.tokenizer, examples, self.config["labels"], self.config["max_len"])
-        for row, count in zip(rows, gone, strict=True):
-            row["cut_words"] += count
-        return [self.noted(row, post.note, post.answer) for row, post in zip(rows, read, strict=True)]
-
-    def photos(self, read):
-        """`NewPhotos` of posts: what their words are shown."""
-        sources = {name: source for post in read for name, (_, source) in post.photos.items()}
-        return NewPhotos(sources, self.provenance, self.backbone, self.device, self.pool, self.root)
+        for i, (row, post, count) in enumerate(zip(rows, read, gone, strict=True)):
+            post.answer["photo"] = False
+            if cut_words := row["cut_words"] + count:
+                post.answer["cut_words"] = cut_words
+            if self.segments:
+                rows[i] = row = self.segments(row, post.note)
+                if lacking := [key for key in self.segments.keys if not note_text(post.note, key)]:
+                    remark(post.answer, f"no {' and no '.join(lacking)} given, which the run reads")
+                if row.get("note_cut"):
+                    length = self.segments.length
+                    remark(post.answer, f"of its notes only the first {length} sub-tokens were read")
+            if "relevance" in post.note:
+                rows[i] = row | {"relevance": post.note["relevance"]}
+        return rows
 
     def say_what_was_seen(self, post, record, photos):
         """Whether a photo was looked at goes into the answer, and why not if the post has one."""
@@ -201,19 +207,6 @@ class Predictor:
             kind = "captions" if source == "caption" else "phrases"
             remark(post.answer, f"the run looks at {kind}, not at images; give the post its {source}")
 
-    def noted(self, row, note, answer):
-        """A row of `encode` with the notes on its post; what of both is not read is said in the answer."""
-        answer["photo"] = False
-        if row["cut_words"]:
-            answer["cut_words"] = row["cut_words"]
-        if self.segments:
-            row = self.segments(row, note)
-            if lacking := [key for key in self.segments.keys if not note_text(note, key)]:
-                remark(answer, f"no {' and no '.join(lacking)} given, which the run reads")
-            if row.get("note_cut"):
-                remark(answer, f"of its notes only the first {self.segments.length} sub-tokens were read")
-        return row | {"relevance": note["relevance"]} if "relevance" in note else row
-
 
 def remark(answer, text):
     """Add a text to the `note` of an answer."""
@@ -233,38 +226,6 @@ def entities(record, offsets, text):
 
 
 # -------------------------------------------------------------------------------------------- a file of posts
-
-
-def numbered_lines(file, shard):
-    """(number, line) of an open file, from 1 on, blank ones skipped; `shard` (i, n): every n-th from i on."""
-    file.seek(0)
-    file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
-    lines = enumerate(bounded_lines(file, LINE), 1)
-    for number, line in itertools.islice(lines, shard[0] - 1, None, shard[1]):
-        if line is None or line.strip():
-            yield number, line and line.rstrip(b"\r\n")
-
-
-def windows(lines):
-    """Lists of numbered lines or posts, `WINDOW` at most, and no more than one over `LINE` bytes."""
-    window, size = [], 0
-    for number, line in lines:
-        window.append((number, line))
-        size += size_of(line)
-        if len(window) == WINDOW or size > LINE:
-            yield window
-            window, size = [], 0
-    if window:
-        yield window
-
-
-def run_digits(run_dir, precision=None):
-    """A digest of a run's configuration and weights, and of the precision asked for."""
-    digest = hashlib.sha256((Path(run_dir) / "config.json").read_bytes())
-    with open(Path(run_dir) / "model.safetensors", "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update((precision or "").encode())
-    return digest.digest()
 
 
 def with_post(answer, line):
@@ -330,25 +291,14 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
     parts = [f"{output}: {total - done} posts answered{f' after {done} before' if done else ''}"]
     if predictor.source:
         parts.append(f"{counts['photo']} with {predictor.source}")
-    if counts["whole"]:
-        parts.append(f"{counts['whole']} without boxes, the whole photo alone")
-    if counts["cut"]:
-        parts.append(f"{counts['cut']} longer than the run's --max-len and cut")
-    for kind, name in (("note", "with a note"), ("error", "broken")):
+    for kind, name in (("whole", "without boxes, the whole photo alone"), ("note", "with a note"),
+                       ("cut", "longer than the run's --max-len and cut"), ("error", "broken")):  # fmt: skip
         if counts[kind]:
-            parts.append(f"{counts[kind]} {name} (first: {first[kind]})")
+            parts.append(f"{counts[kind]} {name}{f' (first: {first[kind]})' if kind in first else ''}")
     print(", ".join(parts), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- main
-
-
-def shard(text):
-    """argparse type: "i/n", 1 <= i <= n."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n, such as 1/4")
-    return int(match[1]), int(match[2])
 
 
 def parse_args(argv):

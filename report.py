@@ -311,9 +311,8 @@ def photo_folders(config, split, args):
         path = first_existing(TEXT_PLACES, *locate(name, data_dir), SPLITS[split])
         digest = path and hashlib.sha256(read_bytes(path, 2**31)).hexdigest()
         if digest != config["data"][split]["sha256"]:
-            raise FileNotFoundError(
-                f"{name} has not the posts of this run; name them with --data-dir or --images"
-            )
+            raise FileNotFoundError(f"{name} has not the posts of this run; name them with --data-dir or"
+                                    " --images")  # fmt: skip
     return image_folders(name, data_dir, args.images)
 
 
@@ -322,14 +321,12 @@ def shuffle_warnings(config):
     warnings = []
     if config["shuffle_photos"]:
         unseen = ", and of notes nothing that was written with a photo in view" if config["notes"] else ""
-        warnings.append(
-            "Trained and scored with other posts' photos (--shuffle-photos). The photos shown here are the"
-            f" posts' own, which the model did not see; so there is no attention to show{unseen}."
-        )
+        warnings.append("Trained and scored with other posts' photos (--shuffle-photos). The photos shown"
+                        " here are the posts' own, which the model did not see; so there is no attention to"
+                        f" show{unseen}.")  # fmt: skip
     if config["shuffle_notes"]:
-        warnings.append(
-            "Trained and scored with what was said of other posts (--shuffle-notes): shown here, too."
-        )
+        warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown"
+                        " here, too.")  # fmt: skip
     return warnings
 
 
@@ -426,11 +423,10 @@ def main(argv=None):
         "rest": "coarser views of it" if config["fusion"] == "pyramid" else "words",
     }  # fmt: skip
     write_page(page, photos, output)
-    print(
-        f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
-        f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"
-        f" with notes; {', '.join([f'{len(photos)} photos', *absent])}; {output.stat().st_size / 1e6:.1f} MB"
-    )
+    print(f"{output}: {len(posts)} of {len(records)} {'posts' if ner else 'rows'},"
+          f" {sum('maps' in post for post in posts)} with attention, {sum('said' in post for post in posts)}"
+          f" with notes; {', '.join([f'{len(photos)} photos', *absent])}; {output.stat().st_size / 1e6:.1f}"
+          " MB")  # fmt: skip
     return output
 
 

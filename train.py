@@ -65,9 +65,8 @@ def check_all_train(model, optimizer):
         if parameter.requires_grad and id(parameter) not in in_groups:
             raise ValueError(f"parameter {name} is in no optimizer group, so it would never train")
         if parameter.requires_grad and parameter.grad is None:
-            raise ValueError(
-                f"parameter {name} got no gradient in the first step: nothing uses it; freeze or remove it"
-            )
+            raise ValueError(f"parameter {name} got no gradient in the first step: nothing uses it; freeze"
+                             " or remove it")  # fmt: skip
 
 
 def check_finite(first_bad, posts, batches, epoch, args):
@@ -82,10 +81,8 @@ def check_finite(first_bad, posts, batches, epoch, args):
                 raise ValueError(f"{cache.path}: the features of photo {photo} are no finite numbers, so the"
                                  " loss is none; extract them again, or leave the photo out")  # fmt: skip
     ids = ", ".join(posts.examples[i].id for i in chosen)
-    raise ValueError(
-        f"epoch {epoch}, step {int(first_bad)}: the loss or its gradient is not finite (posts {ids});"
-        f" lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})"
-    )
+    raise ValueError(f"epoch {epoch}, step {int(first_bad)}: the loss or its gradient is not finite (posts"
+                     f" {ids}); lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})")  # fmt: skip
 
 
 def versions():

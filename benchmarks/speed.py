@@ -47,7 +47,7 @@ from parts.posts import Posts as Split  # noqa: E402
 from parts.backbones import load_backbone  # noqa: E402
 from parts.console import command_line  # noqa: E402
 from parts.files import write_json  # noqa: E402
-from parts.model import LEFT_OUT, TextRegions  # noqa: E402
+from parts.model import TextRegions  # noqa: E402
 from parts.notes import Notes  # noqa: E402
 from parts.photos import Photos, batch_loader  # noqa: E402
 from parts.posts import predict_posts, read_generated  # noqa: E402
@@ -164,12 +164,16 @@ def pad_to(batch, length, pad_id):
                     "attention_mask": F.pad(batch["attention_mask"], (0, more))}  # fmt: skip
 
 
+# What a model is made with, of a run's configuration, where nothing more is said.
+PLAIN = {"decoder": "softmax", "align": {}, "relevance": "none", "relevance_median": None, "notes": None,
+         "generated": None, "bottleneck": 0.0, "standardise": False, "heads": 8, "dropout": 0.1}  # fmt: skip
+
+
 class Training:
     """A model of the given text shape, and train.py's steps of it; `more`: of its configuration."""
 
     def __init__(self, encoder, fusion, labels, device, region_dim=DIM, **more):
-        config = LEFT_OUT | {"fusion": fusion, "region_dim": region_dim, "heads": 8, "dropout": 0.1}
-        config |= {"task": "ner", "labels": labels} | more
+        config = PLAIN | {"fusion": fusion, "region_dim": region_dim, "task": "ner", "labels": labels} | more
         self.model = TextRegions(encoder, config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.device = device

@@ -32,7 +32,7 @@ from parts.console import command_line  # noqa: E402
 from parts.datasets import DATASETS, load_dataset  # noqa: E402
 from parts.files import write_text  # noqa: E402
 from parts.run_files import predictions_file, read_config  # noqa: E402
-from parts.run_table import gain_over, markdown, shown_gain, spread  # noqa: E402
+from parts.run_table import gain_over, shown_gain, spread  # noqa: E402
 from parts.runs import RUN_FORMAT, differing, system_settings  # noqa: E402
 from parts.scores import main_score, read_predictions  # noqa: E402
 
@@ -499,7 +499,8 @@ def table_lines(rows, cells):
     keys = [key for key in HEADINGS if any(key in cell for cell in shown.values())]
     keys = [key for key in keys if key != "data" or not one_data_set]
     body = [[cell.get(key, "") for key in keys] for cell in shown.values()]
-    lines = ["", *markdown([HEADINGS[key] for key in keys], body), ""]
+    header = [HEADINGS[key] for key in keys], ["---"] * len(keys)
+    lines = ["", *(f"| {' | '.join(line)} |" for line in (*header, *body)), ""]
     majorities = dict.fromkeys((row.dataset, cells[row]["majority"]) for row in rows)
     always = ", ".join(f"{accuracy} ({dataset})" for dataset, accuracy in majorities)
     lines.append(f"- Accuracy of always answering the majority label: {always}.")

@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import pandas as pd  # noqa: E402
 
 from parts.console import bounded, command_line  # noqa: E402
-from predict import WINDOW, Predictor, with_post  # noqa: E402
+from parts.new_posts import WINDOW  # noqa: E402
+from predict import Predictor, with_post  # noqa: E402
 
 
 def answer(frames, run_dir, weights=None, folder=".", device=None):

@@ -18,11 +18,9 @@ class Blip(Model):
         super().__init__()
         width = encoder.config.encoder_hidden_size
         if config["region_dim"] != width:
-            raise ValueError(
-                f"--text-encoder {config['text_encoder']} attends to image states of width {width}, the"
-                f" feature file has {config['region_dim']}; extract with --backbone blip and the same model"
-                " as --weights"
-            )
+            raise ValueError(f"--text-encoder {config['text_encoder']} attends to image states of width"
+                             f" {width}, the feature file has {config['region_dim']}; extract with --backbone"
+                             " blip and the same model as --weights")  # fmt: skip
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
 
@@ -54,10 +52,9 @@ class Vilt(Model):
         super().__init__()
         width = 3 * encoder.config.patch_size**2
         if config["region_dim"] != width:
-            raise ValueError(
-                f"--text-encoder {config['text_encoder']} takes patches of {width} values, the feature file"
-                f" has {config['region_dim']}; extract with --backbone pixels and the same model as --weights"
-            )
+            raise ValueError(f"--text-encoder {config['text_encoder']} takes patches of {width} values, the"
+                             f" feature file has {config['region_dim']}; extract with --backbone pixels and"
+                             " the same model as --weights")  # fmt: skip
         self.encoder = encoder
         self.head = Head(encoder.config.hidden_size, config)
         for name in ("mean", "std"):  # of the pixels, channel by channel

@@ -54,6 +54,14 @@ def dataset_name(text):
     return str(path.resolve())
 
 
+def shard(text):
+    """argparse type: "i/n", 1 <= i <= n."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
 def first_line(error):
     """What an exception says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

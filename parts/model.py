@@ -14,14 +14,6 @@ from stages import Bottleneck, PhotoBias, Prefix, Relevance, Standardise
 
 FUSIONS["prefix"] = Prefix  # a fusion to choose, though it is asked before the encoder
 
-# Options that the configuration of an older run lacks, with the values that mean "not used".
-LEFT_OUT = {
-    "decoder": "softmax", "extra": "none", "extra_len": 128, "notes": None, "notes_sha256": None,
-    "shuffle_notes": False, "shuffle_photos": False, "train_share": 1.0, "align": {}, "relevance": "none",
-    "relevance_loss": 0.5, "relevance_median": None, "generated": None, "generated_made": None,
-    "bottleneck": 0.0, "standardise": False,
-}  # fmt: skip
-
 
 class Head(nn.Module):
     """Dropout and a linear layer over the states of what is labelled; softmax or a `Crf` decides.
@@ -90,8 +82,7 @@ class Output(NamedTuple):
 class Model(nn.Module):
     """What all systems are: states of the sub-tokens, which each makes its own way, and a head.
 
-    Made from its encoder and a run's configuration: task, labels, decoder, dropout; where used fusion, heads,
-    region_dim, features_made, and what `LEFT_OUT` lists.
+    Made from its encoder and a run's configuration, as config.json has it.
     """
 
     # Of the losses, "labels" first. They count by the word, all others by the post.
@@ -150,9 +141,8 @@ class TextRegions(Model):
 
     def __init__(self, encoder, config):
         super().__init__()
-        config, width = LEFT_OUT | config, encoder.config.hidden_size
         layer, region_dim = FUSIONS[config["fusion"]], config["region_dim"]
-        heads, dropout = config["heads"], config["dropout"]
+        width, heads, dropout = encoder.config.hidden_size, config["heads"], config["dropout"]
         more = {"heads": heads} if layer.has_heads else {}
         self.encoder, self.prefix, self.bottleneck, self.relevance = encoder, None, None, None
         self.standardise = Standardise(region_dim) if config["standardise"] and region_dim else None

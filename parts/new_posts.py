@@ -17,12 +17,13 @@ from features import ELSEWHERE, MISSING, OK, UNREADABLE, FeatureCache, Regions
 from parts.backbones import DEFAULT_WEIGHTS, load_backbone
 from parts.boxes import BoxedPhotos, with_boxes
 from parts.captions import Captions
-from parts.files import is_span, is_text
+from parts.files import bounded_lines, is_span, is_text
 from parts.notes import check_note
 from parts.photos import WORDED, Photos
 from parts.words import cut_words
 
 LINE = 2**20  # bytes of a post's line, characters of its texts, and of all posts of a window, at most
+WINDOW = 128  # posts answered together: sorted by length, little padding; what a kill costs
 PHOTOS = 16  # that share a forward pass of the backbone
 MOST_WORDS = 2000  # of a post: the model sees some 100, and memory grows with the longest
 MOST_PHOTOS = 8  # of a post
@@ -56,6 +57,29 @@ def size_of(post):
     values = [post.get(key) for key in TEXTS] if isinstance(post, dict) else [post]
     values += [word for value in values if isinstance(value, list | tuple) for word in value[:LINE]]
     return sum(len(value) for value in values if isinstance(value, str | bytes | list | tuple))
+
+
+def numbered_lines(file, shard):
+    """(number, line) of an open file, from 1 on, blank ones skipped; `shard` (i, n): every n-th from i on."""
+    file.seek(0)
+    file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)  # a byte order mark
+    lines = enumerate(bounded_lines(file, LINE), 1)
+    for number, line in itertools.islice(lines, shard[0] - 1, None, shard[1]):
+        if line is None or line.strip():
+            yield number, line and line.rstrip(b"\r\n")
+
+
+def windows(lines):
+    """Lists of numbered lines or posts, `WINDOW` at most, and no more than one over `LINE` bytes."""
+    window, size = [], 0
+    for number, line in lines:
+        window.append((number, line))
+        size += size_of(line)
+        if len(window) == WINDOW or size > LINE:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
 
 
 def load_post(post):

@@ -112,15 +112,12 @@ def open_features(args, dataset):
     require_photos(cache, dataset.image_ids(), dataset.name)
     attrs, backbone = cache.attrs, cache.attrs["backbone"]
     if backbone not in (needed := backbones_of(SYSTEMS[args.model])):
-        raise ValueError(
-            f"{args.features}: made with --backbone {backbone}, {args.model} needs {' or '.join(needed)};"
-            " name another"
-        )
+        raise ValueError(f"{args.features}: made with --backbone {backbone}, {args.model} needs"
+                         f" {' or '.join(needed)}; name another")  # fmt: skip
     places = "region_grid" in fusion_of(args.fusion).reads
     if places and cache.num_regions.any() and not cache.grid.any():
-        raise ValueError(
-            f"--fusion {args.fusion}: the regions of {args.features} are no places in a photo; choose another"
-        )
+        raise ValueError(f"--fusion {args.fusion}: the regions of {args.features} are no places in a photo;"
+                         " choose another")  # fmt: skip
     several = sum(isinstance(e.image_id, tuple) for posts in dataset.examples.values() for e in posts)
     if several and args.model == "vilt":
         raise ValueError(f"--model vilt reads one photo a post, {several} posts have several; take another")
@@ -189,10 +186,9 @@ def median_relevance(args, posts):
         raise ValueError(f"{args.notes}: no relevance of any post of train that has a photo; add it to the"
                          " notes, or leave out what reads it")  # fmt: skip
     if supervised and (of_train >= np.median(of_train)).all():
-        raise ValueError(
-            "--align supervised: leave it out; its classes are relevances below train's median and others,"
-            f" and none of {args.notes} is below it, {np.median(of_train):g}"
-        )
+        raise ValueError("--align supervised: leave it out; its classes are relevances below train's median"
+                         f" and others, and none of {args.notes} is below it,"
+                         f" {np.median(of_train):g}")  # fmt: skip
     return float(np.median(of_train)) if supervised else None
 
 
@@ -206,20 +202,16 @@ def open_generated(args, dataset, cache):
             print(f"generated  no second pictures (--generated): {args.fusion} reads the photo alone")
         return None
     if not Path(args.generated).exists():
-        raise FileNotFoundError(
-            f"--generated {args.generated}: no such feature file; extract_features.py makes one of pictures"
-            " in the folder --images names, in another --cache-dir"
-        )
+        raise FileNotFoundError(f"--generated {args.generated}: no such feature file; extract_features.py"
+                                " makes one of the pictures in --images, in another --cache-dir")  # fmt: skip
     generated = FeatureCache(args.generated)
     require_photos(generated, dataset.image_ids(), dataset.name)
     attrs = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
     for key in ("backbone", "region width", "weights_sha256", "img_size"):
         here, wanted = (side.get(key, "unknown") for side in attrs)
         if here != wanted:
-            raise ValueError(
-                f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with {wanted}; one"
-                " map reads both pictures, so extract both alike"
-            )
+            raise ValueError(f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with"
+                             f" {wanted}; one map reads both pictures, so extract both alike")  # fmt: skip
     made_from = generated.attrs.get("made_from", "an unknown folder")
     print(f"generated  {args.generated}: {generated.views} views, made from {made_from}")
     for split, examples in dataset.examples.items():
@@ -294,9 +286,8 @@ def run_notes(config, tokenizer, path=None):
     path = path or config["notes"]
     notes = Notes(path, tokenizer, config["extra"], config["extra_len"], reads_relevance(config))
     if notes.sha256 != (wanted := config["notes_sha256"]):
-        raise ValueError(
-            f"{notes.path}: not the notes the run was trained with ({wanted[:16]}); restore them"
-        )
+        raise ValueError(f"{notes.path}: not the notes the run was trained with ({wanted[:16]}); restore"
+                         " them")  # fmt: skip
     return notes
 
 
@@ -325,9 +316,8 @@ def open_run(run_dir, split, device, data_dir=None, features=None, notes=None, g
         cut_train(dataset, config["train_share"], config["seed"])
     stored = config["data"][split]
     if split not in dataset.files or dataset.fingerprints()[split]["sha256"] != stored["sha256"]:
-        raise ValueError(
-            f"{stored['file']}: not the file of {run_dir} any more ({stored['sha256'][:16]}); restore it"
-        )
+        raise ValueError(f"{stored['file']}: not the file of {run_dir} any more ({stored['sha256'][:16]});"
+                         " restore it")  # fmt: skip
     if generated and not config["generated"]:
         raise ValueError(f"--generated {generated}: the run read no second picture; leave it out")
     examples, caches = dataset.examples[split], {"features": None, "generated": None}

@@ -131,16 +131,13 @@ def predict_posts(model, posts, labels, batch_size, device, precision, known=(),
     `known`: the `mentions` of train. `name`: what a progress bar over the posts is called; none without. A
     word the model has no state for (cut off, or no sub-token) is answered `O` with probability null.
     """
-    model.eval()
-    records = [None] * len(posts)
-    bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
-    with bar, torch.inference_mode(), autocast(device, precision):
-        for chosen in length_batches(posts.lengths(), batch_size):
-            best, probability = model.answer(to_device(posts.batch(chosen), device))
-            for i, answer, chance in zip(chosen, best.tolist(), probability.tolist(), strict=True):
-                records[i] = record_of(posts, i, answer, chance, labels, known)
-            bar.update(len(chosen))
-    return records
+
+    def answer(batch):
+        best, probability = model.answer(batch)
+        return zip(best.tolist(), probability.tolist(), strict=True)
+
+    answers = in_batches(model, answer, posts, batch_size, device, precision, name)
+    return [record_of(posts, i, *answer, labels, known) for i, answer in enumerate(answers)]
 
 
 def label_probabilities(model, posts, batch_size, device, precision, name=""):
@@ -148,16 +145,22 @@ def label_probabilities(model, posts, batch_size, device, precision, name=""):
 
     As `predict_posts` otherwise; W is no less than the words that the model has a state for.
     """
+    return in_batches(
+        model, lambda batch: model.probabilities(batch).cpu(), posts, batch_size, device, precision, name
+    )
+
+
+def in_batches(model, ask, posts, batch_size, device, precision, name):
+    """What `ask` says of each of `Posts`, in their order; it is given batches and answers post by post."""
     model.eval()
-    probabilities = [None] * len(posts)
+    answers = [None] * len(posts)
     bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
     with bar, torch.inference_mode(), autocast(device, precision):
         for chosen in length_batches(posts.lengths(), batch_size):
-            of_batch = model.probabilities(to_device(posts.batch(chosen), device)).cpu()
-            for i, of_post in zip(chosen, of_batch, strict=True):
-                probabilities[i] = of_post
+            for i, answer in zip(chosen, ask(to_device(posts.batch(chosen), device)), strict=True):
+                answers[i] = answer
             bar.update(len(chosen))
-    return probabilities
+    return answers
 
 
 def record_of(posts, i, answer, chance, labels, known):

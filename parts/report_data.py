@@ -194,10 +194,8 @@ def image_check_line(config, check):
     ]
     spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
     name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
-    return (
-        f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"
-        f" another's (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}"
-    )
+    return (f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"
+            f" another's (n = {len(shuffled)}), {none:.3f} with none; {verdict(config, check)}")  # fmt: skip
 
 
 def notes_line(config, records):

@@ -5,6 +5,7 @@
 That takes config.json, encoder/ (the text encoder's configuration and tokenizer) and model.safetensors.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -163,9 +164,8 @@ def read_config(run_dir):
     """What `read_config_file` reads in a run's folder."""
     path = Path(run_dir) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{run_dir}: no config.json, so no run of train.py; name a folder under runs/"
-        )
+        raise FileNotFoundError(f"{run_dir}: no config.json, so no run of train.py; name a folder under"
+                                " runs/")  # fmt: skip
     return read_config_file(path)
 
 
@@ -401,13 +401,21 @@ def start_from(run_dir, model, tokenizer, config):
             print(f"           {len(names)} {what} (first: {min(names)})")
 
 
+def run_digits(run_dir, precision=None):
+    """A digest of a run's configuration and weights, and of the precision asked for."""
+    digest = hashlib.sha256((Path(run_dir) / "config.json").read_bytes())
+    with open(Path(run_dir) / "model.safetensors", "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update((precision or "").encode())
+    return digest.digest()
+
+
 def predictions_file(run, split):
     """The file of a run's predictions, of the test split where `split` is None and there is one."""
     read_config(run)
     split = split or ("test" if (run / "predictions-test.jsonl").exists() else "valid")
     path = run / f"predictions-{split}.jsonl"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: not there; the run did not finish, or its data set has no {split} file"
-        )
+        raise FileNotFoundError(f"{path}: not there; the run did not finish, or its data set has no {split}"
+                                " file")  # fmt: skip
     return path

@@ -120,10 +120,8 @@ def seeds_of(pattern):
     seeds = {wanted["seed"]: first}
     for folder, config in others:
         if other := differing(system_settings(wanted), system_settings(config)):
-            raise ValueError(
-                f"{pattern}: {first.name} and {folder.name} differ in {', '.join(other.values())[:300]};"
-                " name runs of one kind"
-            )
+            raise ValueError(f"{pattern}: {first.name} and {folder.name} differ in"
+                             f" {', '.join(other.values())[:300]}; name runs of one kind")  # fmt: skip
         add_seed(seeds, config["seed"], folder)
     return seeds
 
@@ -231,10 +229,8 @@ def check_posts(rows, splits):
                 prints.setdefault(gold_fingerprint(records), row.folders[seed])
         if len(prints) > 1:
             first, second, *_ = prints.values()
-            raise ValueError(
-                f"{first} and {second}: scored on other posts or gold labels of {split}; name runs of one"
-                " data set"
-            )
+            raise ValueError(f"{first} and {second}: scored on other posts or gold labels of {split}; name"
+                             " runs of one data set")  # fmt: skip
 
 
 def add_gains(rows, baseline, split, name):
@@ -304,11 +300,6 @@ def shown_gain(gain, seeds):
         return ""
     fewer = f" n={gain['shared']}" if gain["shared"] < seeds else ""
     return f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]{fewer}"
-
-
-def markdown(header, body):
-    """A table as lines of Markdown."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *body)]
 
 
 def latex(title, header, body):

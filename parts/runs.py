@@ -64,10 +64,8 @@ def check_folder(run_dir, args):
     except (FileNotFoundError, ValueError):
         raise ValueError(f"{run_dir} holds files, but no run of train.py; {other}") from None
     if not (args.overwrite or args.resume):
-        raise ValueError(
-            f"{run_dir} holds a run already; {other}, or go on with it with --resume; --overwrite puts a new"
-            " run in its place"
-        )
+        raise ValueError(f"{run_dir} holds a run already; {other}, or go on with it with --resume;"
+                         " --overwrite puts a new run in its place")  # fmt: skip
     for path in own_files(run_dir) + own_files(coming):
         check_output(path, "--run-dir")
 
@@ -84,9 +82,8 @@ def check_same_run(run_dir, config):
         finished = not (run_dir / "state.pt").exists()
         if others.keys() == {"epochs"} and now["epochs"] > before["epochs"] and finished:
             advice = f"its rates have gone down to 0: --init {run_dir} --run-dir ANOTHER trains on"
-        raise ValueError(
-            f"{run_dir}: begun with other settings or data: {'; '.join(others.values())[:500]}; {advice}"
-        )
+        raise ValueError(f"{run_dir}: begun with other settings or data: {'; '.join(others.values())[:500]};"
+                         f" {advice}")  # fmt: skip
     for text in changes.values():
         print(f"WARNING    begun on another machine, {text}: the last digits may differ")
 
@@ -207,9 +204,8 @@ def load_state(path, model, optimizer, scheduler, device):
         if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         reason = first_line(error)[:150]
-        raise ValueError(
-            f"{path}: not a state to resume from ({reason}); --overwrite puts a new run in its place"
-        ) from None
+        raise ValueError(f"{path}: not a state to resume from ({reason}); --overwrite puts a new run in its"
+                         " place") from None  # fmt: skip
 
 
 def save_weights(model, run_dir):

@@ -8,7 +8,8 @@ import time
 from test_examples import EXAMPLES, hostile, workers_of
 from test_predict import about, command, posts_file, runs  # noqa: F401 two of them are fixtures
 
-from predict import WINDOW, Predictor, with_post
+from parts.new_posts import WINDOW
+from predict import Predictor, with_post
 
 
 def test_spark_answers_each_post_as_one_process_does_though_a_worker_is_killed(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import runpy
 import sys
 from collections import Counter, defaultdict
@@ -56,18 +55,22 @@ def posts(root):
 def scene(path):
     """The type that a drawn picture stands for: the background nearest to its corner."""
     corner = Image.open(path).convert("RGB").getpixel((2, 2))
-    return min(
-        demo.BACKGROUNDS,
-        key=lambda kind: sum((a - b) ** 2 for a, b in zip(demo.BACKGROUNDS[kind], corner, strict=True)),
-    )
+    apart = {kind: sum((a - b) ** 2 for a, b in zip(colour, corner, strict=True))
+             for kind, colour in demo.BACKGROUNDS.items()}  # fmt: skip
+    return min(apart, key=apart.get)
 
 
-def test_the_first_set_is_what_it_was(root):
-    """Every published figure on `demo` is of these posts."""
-    texts = b"".join(
-        (root / "demo" / f"{name}.txt").read_bytes() for name in ("train", "valid", "test", "captions")
-    )
-    assert hashlib.sha256(texts).hexdigest()[:16] == "8bfd825e1d24adc0"
+@pytest.mark.parametrize("name, more, digest", [
+    ("demo", "captions.txt", "8bfd825e1d24adc0"), ("demo-notes", "notes.jsonl", "866ac6ad5550715a"),
+])  # fmt: skip
+def test_the_sets_are_what_they_were(root, name, more, digest):
+    """Every published figure on them is of these posts."""
+    files = ("train.txt", "valid.txt", "test.txt", more)
+    texts = b"".join((root / name / file).read_bytes() for file in files)
+    assert hashlib.sha256(texts).hexdigest()[:16] == digest
+
+
+def test_captions_are_of_the_photos(root):
     captions = (root / "demo" / "captions.txt").read_text().splitlines()
     assert len(captions) == len(list((root / "demo" / "images").iterdir())) == 560
     for line in captions[::7]:
@@ -104,22 +107,16 @@ def test_the_second_set_is_read_without_a_remark(root):
         assert line == f"{split}: {keys} of {count} posts"
 
 
-def test_a_fifth_of_the_photos_are_another_posts(root, posts):
-    wrong = [row for row in posts if not row[1]["relevance"]]
-    assert Counter(note["id"].split("_")[0] for _, note, *_ in wrong) == {
-        split: n // 5 for split, n in COUNTS.items()
-    }
+def test_a_fifth_of_the_photos_are_another_posts_and_said_as_they_are(root, posts):
+    wrong = Counter(note["id"].split("_")[0] for _, note, *_ in posts if not note["relevance"])
+    assert wrong == {split: n // 5 for split, n in COUNTS.items()}
     own = set()
     for example, note, names, shown, _ in posts:
         assert note["relevance"] in (0, 1) and (shown == names[0][1]) == note["relevance"]
+        assert note["about_photo"] in demo.CAPTIONS[shown]
         if note["relevance"]:
             own.add((root / "demo-notes" / "images" / f"{example.image_id}.jpg").read_bytes())
     assert len(own) == 960 - 192
-    taken = [
-        (root / "demo-notes" / "images" / f"{example.image_id}.jpg").read_bytes() in own
-        for example, *_ in wrong
-    ]
-    assert sum(taken) > 0.7 * len(wrong)  # of the others, the post they are taken from has a wrong one itself
 
 
 def test_who_knows_which_photos_are_wrong_can_be_right(posts):
@@ -139,15 +136,11 @@ def test_who_knows_which_photos_are_wrong_can_be_right(posts):
     assert all(min(count.values()) >= 3 for count in kinds.values())
 
 
-def test_made_up_names_are_told_by_nothing_in_the_text(root, posts):
+def test_no_model_has_a_piece_for_made_up_names(root, posts):
     known = {name for names in demo.PLAIN.values() for name in names} | set(demo.AMBIGUOUS)
-    made_up = Counter(name for _, _, names, *_ in posts for name, _ in names if name not in known)
-    assert 60 < len(made_up) == made_up.total()  # each in one post
-    kinds = Counter(kind for _, _, names, *_ in posts for name, kind in names if name in made_up)
-    assert len(kinds) == 4 and max(kinds.values()) < 0.4 * len(made_up)
     tokenizer = AutoTokenizer.from_pretrained(root / "demo-notes" / "encoder")
     for example, note, names, *_ in posts:
-        unknown = [name for name, _ in names if name in made_up]
+        unknown = [name for name, _ in names if name not in known]
         for text in (" ".join(example.words), note["about_post"]):
             assert tokenizer.tokenize(text).count("[UNK]") == len(unknown)
         for text in (note["about_photo"], *note["phrases"]):
@@ -156,30 +149,11 @@ def test_made_up_names_are_told_by_nothing_in_the_text(root, posts):
     assert not any(encode(tokenizer, dataset.examples["train"], dataset.labels, 40)[1].values())
 
 
-def test_notes_are_what_can_be_known(posts):
-    """The names' list says no type of a name of several; what is said of the photo is so of the one shown."""
-    for _, note, names, shown, _ in posts:
-        said = [name if name in demo.AMBIGUOUS else f"{name} ({demo.KINDS[kind]})" for name, kind in names]
-        assert note["about_post"].split("; ") == said
-        assert note["about_photo"] in demo.CAPTIONS[shown]
-        rest = note["about_photo"]
-        for phrase in note["phrases"]:
-            rest = rest.replace(phrase, "", 1)
-        assert len(note["phrases"]) == 2 and set(rest.split()) <= {"of", "in", "front", "under", "with", "on"}
-    told = {word for _, note, names, *_ in posts if {name for name, _ in names} <= set(demo.AMBIGUOUS)
-            for word in re.findall(r"\w+", note["about_post"])}  # fmt: skip
-    assert told == set(demo.AMBIGUOUS)
-
-
 def test_generated_pictures_are_of_the_text_alone(root, posts):
-    drawn, kinds, photos = defaultdict(set), defaultdict(set), defaultdict(set)
-    for example, _, names, shown, picture in posts:
+    drawn = defaultdict(set)
+    for example, _, names, _, picture in posts:
         name, kind = names[0]
         assert picture == (demo.AMBIGUOUS[name][0] if name in demo.AMBIGUOUS else kind)
         drawn[example.words].add((root / "demo-notes" / "generated" / f"{example.image_id}.jpg").read_bytes())
-        kinds[example.words].add(kind)
-        photos[example.words].add(shown)
     assert all(len(pictures) == 1 for pictures in drawn.values())
-    assert sum(len(kinds[words]) > 1 for words in drawn) > 20  # the same text of another type
-    assert sum(len(photos[words]) > 1 for words in drawn) > 20
     assert len(set.union(*drawn.values())) == len(drawn)

@@ -17,7 +17,8 @@ import ray  # brings psutil along
 # Two of them are fixtures.
 from test_predict import BROKEN, about, answer, command, jsonl, posts_file, runs  # noqa: F401
 
-from predict import WINDOW, Predictor, with_post
+from parts.new_posts import WINDOW
+from predict import Predictor, with_post
 
 import psutil  # isort: skip
 

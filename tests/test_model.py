@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PARTS
+from conftest import CONFIG, PARTS
 from encoders import SIZE, build
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
@@ -19,7 +19,7 @@ from features import FeatureCache
 from fusion import FUSIONS, clean, unit_length
 from parts.blip_vilt import Vilt
 from parts.datasets import load_dataset
-from parts.model import LEFT_OUT, PICTURES, TextRegions
+from parts.model import PICTURES, TextRegions
 from parts.notes import Segments
 from parts.systems import SYSTEMS
 from parts.text_encoder import check_soft_tokens, load_text_encoder, longest_input
@@ -45,8 +45,7 @@ def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
     config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
-    config = LEFT_OUT | config
-    return add_noise(SYSTEMS[system].model(encoder, config)), tokenizer
+    return add_noise(SYSTEMS[system].model(encoder, CONFIG | config)), tokenizer
 
 
 def make_system(system, data_dir, cache_dir, dataset):
@@ -99,26 +98,36 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fusion", ["none", *BEHIND])
-def test_batched_equals_single_and_the_photo_counts(encoder_dir, dataset, cache_dir, fusion):
-    model, tokenizer = make(encoder_dir, dataset, fusion)
-    cache = FeatureCache(cache_dir / f"{dataset.name}-resnet50-64.h5")
-    examples = dataset.examples["valid"]
-    rows, _ = encode(tokenizer, examples, dataset.labels, 128)
-    photos = [example.image_id for example in examples]
-    pad = tokenizer.pad_token_id
-    logits = model(collate(rows, pad) | cache.read(photos)).logits
-    without = model(collate(rows, pad) | cache.read([None] * len(rows))).logits
-    text_only, _ = make(encoder_dir, dataset, "none")
-    text_only.head.load_state_dict(model.head.state_dict())
+@pytest.mark.parametrize("name", ["none", *BEHIND, *PARTS])
+def test_batched_equals_single_and_the_photo_counts(data_dir, encoder_dir, dataset, cache_dir, name):
+    if name in PARTS:
+        model, tokenizer, cache = make_system(name, data_dir, cache_dir, dataset)
+    else:
+        model, tokenizer = make(encoder_dir, dataset, name)
+        cache = FeatureCache(cache_dir / f"{dataset.name}-resnet50-64.h5")
+    examples, pad = dataset.examples["valid"], tokenizer.pad_token_id
+    rows, _ = encode(tokenizer, examples, dataset.labels, 40)
+    photos = [None if i % 3 == 2 else example.image_id for i, example in enumerate(examples)]
+    logits, weights, _ = model(collate(rows, pad) | cache.read(photos), return_weights=True)
     for i, row in enumerate(rows):
         alone = model(collate([row], pad) | cache.read(photos[i : i + 1])).logits[0]
         together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    # No photo is exactly text only.
-    torch.testing.assert_close(without, text_only(collate(rows, pad)).logits, rtol=0, atol=0)
+        if weights is not None:
+            real = weights[i, : len(row["input_ids"])]
+            photo = cache.read(photos[i : i + 1])["region_mask"][0]
+            assert not real[:, ~photo].any()
+            if name in ("vilt", "pyramid"):  # the rest went to words, or to coarser levels
+                assert (real.sum(1) < 1).all() and (real[:, photo] > 0).all()
+            else:
+                torch.testing.assert_close(real.sum(1), torch.full((len(real),), float(photo.any())))
+    without = model(collate(rows, pad) | cache.read([None] * len(rows))).logits
     real = collate(rows, pad)["labels"] >= 0
-    assert (fusion == "none") == bool(torch.equal(logits[real], without[real]))
+    assert (name == "none") == torch.equal(logits[real], without[real])
+    if name not in PARTS:  # no photo is exactly text only
+        text_only, _ = make(encoder_dir, dataset, "none")
+        text_only.head.load_state_dict(model.head.state_dict())
+        torch.testing.assert_close(without, text_only(collate(rows, pad)).logits, rtol=0, atol=0)
 
 
 def test_a_word_without_a_piece_has_no_say(encoder_dir, data_dir):
@@ -224,27 +233,6 @@ def test_vilts_places_are_interpolated_as_transformers_does(data_dir, cache_dir,
 
 
 @pytest.mark.parametrize("system", PARTS)
-def test_batched_equals_single_for_every_system(data_dir, cache_dir, dataset, system):
-    model, tokenizer, cache = make_system(system, data_dir, cache_dir, dataset)
-    examples, pad = dataset.examples["valid"], tokenizer.pad_token_id
-    rows, _ = encode(tokenizer, examples, dataset.labels, 40)
-    photos = [None if i % 3 == 2 else example.image_id for i, example in enumerate(examples)]
-    with torch.no_grad():
-        logits, weights, _ = model(collate(rows, pad) | cache.read(photos), return_weights=True)
-        for i, row in enumerate(rows):
-            alone = model(collate([row], pad) | cache.read(photos[i : i + 1])).logits[0]
-            together = logits[i, : len(alone)] if dataset.task == "ner" else logits[i]
-            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-            real = weights[i, : len(row["input_ids"])]
-            photo = cache.read(photos[i : i + 1])["region_mask"][0]
-            assert not real[:, ~photo].any()
-            if system == "vilt":
-                assert (real.sum(1) < 1).all() and (real[:, photo] > 0).all()
-            else:
-                torch.testing.assert_close(real.sum(1), torch.full((len(real),), float(photo.any())))
-
-
-@pytest.mark.parametrize("system", PARTS)
 def test_a_post_without_photo_depends_on_no_image_state(data_dir, cache_dir, dataset, system):
     """Whatever stands in its place, NaN included, and it has no gradient; with a photo both are otherwise."""
     model, tokenizer, cache = make_system(system, data_dir, cache_dir, dataset)
@@ -301,7 +289,7 @@ def load(folder, fusion, **more):
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(folder), "", "ner", 0.1)
     config = {"dropout": 0.1, "heads": 4, "region_dim": 20, "task": "ner", "labels": LABELS, "fusion": fusion}
-    return add_noise(TextRegions(encoder, LEFT_OUT | config | more)), tokenizer
+    return add_noise(TextRegions(encoder, CONFIG | config | more)), tokenizer
 
 
 def with_weights_of(model, *others):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from conftest import CONFIG
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, RobertaTokenizerFast
 
@@ -16,7 +17,6 @@ import train
 from encoding import collate, encode
 from parts.checks import image_check
 from parts.datasets import load_dataset
-from parts.model import LEFT_OUT
 from parts.notes import KEYS, Notes, Segments, pair_ends, read_notes, seen_with
 from parts.opening import open_run, run_notes
 from parts.posts import Posts, make_posts, predict_posts, shuffled_photos
@@ -241,7 +241,7 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
     dataset = load_dataset("demo", data_dir)
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS["bert-resnet50"].checkpoint, "ner", 0.0)
-    config = LEFT_OUT | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
+    config = CONFIG | {"fusion": "bimodal", "heads": 8, "dropout": 0.0, "region_dim": 16}
     config |= {"task": "ner", "labels": dataset.labels}
     model = SYSTEMS["bert-resnet50"].model(encoder, config).eval()
     with torch.no_grad():

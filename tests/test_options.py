@@ -66,6 +66,10 @@ def test_every_option_has_a_line_of_help_that_shows_its_default():
     ("--text-encoder roberta-base", "film"), ("--text-encoder vinai/bertweet-base", "bertweet-base-film"),
     ("--text-encoder models/mine", "mine-film"), ("--text-encoder models/mine/", "mine-film"),
     ("--align contrastive=0.1 matching=0.5 local=2", "film-contrastive0.1-matching0.5-local2"),
+    ("--relevance predicted", "film-relevance-predicted"), ("--fusion prefix --heads 4", "prefix-heads4"),
+    ("--relevance predicted --notes n", "film-relevance-predicted-notes"),
+    ("--relevance given --notes n --relevance-loss 1", "film-relevance-given-loss1"),
+    ("--align supervised=.1 --notes n --extra post", "film-supervised0.1-extra-post"),
 ])  # fmt: skip
 def test_what_differs_from_the_defaults_is_in_a_runs_name(options, name):
     assert parse_args(options.split()).run_dir == f"{NAME}-{name}-s1337"
@@ -89,9 +93,21 @@ def test_what_differs_from_the_defaults_is_in_a_runs_name(options, name):
     ("--model bert-caption --images x", "--images: bert-caption reads captions"),
     ("--shuffle-photos --fusion none", "--fusion none is shown no photo"),
     ("--resume --overwrite", "--resume and --overwrite: one goes on with a run"),
+    ("--fusion none --relevance predicted", "--relevance: --fusion none has no layer behind"),
+    ("--fusion prefix --relevance predicted", "--fusion prefix has no layer behind the encoder"),
+    ("--model blip --relevance predicted", "--relevance: blip has no layer"),
+    ("--fusion prefix --bottleneck 1", "--bottleneck: --fusion prefix takes no codes"),
+    ("--relevance given", "--relevance given: taken from notes; add --notes FILE"),
+    ("--align supervised=1 --extra post", "--extra post and --align supervised: taken from notes"),
+    ("--relevance-loss 1", "--relevance-loss: it teaches what --notes give"),
+    ("--relevance predicted --relevance-loss 1", "--relevance-loss: it teaches"),
+    ("--notes n --align contrastive=1", "--notes: nothing reads them; add --extra post, --"),
+    ("--model blip --align supervised=1 --notes n", "--align: blip has no cached regions"),
+    ("--fusion pyramid --generated x", "reads no second picture; choose --fusion saliency, or"),
     *((f"{flag} {value}", f"argument {flag}: ") for flag, value in (
         ("--lr", "nan"), ("--lr", "-1"), ("--photo-dropout", "7"), ("--warmup-ratio", "5"), ("--epochs", "0"),
-        ("--heads", "0"), ("--max-grad-norm", "0"), ("--batch-size", "x"), ("--seed", "-1"))),
+        ("--heads", "0"), ("--max-grad-norm", "0"), ("--batch-size", "x"), ("--seed", "-1"),
+        ("--relevance-loss", "-1"))),
 ])  # fmt: skip
 def test_options_that_do_not_go_together_or_are_out_of_range_are_refused(options, message, capsys):
     with pytest.raises(SystemExit):
@@ -102,8 +118,10 @@ def test_options_that_do_not_go_together_or_are_out_of_range_are_refused(options
 @pytest.mark.parametrize("options, unread", [
     ("--fusion none --images x --features y.h5 --heads 4", ["images", "features", "heads"]),
     ("--fusion none --img-size 64 --features y.h5", ["features"]), ("--heads 4", ["heads"]),
-    ("--fusion co-attention --heads 4", ["heads"]), ("--model vilt --heads 4", ["heads"]),
-    ("--fusion bimodal --heads 4 --images x", []), ("--bottleneck 0.1 --heads 4", []),
+    *((f"--fusion {name} --heads 4", [] if layer.has_heads else ["heads"])
+      for name, layer in FUSIONS.items()),
+    ("--model vilt --heads 4", ["heads"]), ("--fusion bimodal --heads 4 --images x", []),
+    ("--bottleneck 0.1 --heads 4", []),
 ])  # fmt: skip
 def test_what_a_fusion_does_not_read_is_said_and_left_out_so_that_a_loop_over_fusions_works(
     options, unread, capsys

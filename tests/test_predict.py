@@ -697,7 +697,7 @@ def test_nothing_grows(clip, posts_file, tmp_path):
 def test_windows_hold_no_more_than_their_bounds():
     lines = [(i, b"x" * np.random.default_rng(i).integers(0, 2**18)) for i in range(400)]
     made = list(predict.windows(iter(lines)))
-    assert list(itertools.chain(*made)) == lines and max(map(len, made)) <= predict.WINDOW
+    assert list(itertools.chain(*made)) == lines and max(map(len, made)) <= new_posts.WINDOW
     assert all(sum(len(line) for _, line in window) <= new_posts.LINE + 2**18 for window in made)
 
 

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_report import page_of
 
 import predict
 import report
 import train
 from encoding import collate, encode
-from fusion import FUSIONS
 from parts.checks import image_check, verdict
 from parts.datasets import load_dataset
 from parts.files import write_json_lines
@@ -211,18 +211,6 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, demo_notes, 
     assert check["none"]["token"] == pytest.approx(score(blind)["token"])
 
 
-def test_other_notes_or_some_that_were_not_read_are_refused(runs, demo_notes, tmp_path):
-    _, path = demo_notes
-    other = tmp_path / "other.jsonl"
-    other.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match="not the notes the run was trained with"):
-        opening.open_run(runs["taught"][0], "test", "cpu", notes=other)
-    with pytest.raises(ValueError, match="the run read none; leave it out"):
-        opening.open_run(runs["gate"][0], "test", "cpu", notes=path)
-    with pytest.raises(ValueError, match="the run read none; leave it out"):
-        report.main(["--run", str(runs["gate"][0]), "--notes", str(path)])
-
-
 def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path):
     dataset, path = demo_notes
     more = ("--fusion", "film", "--relevance", "given", "--notes", path, "--shuffle-photos")
@@ -292,9 +280,7 @@ def test_a_prefix_answers_new_posts_with_and_without_a_photo(runs, demo_notes, d
 @pytest.mark.parametrize("name", RUNS)
 def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_notes, tmp_path, name):
     dataset, _ = demo_notes
-    text = report.main(["--run", str(runs[name][0]), "--output", str(tmp_path / "page.html")]).read_text()
-    text = text.partition('<script type="application/json" id="data">')[2]
-    page = json.loads(text.partition("</script>")[0])
+    page = page_of(runs[name][0], tmp_path / "page.html")
     posts, reads = {post["id"]: post for post in page["posts"]}, name in ("given", "taught")
     for example, note in zip(dataset.examples["test"], rated(dataset)[-8:], strict=True):
         said, post = {}, posts[example.id]
@@ -315,46 +301,6 @@ def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_n
     label = {"given": "Relevance of the photo, as given",
              "taught": "Relevance of the photo, as given; the run used its own"}  # fmt: skip
     assert page["said"].get("relevance") == label.get(name)
-
-
-@pytest.mark.parametrize("flags, said", [
-    (("--fusion", "none", "--relevance", "predicted"), "--relevance: --fusion none has no layer behind"),
-    (("--fusion", "prefix", "--relevance", "predicted"), "--fusion prefix has no layer behind the encoder"),
-    (("--model", "blip", "--relevance", "predicted"), "--relevance: blip has no layer"),
-    (("--fusion", "prefix", "--bottleneck", "1"), "--bottleneck: --fusion prefix takes no codes"),
-    (("--relevance", "given"), "--relevance given: taken from notes; add --notes FILE"),
-    (("--align", "supervised=1", "--extra", "post"), "--extra post and --align supervised: taken from notes"),
-    (("--relevance-loss", "1"), "--relevance-loss: it teaches what --notes give"),
-    (("--relevance", "predicted", "--relevance-loss", "1"), "--relevance-loss: it teaches"),
-    (("--relevance", "predicted", "--relevance-loss", "-1"), "-1 is not from 0"),
-    (("--notes", "n", "--align", "contrastive=1"), "--notes: nothing reads them; add --extra post, --"),
-    (("--model", "blip", "--align", "supervised=1", "--notes", "n"), "--align: blip has no cached regions"),
-    (("--fusion", "pyramid", "--generated", "x"), "reads no second picture; choose --fusion saliency, or"),
-])  # fmt: skip
-def test_what_does_not_go_together_is_one_line(flags, said, capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(list(flags))
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_fusion_with_heads_takes_their_number_and_another_does_not_read_it(fusion, capsys):
-    heads = train.parse_args(["--fusion", fusion, "--heads", "4"]).heads
-    has_heads = fusion in ("cross-attention", "bimodal", "pyramid", "prefix")
-    assert heads == (4 if has_heads else 8)
-    assert (f"--heads: --fusion {fusion} does not read it" in capsys.readouterr().out) != has_heads
-
-
-def test_run_folders_tell_relevance_and_prefix():
-    names = {
-        ("--relevance", "predicted"): "film-relevance-predicted",
-        ("--fusion", "prefix", "--heads", "4"): "prefix-heads4",
-        ("--relevance", "predicted", "--notes", "n"): "film-relevance-predicted-notes",
-        ("--relevance", "given", "--notes", "n", "--relevance-loss", "1"): "film-relevance-given-loss1",
-        ("--align", "supervised=.1", "--notes", "n", "--extra", "post"): "film-supervised0.1-extra-post",
-    }  # fmt: skip
-    for flags, name in names.items():
-        assert train.parse_args(list(flags)).run_dir == f"runs/twitter2017-roberta-resnet50-{name}-s1337"
 
 
 @pytest.mark.parametrize("more, said", [

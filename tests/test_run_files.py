@@ -190,6 +190,7 @@ def long_header(run):
 
 @pytest.mark.parametrize("harm, error, message", [
     (lambda run: (run / "config.json").unlink(), FileNotFoundError, "no config.json"),
+    (lambda run: (run / "model.safetensors").unlink(), FileNotFoundError, "no model.safetensors"),
     (lose_tokenizer, ValueError, ".*its tokenizer .* is not the encoder's"),
     (of_json("encoder/tokenizer_config.json", vocab_file="/etc/hostname"), ValueError, ".*is outside of it"),
     (of_json("encoder/tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),

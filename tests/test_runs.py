@@ -12,7 +12,6 @@ import transformers
 from conftest import PARTS, contents, json_lines, run, system_flags
 from safetensors.torch import load_file
 
-import evaluate
 import train
 from parts import runs
 from parts.console import command_line
@@ -319,21 +318,6 @@ def test_a_strangers_run_folder_cannot_run_code(flags, folder, tmp_path):
             load_run(folder)
         (folder / "model.safetensors").write_bytes(weights)
     assert not mark.exists()
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("config.json", "", "config.json: not JSON"), ("config.json", "[]", "config.json: not the configuration"),
-    ("model.safetensors", "", "the run does not load"), ("model.safetensors", None, "no model.safetensors"),
-    ("encoder/config.json", "{}", "the run does not load"),
-    ("encoder/tokenizer.json", None, "the run does not load"),
-])  # fmt: skip
-def test_a_broken_run_is_one_clear_line(folder, name, content, message):
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        evaluate.main(["--run", str(folder), "--image-check"])
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------ stops

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import seqeval.metrics
 import sklearn.metrics
+from conftest import CONFIG
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB2
 
@@ -16,7 +17,6 @@ from data import NerExample, RelationExample
 from evaluate import main
 from parts.checks import check_row, type_changes, verdict
 from parts.files import write_json_lines
-from parts.model import LEFT_OUT
 from parts.posts import shuffled_photos
 from parts.scores import entity_scores, entity_spans, format_scores, gold_fingerprint, label_scores, mentions
 from parts.scores import one_label_warnings, rate_text, read_predictions, relation_scores, score, seen_scores
@@ -484,7 +484,7 @@ def test_check_row(task, main, level, shuffled, mean):
 def test_the_verdict_follows_from_the_interval(low, high, said):
     check = {"photos": 9, "bootstrap": {"difference": (low + high) / 2, "low": low, "high": high}}
     words = f"true - shuffled {(low + high) / 2:+.3f}, 95% interval {low:+.3f} to {high:+.3f}: {said}"
-    film, text = LEFT_OUT | {"fusion": "film"}, LEFT_OUT | {"fusion": "none"}
+    film, text = CONFIG | {"fusion": "film"}, CONFIG | {"fusion": "none"}
     assert verdict(film, check) == words
     assert verdict(film | {"shuffle_photos": True}, check) == f"trained on shuffled photos; {words}"
     none = {"photos": 0, "bootstrap": None}

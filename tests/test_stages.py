@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.preprocessing import StandardScaler
 from test_crf import enumerated, log_sum
-from test_fusion import DV, GARBAGE, HEADS, D, close, multi_head_reference, same, spoil, unit
+from test_fusion import DV, GARBAGE, HEADED, HEADS, D, close, multi_head_reference, same, spoil, unit
 from torch.distributions import Normal, kl_divergence
 
 from crf import Crf
+from fusion import FUSIONS
 from parts.model import Head
 from stages import Bottleneck, Code, PhotoBias, Prefix, Relevance, Standardise
 
@@ -106,7 +107,7 @@ def test_scale_and_order_of_regions_change_nothing(kind):
         close(answers(kind, part, text, mask, own, *turned), expected)
 
 
-@pytest.mark.parametrize("kind", [Prefix, Bottleneck])
+@pytest.mark.parametrize("kind", [Prefix, Bottleneck, *map(FUSIONS.get, HEADED)])
 def test_heads_have_to_divide_the_states(kind):
     with pytest.raises(ValueError, match="7 heads do not divide token states of width 24"):
         kind(D, DV, heads=7)

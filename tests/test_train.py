@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PARTS, backbone_flags, json_lines, run, system_flags
+from conftest import CONFIG, PARTS, backbone_flags, json_lines, run, system_flags
 from safetensors.torch import load_file
+from test_report import embedded
 
 import demo
 import evaluate
@@ -220,9 +221,7 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     for answer, record in zip(answers, recorded, strict=True):
         found = {(entity["type"], *entity["words"]) for entity in answer["entities"]}
         assert found == entity_spans(record["predicted"])
-    page = report.main(["--run", str(folder)]).read_text(encoding="utf-8")
-    page = page.partition('<script type="application/json" id="data">')[2]
-    page = json.loads(page.partition("</script>")[0])
+    page = embedded(report.main(["--run", str(folder)]))
     shown = {post["id"]: post["maps"]["places"] for post in page["posts"]}
     assert page["rest"] == "coarser views of it" and "decoder visual-crf" in page["facts"]["System"]
     for example, row, weight in zip(examples, posts.rows, attended, strict=True):
@@ -232,10 +231,9 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
 def test_words_are_aligned_with_both_finer_scales_of_a_pyramid(data_dir, cache_dir, encoder_dir):
     dataset, cache = load_dataset("demo", data_dir), FeatureCache(cache_dir / "demo-resnet50-64.h5")
     encoder, tokenizer = load_text_encoder(str(encoder_dir), "", "ner", 0.0)
-    config = {"task": "ner", "labels": dataset.labels, "fusion": "pyramid", "decoder": "softmax", "heads": 8,
-              "dropout": 0, "align": {"local": 1, "contrastive": 1},
-              "region_dim": cache.region_dim}  # fmt: skip
-    pyramid, examples = model.TextRegions(encoder, config).eval(), dataset.examples["valid"]
+    config = {"labels": dataset.labels, "fusion": "pyramid", "dropout": 0,
+              "align": {"local": 1, "contrastive": 1}, "region_dim": cache.region_dim}  # fmt: skip
+    pyramid, examples = model.TextRegions(encoder, CONFIG | config).eval(), dataset.examples["valid"]
     rows, _ = encode(tokenizer, examples, dataset.labels, 128)
     photos = [*[example.image_id for example in examples[1:]], None]
     batch = collate(rows, tokenizer.pad_token_id) | cache.read(photos)
