@@ -30,33 +30,29 @@ def projection(width, to):
     return nn.Sequential(nn.Linear(width, to), nn.ReLU(), nn.Linear(to, to))
 
 
-def from_all(*parts):
-    """(this process's places in the batch [B], each of `parts` [B, ...] of the whole batch), with gradients.
+def from_all(*tensors):
+    """(this process's places in the batch [B], each of `tensors` [B, ...] of all processes, with gradients).
 
-    Parts of unequal size are filled up with zeros, so that a mask is False there.
+    Those of unequal size are filled up with zeros, so that a mask is False there.
     """
-    count, device = len(parts[0]), parts[0].device
+    count, device = len(tensors[0]), tensors[0].device
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return torch.arange(count, device=device), *parts
+        return torch.arange(count, device=device), *tensors
     from torch.distributed.nn.functional import all_gather
 
     rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
     longest = torch.tensor(count, device=device)
     torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
     whole = []
-    for part in parts:
-        filled = torch.cat([part, part.new_zeros(int(longest) - count, *part.shape[1:])])
-        # Numbers without a gradient travel as such: bool and int64 have none.
-        gathered = all_gather(filled) if filled.is_floating_point() else gather_plain(filled, processes)
-        whole.append(torch.stack(list(gathered), 1).flatten(0, 1))  # dealt out one by one, and so put back
+    for tensor in tensors:
+        filled = torch.cat([tensor, tensor.new_zeros(int(longest) - count, *tensor.shape[1:])])
+        if filled.is_floating_point():
+            parts = all_gather(filled)
+        else:  # bool and int64 have no gradient
+            parts = [torch.empty_like(filled) for _ in range(processes)]
+            torch.distributed.all_gather(parts, filled)
+        whole.append(torch.stack(list(parts), 1).flatten(0, 1))  # dealt out one by one, and so put back
     return torch.arange(count, device=device) * processes + rank, *whole
-
-
-def gather_plain(part, processes):
-    """The parts of all processes, without gradients."""
-    parts = [torch.empty_like(part) for _ in range(processes)]
-    torch.distributed.all_gather(parts, part)
-    return parts
 
 
 def comparable(places, real, photos):

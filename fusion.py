@@ -239,10 +239,8 @@ class CrossAttention(Fusion):
         self.attention = nn.MultiheadAttention(text_dim, heads, dropout, batch_first=True)
         start_at_zero(self.attention.out_proj)
         self.norm = nn.LayerNorm(text_dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(text_dim, 2 * text_dim), nn.GELU(), nn.Dropout(dropout),
-            start_at_zero(nn.Linear(2 * text_dim, text_dim)),
-        )  # fmt: skip
+        self.feed_forward = nn.Sequential(nn.Linear(text_dim, 2 * text_dim), nn.GELU(), nn.Dropout(dropout),
+                                          start_at_zero(nn.Linear(2 * text_dim, text_dim)))  # fmt: skip
         self.dropout = nn.Dropout(dropout)
 
     def fuse(self, words, text_mask, regions, region_mask, need_weights):

@@ -87,9 +87,8 @@ def post_of(record):
 
 def confusion(posts, order):
     """{"labels", "counts"}: counts[i][j] of gold label i answered with j; those of `order` that occur."""
-    counted = Counter(
-        (gold or NOTHING, answer or NOTHING) for post in posts for _, _, gold, answer, _, _ in post["spans"]
-    )
+    counted = Counter((gold or NOTHING, answer or NOTHING)
+                      for post in posts for _, _, gold, answer, _, _ in post["spans"])  # fmt: skip
     labels = [label for label in order if any(label in pair for pair in counted)]
     return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
 
@@ -364,10 +363,8 @@ def add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
 
 def note_titles(config):
     """What a page calls each kind of note."""
-    titles = {
-        "about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
-        "about_photo": "Said of the photo",
-    }
+    titles = {"about_post": f"Said of {'another' if config['shuffle_notes'] else 'the'} post",
+              "about_photo": "Said of the photo"}  # fmt: skip
     if reads_relevance(config):
         own = "; the run used its own" if config["relevance"] == "predicted" else ""
         titles["relevance"] = f"Relevance of the photo, as given{own}"

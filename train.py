@@ -52,10 +52,8 @@ def parameter_groups(model, args):
             key = (name.startswith("encoder."), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     rates = {True: args.lr, False: args.fusion_lr}
-    return [
-        {"params": group, "lr": rates[pretrained], "weight_decay": args.weight_decay * decayed}
-        for (pretrained, decayed), group in groups.items()
-    ]
+    return [{"params": group, "lr": rates[pretrained], "weight_decay": args.weight_decay * decayed}
+            for (pretrained, decayed), group in groups.items()]  # fmt: skip
 
 
 def check_all_train(model, optimizer):

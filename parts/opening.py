@@ -57,9 +57,8 @@ def open_inputs(args, device):
             print(f"           {features.path} kept on {device}, {features.regions.nbytes:,} bytes")
 
     # The text encoder, and what others say of the posts.
-    encoder, tokenizer = load_text_encoder(
-        args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task, args.dropout
-    )
+    encoder, tokenizer = load_text_encoder(args.text_encoder, SYSTEMS[args.model].checkpoint, dataset.task,
+                                           args.dropout)  # fmt: skip
     check_length(args, encoder, tokenizer)
     if soft_tokens := fusion_of(args.fusion).soft_tokens:
         check_soft_tokens(encoder, tokenizer, args.text_encoder, soft_tokens)

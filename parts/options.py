@@ -41,9 +41,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(description=None, **more):
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--option value ...]", description=description, formatter_class=Defaults, **more
-    )
+    parser = argparse.ArgumentParser(usage="%(prog)s [--option value ...]", description=description,
+                                     formatter_class=Defaults, **more)  # fmt: skip
     add_model(parser)
     add_training(parser)
     return parser

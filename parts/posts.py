@@ -145,9 +145,8 @@ def label_probabilities(model, posts, batch_size, device, precision, name=""):
 
     As `predict_posts` otherwise; W is no less than the words that the model has a state for.
     """
-    return in_batches(
-        model, lambda batch: model.probabilities(batch).cpu(), posts, batch_size, device, precision, name
-    )
+    return in_batches(model, lambda batch: model.probabilities(batch).cpu(), posts, batch_size, device,
+                      precision, name)  # fmt: skip
 
 
 def in_batches(model, ask, posts, batch_size, device, precision, name):

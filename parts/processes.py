@@ -245,8 +245,8 @@ def hold(fd, path, how):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
-        said = f"{path}: no locks on this file system ({error.strerror})"
-        print(f"WARNING: {said}; see to it that no other process writes there", file=sys.stderr)
+        print(f"WARNING: {path}: no locks on this file system ({error.strerror}); see to it that no other"
+              " process writes there", file=sys.stderr)  # fmt: skip
 
 
 @contextlib.contextmanager

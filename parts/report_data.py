@@ -45,9 +45,7 @@ def load_photos(image_ids, folders, made):
         try:
             photo, buffer = thumbnail(path), io.BytesIO()
             photo.save(buffer, "JPEG", quality=QUALITY, optimize=True)
-        except (
-            Exception
-        ) as error:  # decoders meet files of any kind and raise of any kind; the reason is shown
+        except Exception as error:  # decoders raise of any kind at a file of any kind; the reason is shown
             photos[image_id] = f"cannot be read ({type(error).__name__})"
             continue
         photos[image_id] = buffer.getvalue(), seen_part(*photo.size, made)
@@ -189,9 +187,8 @@ def attention(model, config, posts, device):
 
 def image_check_line(config, check):
     """What `evaluate.py --image-check` found, as a sentence."""
-    true, none, *shuffled = [
-        main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])
-    ]
+    true, none, *shuffled = [main_score(metrics)
+                             for metrics in (check["true"], check["none"], *check["shuffled"])]  # fmt: skip
     spread = f" ± {statistics.stdev(shuffled):.3f}" if len(shuffled) > 1 else ""
     name = "entity F1" if check["true"]["task"] == "ner" else f"micro-F1 without {NONE}"
     return (f"{name} {true:.3f} with each post's own photo, {statistics.mean(shuffled):.3f}{spread} with"

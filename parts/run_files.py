@@ -33,6 +33,7 @@ from fusion import FUSIONS
 from parts.console import first_line, in_users_layer
 from parts.photos import FITS
 from parts.processes import out_of_memory
+from parts.scores import main_score
 from parts.systems import SYSTEMS, backbones_of
 from parts.text_encoder import drop_pooler, load_tokenizer, longest_input
 from parts.words import OF_TASK, RULES
@@ -67,10 +68,8 @@ def is_weights(value):
 
 def with_text(*keys):
     """A row of `KEYS`: an object with text under `keys`."""
-    return (
-        lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys),
-        f"an object with {', '.join(keys)}",
-    )
+    return (lambda value: isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys),
+            f"an object with {', '.join(keys)}")  # fmt: skip
 
 
 def is_provenance(value):
@@ -216,14 +215,11 @@ def read_image_check(path):
     """What `evaluate.py --image-check` stored, a dict; ValueError if it is anything else."""
     check = read_object(path)
     try:
-        scores = [metrics[{"ner": "entity", "relation": "relation"}[metrics["task"]]]["f1"]
-                  for metrics in (check["true"], check["none"], *check["shuffled"])]  # fmt: skip
-        interval = check["bootstrap"] or {}
-        scores += [interval.get(key, 0) for key in ("difference", "low", "high")]
-        fits = len(check["shuffled"]) > 0 and type(check["photos"]) is int
-        fits = fits and all(type(value) in (int, float) and -1 <= value <= 1 for value in scores)
-        fits = fits and (bool(interval) or check["photos"] < 2)
-    except (KeyError, TypeError, AttributeError):
+        scores = [main_score(metrics) for metrics in (check["true"], check["none"], *check["shuffled"])]
+        if check["photos"] > 1:
+            scores += [check["bootstrap"][key] for key in ("difference", "low", "high")]
+        fits = len(check["shuffled"]) > 0 and all(-1 <= value <= 1 for value in scores)
+    except (KeyError, TypeError):
         fits = False
     if not fits:
         raise ValueError(f"{path}: not what evaluate.py --image-check writes; run that again")

@@ -201,9 +201,8 @@ def setting_names(rows, by):
             values.setdefault(key, set()).add(json.dumps(value))
     several = [key for key in values if len(values[key]) > 1 or not all(key in row.settings for row in rows)]
     several.sort(key=CONTROLS.__contains__)  # whether a row is a control stands last
-    options = [
-        key for key in several if key.partition(".")[0] not in FACTS and not key.endswith("_parameters")
-    ]
+    options = [key for key in several if key.partition(".")[0] not in FACTS
+               and not key.endswith("_parameters")]  # fmt: skip
     for key in by:
         if key not in several:
             kind = "the same in all of these runs" if key in values else "no setting of these runs"

@@ -249,9 +249,8 @@ def system_settings(config):
         settings["init"] = system_name(config["init"])
     for name in ("features_made", "generated_made"):
         if features := config[name]:
-            settings[name] = {
-                k: v for k, v in features.items() if k not in OF_FEATURES and not k.startswith("version_")
-            }
+            settings[name] = {k: v for k, v in features.items() if k not in OF_FEATURES
+                              and not k.startswith("version_")}  # fmt: skip
     return {key: value for key, value in flat(settings).items() if key.rpartition(".")[2] not in PLACES}
 
 

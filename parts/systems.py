@@ -129,10 +129,8 @@ def mistake(args, task, system, regions):
         return f"--relevance: {reader} has no layer behind the encoder to weigh; leave it out"
     if args.relevance_loss is not None and (args.relevance == "none" or args.notes is None):
         return "--relevance-loss: it teaches what --notes give; add --notes FILE --relevance given"
-    readers = {
-        f"--extra {args.extra}": args.extra != "none", "--relevance given": args.relevance == "given",
-        "--align supervised": "supervised" in args.align,
-    }  # fmt: skip
+    readers = {f"--extra {args.extra}": args.extra != "none", "--relevance given": args.relevance == "given",
+               "--align supervised": "supervised" in args.align}  # fmt: skip
     if any(readers.values()) and args.notes is None:
         flags, maker = " and ".join(filter(readers.get, readers)), f"write_notes.py --dataset {args.dataset}"
         return f"{flags}: taken from notes; add --notes FILE ({maker} makes one)"

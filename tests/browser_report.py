@@ -34,10 +34,8 @@ def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
             for i, record in enumerate(records):
                 record = record | {"id": f"{record['id']}+{copy}"}
                 if name == "mnre":
-                    record |= {
-                        "gold": RELATIONS[i],
-                        "predicted": RELATIONS[(i * (copy % 3) + copy // 3) % 12],
-                    }
+                    record |= {"gold": RELATIONS[i],
+                               "predicted": RELATIONS[(i * (copy % 3) + copy // 3) % 12]}  # fmt: skip
                 else:
                     words = [*record["words"], *(HOSTILE if copy == 0 else ["long" * 20])]
                     rest = ["O"] * (len(words) - 4)
@@ -120,10 +118,8 @@ def test_every_filter_shows_what_it_says(page):
             said = driver.find_element(By.TAG_NAME, "output").text
             assert said == f"{count} of {len(content['posts'])} {'posts' if content['ner'] else 'rows'}"
             label = driver.find_element(By.XPATH, f"//label[input/@value='{kind}']").text
-            assert (
-                label == f"{kind} {count}"
-                and select.first_selected_option.text == f"{type_ or 'any'} ({count})"
-            )
+            assert (label == f"{kind} {count}"
+                    and select.first_selected_option.text == f"{type_ or 'any'} ({count})")  # fmt: skip
             assert len(driver.find_elements(By.TAG_NAME, "article")) >= min(count, 30)
         assert expected(content, kind, "") > 0, kind  # the test has something to tell apart
         select.select_by_value("")
@@ -139,10 +135,8 @@ def test_posts_are_drawn_as_they_are_reached(page):
         time.sleep(0.1)
     assert driver.execute_script(titles) == [post["id"] for post in content["posts"]]
     assert not driver.find_element(By.ID, "more").is_displayed()
-    texts = (
-        "return [...document.querySelectorAll('%s')].map("
-        "node => [...node.querySelectorAll('%s')].map(part => part.textContent))"
-    )
+    texts = ("return [...document.querySelectorAll('%s')].map("
+             "node => [...node.querySelectorAll('%s')].map(part => part.textContent))")  # fmt: skip
     shown = driver.execute_script(texts % (".words", ".word"))
     assert shown == [post["words"] for post in content["posts"]]
     kinds = [[span[4] for span in post["spans"]] for post in content["posts"]]
@@ -174,9 +168,8 @@ def test_gold_and_predicted_are_marked_on_their_words(page):
 
 def test_a_picked_word_shows_what_it_attended_to(page):
     driver, content = page
-    cropped = [
-        i for i, post in enumerate(content["posts"]) if content["photos"][post["photo"]][1] != [0, 0, 1, 1]
-    ]
+    cropped = [i for i, post in enumerate(content["posts"])
+               if content["photos"][post["photo"]][1] != [0, 0, 1, 1]]  # fmt: skip
     assert bool(cropped) == content["ner"]  # CLIP's features, and ResNet50's
     index = (cropped or [0])[0]
     post = content["posts"][index]
@@ -201,10 +194,8 @@ def test_a_picked_word_shows_what_it_attended_to(page):
     others = [b for b in buttons if b.get_attribute("aria-pressed") == "true"]
     assert {b.get_attribute("value") for b in others} == {button.get_attribute("value")}
     buttons[0].click()
-    assert (
-        len(article.find_elements(By.TAG_NAME, "canvas")) == 1
-        and button.get_attribute("aria-pressed") == "false"
-    )
+    assert (len(article.find_elements(By.TAG_NAME, "canvas")) == 1
+            and button.get_attribute("aria-pressed") == "false")  # fmt: skip
     buttons[0].click()
     assert not article.find_elements(By.TAG_NAME, "canvas") and "Pick a word" in caption.text
 

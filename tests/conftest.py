@@ -77,10 +77,8 @@ def data_dir(tmp_path_factory):
     for split, count in (("train", 24), ("val", 8)):
         rows = []
         for i in range(count):
-            words = [
-                rng.choice(["Messi", "BBC", "Tokyo", "so", "good", "#", "today"])
-                for _ in range(rng.randint(4, 9))
-            ]
+            words = [rng.choice(["Messi", "BBC", "Tokyo", "so", "good", "#", "today"])
+                     for _ in range(rng.randint(4, 9))]  # fmt: skip
             head, tail = rng.sample(range(len(words)), 2)
             rows.append({
                 "token": words, "h": {"name": words[head], "pos": [head, head + 1]},
@@ -165,7 +163,5 @@ def json_lines(path):
 
 def contents(folder):
     """{path: bytes, or where a link points} of all that lies in a folder."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()
-    }  # fmt: skip
+    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()}  # fmt: skip

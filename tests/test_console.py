@@ -82,9 +82,8 @@ def test_a_small_model_takes_one_thread_and_a_large_one_all(monkeypatch):
 def test_only_copies_to_cuda_are_not_waited_for(monkeypatch, cache_dir, kind):
     asked = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, device, non_blocking=False: (asked.append(non_blocking), self)[1]
-    )
+    monkeypatch.setattr(torch.Tensor, "to",
+                        lambda self, device, non_blocking=False: asked.append(non_blocking) or self)
     to_device({"input_ids": torch.zeros(1)}, kind)
     cache = FeatureCache(cache_dir / "demo-resnet50-64.h5")
     cache.resident = mock.MagicMock(device=torch.device(kind))
@@ -152,9 +151,8 @@ def test_a_file_system_without_locks_is_said_and_gone_on_with(monkeypatch, tmp_p
     with alone_in(tmp_path):
         pass
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all(
-        line.startswith("WARNING: ") and "no locks on this file system" in line for line in said
-    )
+    assert len(said) == 2 and all(line.startswith("WARNING: ") and "no locks on this file system" in line
+                                  for line in said)  # fmt: skip
 
 
 def test_another_error_of_a_lock_is_no_missing_lock(monkeypatch, tmp_path):

@@ -97,9 +97,8 @@ def test_a_word_without_a_label_is_a_hole(labels):
 def test_a_new_one_is_a_softmax_of_each_word():
     torch.manual_seed(2)
     crf, logits, mask, labels = Crf(5), torch.randn(4, 7, 5), torch.rand(4, 7) < 0.7, torch.randint(5, (4, 7))
-    wanted = [
-        F.cross_entropy(x[m], y[m], reduction="sum") for x, m, y in zip(logits, mask, labels, strict=True)
-    ]
+    wanted = [F.cross_entropy(x[m], y[m], reduction="sum")
+              for x, m, y in zip(logits, mask, labels, strict=True)]  # fmt: skip
     assert torch.allclose(crf.loss(logits, mask, labels), torch.stack(wanted), atol=1e-5)
     best, probability = crf.decode(logits, mask)
     softmax = logits.softmax(-1).max(-1)
@@ -153,9 +152,8 @@ def test_long_and_extreme_posts_stay_finite(way, forbidden):
 
 
 def test_float32_under_autocast_and_no_gradients_needed():
-    crf, logits, mask, labels = (
-        random_crf(5), torch.randn(2, 20, K), torch.ones(2, 20, dtype=torch.bool), torch.randint(K, (2, 20))
-    )
+    crf, logits, mask, labels = (random_crf(5), torch.randn(2, 20, K), torch.ones(2, 20, dtype=torch.bool),
+                                 torch.randint(K, (2, 20)))  # fmt: skip
     wanted, path = crf.loss(logits, mask, labels), crf.decode(logits, mask)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(crf.loss(logits, mask, labels), wanted)

@@ -45,9 +45,8 @@ def posts(root):
         assert note["id"] == example.image_id
         spans = sorted(entity_spans(example.labels), key=lambda span: span[1])
         names = [(" ".join(example.words[start:end]), kind) for kind, start, end in spans]
-        scenes = [
-            scene(root / "demo-notes" / kind / f"{example.image_id}.jpg") for kind in ("images", "generated")
-        ]
+        scenes = [scene(root / "demo-notes" / kind / f"{example.image_id}.jpg")
+                  for kind in ("images", "generated")]  # fmt: skip
         rows.append((example, note, names, *scenes))
     return rows
 

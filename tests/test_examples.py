@@ -61,9 +61,8 @@ def test_ray_writes_the_file_that_one_process_writes_though_a_worker_is_killed(
     flags.remove("--device"), flags.remove("cpu")
     where = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}  # Ray keeps a file in one's home
     with open(log, "w") as said:
-        process = subprocess.Popen(
-            [sys.executable, EXAMPLES / "predict_ray.py", *flags], stdout=said, stderr=said, env=where
-        )
+        process = subprocess.Popen([sys.executable, EXAMPLES / "predict_ray.py", *flags], stdout=said,
+                                   stderr=said, env=where)  # fmt: skip
     try:
         while process.poll() is None and out.stat().st_size <= len(kept):
             time.sleep(0.01)
@@ -100,10 +99,8 @@ def test_what_spark_calls_answers_each_post_as_one_process_does(runs, posts_file
         [line.removeprefix(b"\xef\xbb\xbf") for line in lines if line.strip()], tmp_path
     )
     rows = [i for i, line in enumerate(lines) if line.strip()]
-    frames = [
-        pd.DataFrame({"row": range(i, i + 100), "post": lines[i : i + 100]})
-        for i in range(0, len(lines) // 100 * 100, 100)
-    ]
+    frames = [pd.DataFrame({"row": range(i, i + 100), "post": lines[i : i + 100]})
+              for i in range(0, len(lines) // 100 * 100, 100)]  # fmt: skip
     frames.append(pd.DataFrame({"row": [], "post": []}))  # a partition may be empty
     made = list(predict_spark.answer(iter(frames), run, weights, tmp_path, "cpu"))
     answers = [json.loads(line) for frame in made for line in frame["answer"]]
@@ -113,6 +110,5 @@ def test_what_spark_calls_answers_each_post_as_one_process_does(runs, posts_file
         expected = with_post(expected, lines[row].removeprefix(b"\xef\xbb\xbf"))
         if "error" in expected:
             assert found.pop("post") == lines[row].decode(errors="backslashreplace").removeprefix("\ufeff")
-        assert found == expected | (
-            {"entities": about(expected["entities"])} if "entities" in expected else {}
-        )
+        assert found == expected | ({"entities": about(expected["entities"])}
+                                    if "entities" in expected else {})  # fmt: skip

@@ -31,9 +31,8 @@ def test_pages(tmp_path, monkeypatch):
     parts = ["--kills", "0", "--no-files", "--no-outputs", "--fuzz", "60"]
     pages = [write("--kills", "1", "--fuzz", "0"), write(*parts)]
     assert [page.count("\n## ") for page in pages] == [4, 1]  # parts left out are left out of the page
-    lines = [
-        line.strip("|").split("|") for page in pages for line in page.splitlines() if line.startswith("| ")
-    ]
+    lines = [line.strip("|").split("|") for page in pages for line in page.splitlines()
+             if line.startswith("| ")]  # fmt: skip
     cells = {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
     for name in faults.COMMANDS:
         _, killed, working, same = cells[f"`{name}`"]

@@ -165,10 +165,8 @@ def test_batched_equals_one_by_one(name, noise):
     for i in range(len(text)):
         # No photo: one masked region.
         t, r = text_mask[i], region_mask[i] if region_mask[i].any() else slice(0, 1)
-        alone, alone_weights = fusion(
-            text[i, t][None], text_mask[i, t][None],
-            regions[i, r][None], region_mask[i, r][None], return_weights=True,
-        )  # fmt: skip
+        alone, alone_weights = fusion(text[i, t][None], text_mask[i, t][None], regions[i, r][None],
+                                      region_mask[i, r][None], return_weights=True)  # fmt: skip
         close(fused[i, t], alone[0])
         if name in WEIGHTED:
             close(weights[i, t][:, r], alone_weights[0])
@@ -321,9 +319,8 @@ def bimodal_reference(layer, tokens, regions):
     regions = [layer.regions.linear.weight @ unit(region) for region in regions]
     contexts, weights = [[] for _ in tokens], [0] * len(tokens)
     for s in HEAD_SLICES:
-        affinity = [
-            [layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions] for h in tokens
-        ]
+        affinity = [[layer.query(h)[s] @ layer.key(v)[s] / math.sqrt(D / HEADS) for v in regions]
+                    for h in tokens]  # fmt: skip
         enriched = []
         for r, v in enumerate(regions):
             said = mix(softmax([row[r] for row in affinity]), [layer.token_value(h)[s] for h in tokens])
@@ -522,10 +519,8 @@ def test_a_missing_pictures_share_is_nothing():
 def test_masked_content_of_a_second_picture_changes_nothing(scale):
     fusion, given = two_pictures()
     expected = fusion(**given, return_weights=True)
-    spoilt = {
-        kind: spoil(given[kind], given[mask], scale)
-        for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))
-    }
+    spoilt = {kind: spoil(given[kind], given[mask], scale)
+              for kind, mask in (("regions", "region_mask"), ("generated", "generated_mask"))}  # fmt: skip
     same(fusion(**given | spoilt, return_weights=True), expected)
     same(fusion(**given | {"generated_mask": given["generated_mask"].long()}, return_weights=True), expected)
     order = torch.tensor([2, 0, 1])

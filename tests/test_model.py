@@ -73,9 +73,8 @@ def test_text_only_is_transformers_token_classifier(encoder_dir, data_dir):
             given = tokenizer(list(example.words), is_split_into_words=True, return_tensors="pt")
             expected = reference(**given).logits[0]
             for word in range(len(example.words)):
-                torch.testing.assert_close(
-                    logits[i, word], expected[given.word_to_tokens(word).start], rtol=1e-4, atol=1e-5
-                )
+                torch.testing.assert_close(logits[i, word], expected[given.word_to_tokens(word).start],
+                                           rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
 @torch.no_grad()
@@ -88,13 +87,10 @@ def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
     for row, found in zip(rows, logits, strict=True):
         ids = torch.tensor([row["input_ids"]])
         states = model.encoder(input_ids=ids).last_hidden_state[0]
-        start, end = (
-            row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker))
-            for marker in (MARKERS[0], MARKERS[2])
-        )
-        torch.testing.assert_close(
-            found, model.head.linear(torch.cat((states[start], states[end]))), rtol=1e-4, atol=1e-5
-        )
+        start, end = (row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker))
+                      for marker in (MARKERS[0], MARKERS[2]))  # fmt: skip
+        torch.testing.assert_close(found, model.head.linear(torch.cat((states[start], states[end]))),
+                                   rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
 @torch.no_grad()
@@ -160,10 +156,8 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
     """The states under the head are BlipForImageTextRetrieval's, given the photo itself, a post at a time."""
     model, tokenizer, cache = make_system("blip", data_dir, cache_dir, dataset)
     folder, examples = data_dir / "demo" / "blip", dataset.examples["valid"]
-    reference, processor = (
-        BlipForImageTextRetrieval.from_pretrained(folder).eval(),
-        AutoImageProcessor.from_pretrained(folder),
-    )
+    reference, processor = (BlipForImageTextRetrieval.from_pretrained(folder).eval(),
+                            AutoImageProcessor.from_pretrained(folder))  # fmt: skip
     reference.text_encoder.resize_token_embeddings(len(tokenizer))
     # The markers' new rows.
     reference.text_encoder.embeddings.load_state_dict(model.encoder.embeddings.state_dict())
@@ -180,9 +174,8 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
 def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
     """Cached pixels give what its processor's give ViltForTokenClassification, for photos of any shape."""
     model, tokenizer, cache = make_system("vilt", data_dir, cache_dir, dataset)
-    folder, examples = (
-        data_dir / "demo" / "vilt", dataset.examples["valid"] + dataset.examples.get("test", [])
-    )
+    folder, examples = (data_dir / "demo" / "vilt",
+                        dataset.examples["valid"] + dataset.examples.get("test", []))  # fmt: skip
     reference = ViltForTokenClassification.from_pretrained(folder, num_labels=len(dataset.labels)).eval()
     reference.resize_token_embeddings(len(tokenizer))
     reference.vilt.load_state_dict(model.encoder.state_dict(), strict=False)  # the markers' new rows
@@ -532,9 +525,8 @@ def test_with_a_prefix_batched_is_single_at_any_padding(folders, tmp_path, data_
             made, seen, _ = model(alone, return_weights=True)
             expected, length = wanted[i, : len(row["word_starts"])], len(row["input_ids"])
             torch.testing.assert_close(made[0], expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(
-                seen[0, :length], weights[i, :length, : seen.shape[2]], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(seen[0, :length], weights[i, :length, : seen.shape[2]], rtol=1e-4,
+                                       atol=1e-5)  # fmt: skip
     photo = inputs["region_mask"].any(1).float()[:, None].expand(-1, weights.shape[1])
     torch.testing.assert_close(weights.sum(-1), photo)
 

@@ -153,13 +153,10 @@ def test_relations_by_words_and_by_characters(runs, data_dir):
                           "probability": pytest.approx(record["probability"], abs=1e-4)}  # fmt: skip
     assert predictor(typed) == predictor(posts)
     # A span within a word is a word of its own, and spaces do not count.
-    inside = new_posts.read_post(
-        {"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]}, "relation", "mnre"
-    )
-    assert (
-        inside[0].words == ("Anti", "Messi", "of", "BBC")
-        and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4))
-    )
+    inside = new_posts.read_post({"text": "AntiMessi  of  BBC", "head": [4, 10], "tail": [10, 18]},
+                                 "relation", "mnre")  # fmt: skip
+    assert (inside[0].words == ("Anti", "Messi", "of", "BBC")
+            and (inside[0].head, inside[0].tail) == ((1, 2), (2, 4)))  # fmt: skip
 
 
 def test_entities_of_typed_text_have_their_characters(clip, data_dir):
@@ -186,9 +183,8 @@ def test_a_photo_that_cannot_be_read_is_no_photo(film, tmp_path, data_dir):
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
     Image.open(whole).save(tmp_path / "png.jpg", "png")
     Image.new("RGB", (64, 64), (128, 128, 128)).save(tmp_path / "grey.jpg")
-    words = next(
-        post["words"] for post in posts_of(data_dir) if film([post | {"image": None}])[0]["entities"]
-    )
+    words = next(post["words"] for post in posts_of(data_dir)
+                 if film([post | {"image": None}])[0]["entities"])  # fmt: skip
     names = ["none.jpg", "text.jpg", "empty.jpg", "folder.jpg", "pipe.jpg", "cut.jpg", "x" * 5000, "a\0b", ""]
     names.append("https://example.org/1.jpg")
     plain, *answers = film([{"words": words}, *({"words": words, "image": name} for name in names)], tmp_path)
@@ -436,9 +432,8 @@ def posts_file(tmp_path, data_dir):
         for i in range(count):
             post = rng.choice(posts)
             text, image = " ".join(post["words"] * rng.randint(1, 3)), f"photos/{Path(post['image']).name}"
-            lines.append(
-                json.dumps({"id": f"p{i}", "text": text, "image": image}) if i % 7 else '{"id": "broken"}'
-            )
+            lines.append(json.dumps({"id": f"p{i}", "text": text, "image": image})
+                         if i % 7 else '{"id": "broken"}')  # fmt: skip
         (tmp_path / name).write_text("\n".join(lines) + "\n" * (count % 2))
         return tmp_path / name
 
@@ -633,9 +628,8 @@ def test_shards_are_the_whole(runs, posts_file, tmp_path):
     path, run = posts_file(150), runs("clip-bert")
     whole = jsonl(answer(run, path, tmp_path / "whole.jsonl"))
     parts = [jsonl(answer(run, path, tmp_path / f"{i}.jsonl", "--shard", f"{i}/4")) for i in (1, 2, 3, 4)]
-    assert (
-        [len(part) for part in parts] == [38, 38, 37, 37] and [a["line"] for a in parts[1][:3]] == [2, 6, 10]
-    )
+    assert ([len(part) for part in parts] == [38, 38, 37, 37]
+            and [a["line"] for a in parts[1][:3]] == [2, 6, 10])  # fmt: skip
     for a, b in zip(whole, sorted(itertools.chain(*parts), key=lambda a: a["line"]), strict=True):
         assert b == a | ({"entities": about(a["entities"])} if "entities" in a else {})
 

@@ -112,10 +112,8 @@ def runs(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path_factory):
     """{name: (folder, what was said)} of `RUNS`, all but "gate" with notes."""
     root, (_, path) = tmp_path_factory.mktemp("runs"), demo_notes
     places = (data_dir, encoder_dir, cache_dir)
-    return {
-        name: train_run(root / name, *places, *flags, *(("--notes", path) if name != "gate" else ()))
-        for name, flags in RUNS.items()
-    }
+    return {name: train_run(root / name, *places, *flags, *(("--notes", path) if name != "gate" else ()))
+            for name, flags in RUNS.items()}  # fmt: skip
 
 
 def test_the_median_is_trains_alone_and_what_is_given_is_counted(runs, demo_notes):

@@ -53,10 +53,8 @@ RUNS = {  # name: (data set, what to add to a quick run's arguments)
 }
 WITH_NOTES = [name for name in RUNS if "notes" in name]
 WITH_MAPS = ("cross-attention", "clip-bert", "blip", "vilt", "mnre", "notes", "mnre-notes")
-HOSTILE = [
-    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028",
-    "&lt;b&gt;",
-]  # fmt: skip
+HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--<script>", "\u2028",
+           "&lt;b&gt;"]  # fmt: skip
 
 
 def write_notes(path, dataset, data_dir):
@@ -185,10 +183,8 @@ def test_every_span_has_one_kind(pair):
 
 
 def test_kinds_of_relations():
-    cases = {
-        ("None", "None"): "correct", ("x", "x"): "correct", ("x", "y"): "wrong type",
-        ("x", "None"): "missed", ("None", "x"): "spurious",
-    }  # fmt: skip
+    cases = {("None", "None"): "correct", ("x", "x"): "correct", ("x", "y"): "wrong type",
+             ("x", "None"): "missed", ("None", "x"): "spurious"}  # fmt: skip
     assert {pair: relation_kind(*pair) for pair in cases} == cases
 
 
@@ -216,10 +212,8 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
                 assert span[5] == (min(chances) if chances and span[3] else None)
         else:
             gold, predicted = {(0, 0): record["gold"]}, {(0, 0): record["predicted"]}
-            assert (
-                post["ends"] == [record["head"], record["tail"]]
-                and post["spans"][0][5] == record["probability"]
-            )
+            assert (post["ends"] == [record["head"], record["tail"]]
+                    and post["spans"][0][5] == record["probability"])  # fmt: skip
         assert [tuple(span[:2]) for span in post["spans"]] == sorted(gold | predicted)
         for start, end, a, b, _, _ in post["spans"]:
             assert (a, b) == (gold.get((start, end)), predicted.get((start, end)))
@@ -234,9 +228,8 @@ def test_the_page_holds_the_run(runs, tmp_path, name, capsys):
     assert sum(n for (a, b), n in pairs.items() if a == b != "None") == main["correct"]
     first, second, types = page["tables"]
     baseline = metrics["baseline"]
-    assert first["rows"][0] == [
-        f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}", "", "", "",
-    ]  # fmt: skip
+    assert first["rows"][0] == [f"baseline: always {baseline['label']}", "", "", f"{baseline['main_f1']:.4f}",
+                                "", "", ""]  # fmt: skip
     assert first["rows"][1][1:] == (
         [f"{main[key]:.4f}" for key in ("precision", "recall", "f1", "macro_f1")]
         + [str(main["gold"]), str(main["predicted"])]
@@ -306,9 +299,8 @@ def test_attention_is_looked_at_in_the_rows_that_the_run_answered(runs, tmp_path
     answered = [posts.shown(i)[1] for i in range(len(posts))]
     assert ["text_length" in row for row in answered] == [record["extra"] for record in records]
     kept = ("input_ids", "text_length", "word_starts", "head_index", "tail_index")
-    looked_at, answered = (
-        sorted([row.get(key) for key in kept] for row in side) for side in (looked_at, answered)
-    )
+    looked_at, answered = (sorted([row.get(key) for key in kept] for row in side)
+                           for side in (looked_at, answered))  # fmt: skip
     assert looked_at == answered
 
 
@@ -420,9 +412,8 @@ def test_thumbnails(tmp_path):
     photo = thumbnail(tmp_path / "a.jpg")
     photo.save(buffer := io.BytesIO(), "JPEG")
     assert b"my " not in buffer.getvalue() and not photo.getexif()
-    assert (
-        photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200 and photo.getpixel((60, 200))[0] > 200
-    )
+    assert (photo.size == (120, 240) and photo.getpixel((60, 40))[2] > 200
+            and photo.getpixel((60, 200))[0] > 200)  # fmt: skip
     Image.new("RGBA", (50, 30), (0, 255, 0, 0)).save(tmp_path / "b.png")
     assert thumbnail(tmp_path / "b.png").size == (50, 30)  # small ones are not blown up
     Image.fromarray(np.full((40, 40), 128 * 256, np.uint16)).save(tmp_path / "c.png")
@@ -468,13 +459,11 @@ class Tags(HTMLParser):
 def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
     _, records = predictions(runs["film"])
     outside = ["O"] * len(HOSTILE)
-    hostile = {
-        "id": HOSTILE[0], "image_id": HOSTILE[1], "words": HOSTILE, "gold": outside, "predicted": outside,
-    }  # fmt: skip
+    hostile = {"id": HOSTILE[0], "image_id": HOSTILE[1], "words": HOSTILE, "gold": outside,
+               "predicted": outside}  # fmt: skip
     plain = page_of(copy_run(runs["film"], tmp_path / "plain", records), tmp_path / "plain.html")
-    page = page_of(
-        copy_run(runs["film"], tmp_path / "hostile", [*records, hostile]), tmp_path / "hostile.html"
-    )
+    page = page_of(copy_run(runs["film"], tmp_path / "hostile", [*records, hostile]),
+                   tmp_path / "hostile.html")  # fmt: skip
     post = next(post for post in page["posts"] if post["words"] == HOSTILE)
     assert (post["id"], post["photo"]) == tuple(HOSTILE[:2]) and len(plain["posts"]) + 1 == len(page["posts"])
     found = []
@@ -485,9 +474,8 @@ def test_posts_are_data_and_nothing_is_fetched(runs, tmp_path):
         parser, text = Tags(), (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         parser.feed(text)
         found.append(parser.found)
-        assert not re.search(
-            r"https?://(?!www\.w3\.org/2000/svg)", text.replace(json.dumps(page["posts"]), "")
-        )
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)",
+                             text.replace(json.dumps(page["posts"]), ""))  # fmt: skip
     assert found[0] == found[1] == found[2]  # no tag more
     scripts = [attrs for tag, attrs in found[0] if tag == "script"]
     assert sum(attrs.get("type") != "text/plain" for attrs in scripts) == 2  # the others are photos
@@ -617,9 +605,8 @@ def test_a_part_of_the_posts_is_those_with_most_errors(runs, tmp_path, name):
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in whole["posts"]]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0
     assert part["confusion"] == whole["confusion"] and part["tables"] == whole["tables"]
-    assert (
-        "5 are left out (--posts all shows them)" in part["facts"]["Shown"] and "Shown" not in whole["facts"]
-    )
+    assert ("5 are left out (--posts all shows them)" in part["facts"]["Shown"]
+            and "Shown" not in whole["facts"])  # fmt: skip
     assert part["photos"] == {post["photo"]: whole["photos"][post["photo"]] for post in part["posts"]}
     assert page_of(runs[name], tmp_path / "page.html") == whole  # 1,000 by default
     with pytest.raises(SystemExit):

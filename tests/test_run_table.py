@@ -67,9 +67,8 @@ def test_a_row_is_the_mean_of_its_seeds_and_valid_chooses(runs, tmp_path):
     film, none = table.rows[1], table.rows[4]
     for split in ("valid", "test"):
         assert list(film.scores[split].values()) == main_scores(runs, FILM, split)
-    by_hand = paired_bootstrap(
-        [runs[name]["test"] for name in FILM[:2]], [runs[f"none-s{seed}"]["test"] for seed in (1, 2)]
-    )
+    by_hand = paired_bootstrap([runs[name]["test"] for name in FILM[:2]],
+                               [runs[f"none-s{seed}"]["test"] for seed in (1, 2)])  # fmt: skip
     assert film.gain == by_hand | {"shared": 2} and none.gain is None
     assert table.rows[0].gain["shared"] == 1
 

@@ -229,9 +229,8 @@ def test_a_fresh_prefix_does_not_weigh_all_regions_alike(scale):
     """At real widths, and at the scale of a pretrained encoder's word embeddings."""
     torch.manual_seed(0)
     ones, regions = torch.ones(4, 6, dtype=torch.bool), torch.randn(4, 49, 2048)
-    _, _, weights = Prefix(384, 2048).eval()(
-        scale * torch.randn(4, 6, 384), ones, ones, regions, torch.ones(4, 49, dtype=torch.bool), True
-    )
+    _, _, weights = Prefix(384, 2048).eval()(scale * torch.randn(4, 6, 384), ones, ones, regions,
+                                             torch.ones(4, 49, dtype=torch.bool), True)  # fmt: skip
     entropy = -(weights * weights.log()).sum(-1) / math.log(49)  # [B, T]; 1 = uniform
     assert entropy.max() < 0.9999 and entropy.min() > 0.9
 

@@ -48,9 +48,8 @@ def test_every_reference_row_is_there_and_its_command_is_a_run(tmp_path):
             assert made["shuffle_notes"] == (shuffled and row.control == "--shuffle-notes")
             assert folders.setdefault(made["run_dir"], made) == made  # one folder, one set of settings
     # The defaults of train.py where a table names none; FiLM; the rate of the settings is that of the fusion.
-    settings = tables.argument_list(
-        next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"), 1337, args
-    )
+    settings = tables.argument_list(next(row for row in rows if row.key == "settings/7/16/0.0020/256/mnre"),
+                                    1337, args)  # fmt: skip
     made, plain = train.parse_args(settings), train.parse_args(["--dataset", "mnre"])
     assert (made.epochs, made.batch_size, made.fusion_lr, made.img_size, made.fusion) == (
         7, 16, 0.002, 256, "film",
@@ -91,10 +90,8 @@ def test_dry_run_shows_commands_and_writes_nothing(place, monkeypatch, capsys):
     assert sorted(place.rglob("*")) == before
     tables.main(["--dry-run", "--only", "notes/none", "demo-notes"])
     shown = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith(" ")]
-    assert shown == [
-        "notes/none/twitter2017", "notes/none, crf/twitter2017",
-        *(row.key for row in tables.all_rows() if row.table == "demo-notes"),
-    ]  # fmt: skip
+    assert shown == ["notes/none/twitter2017", "notes/none, crf/twitter2017",
+                     *(row.key for row in tables.all_rows() if row.table == "demo-notes")]  # fmt: skip
     with pytest.raises(ValueError, match="--only nothing: no such row"):
         tables.main(["--only", "nothing"])
 
@@ -112,9 +109,8 @@ def test_rows_are_run_once_and_written_twice(place, monkeypatch, capsys):
     tables.main(["--only", "demo/film", "fusion/film/mnre", "--seeds", "1"])
     out, results = capsys.readouterr().out, place / "benchmarks" / "RESULTS.md"
     assert "left out: no feature file features/mnre-resnet50-224.h5" in out
-    true, wrong = (
-        place / "runs" / f"demo-roberta-resnet50-encoder-film-{DEMO}{part}-s1" for part in ("", "-shuffled")
-    )
+    true, wrong = (place / "runs" / f"demo-roberta-resnet50-encoder-film-{DEMO}{part}-s1"
+                   for part in ("", "-shuffled"))  # fmt: skip
     metrics = [json.loads((folder / "metrics-test.json").read_text()) for folder in (true, wrong)]
     check = json.loads((true / "image-check-test.json").read_text())
     text = results.read_text()

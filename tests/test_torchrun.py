@@ -54,9 +54,8 @@ def test_two_processes_train_as_one_does(
     fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir,
              "--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--epochs", 3, "--dropout", 0,
              "--batch-size", batch_size, *more]  # fmt: skip
-    said = [
-        run("train.py", *fixed, "--run-dir", tmp_path / str(n)) for n, run in enumerate((alone, start), 1)
-    ]
+    said = [run("train.py", *fixed, "--run-dir", tmp_path / str(n))
+            for n, run in enumerate((alone, start), 1)]  # fmt: skip
     assert said[0].count("epoch 3/3") == said[1].count("epoch 3/3") == 1  # one of them speaks
     logs, weights, predictions = [], [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
