@@ -91,12 +91,11 @@ class Predictor:
                 self.backbone.regions.to(self.device, memory_format=torch.channels_last)
         self.boxed = bool(self.provenance) and "boxes_sha256" in self.provenance
         self.precision = precision or precision_on(self.device, self.config)
-        self.segments = None
-        self.keys = EXTRAS[self.config["extra"]]  # of notes, that it reads
+        extra, length = self.config["extra"], self.config["extra_len"]
+        self.segments = Segments(self.tokenizer, extra, length) if extra != "none" else None
+        self.keys = EXTRAS[extra]  # of notes, that it reads
         if self.config["relevance"] == "given":
             self.keys += ("relevance",)
-        if self.config["extra"] != "none":
-            self.segments = Segments(self.tokenizer, self.config["extra"], self.config["extra_len"])
         self.pool, self.process = self.make_pool(), os.getpid()
 
     def make_pool(self):
@@ -352,16 +351,15 @@ def format_answer(answer):
 def check_options(args, predictor):
     """ValueError if an option does not go with the run; what of it is left aside is said on the console."""
     relations, source, keys = predictor.config["task"] == "relation", predictor.source, predictor.keys
-    uses = {"head": relations, "tail": relations, "image": source == "image"}
-    uses |= {"caption": source in WORDED, "phrases": source == "phrases"}
+    uses = {"image": source == "image", "caption": source in WORDED, "phrases": source == "phrases"}
     uses |= {name: name in keys for name in ("about_post", "about_photo", "relevance")}
+    uses |= dict.fromkeys(("head", "tail"), relations)
     uses |= dict.fromkeys(("images", "weights", "features"), source is not None)
     for name, use in uses.items():
         if getattr(args, name) is not None and not use:
-            inputs = " and ".join(filter(None, ("text", source, *keys)))
+            inputs, option = " and ".join(filter(None, ("text", source, *keys))), name.replace("_", "-")
             task = f"{'relations' if relations else 'entities'} in {inputs}"
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} does not go with {args.run}, which finds {task}; leave it out")
+            raise ValueError(f"--{option} does not go with {args.run}, which finds {task}; leave it out")
     if source is None and args.input:
         print(f"{args.run}: text only; no image is looked at", file=sys.stderr)
     if predictor.config["generated"]:
