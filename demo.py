@@ -210,13 +210,13 @@ def write_dataset(folder, posts=(320, 80, 160), seed=7):
     folder, rng, train_words, captions = Path(folder), random.Random(seed), [], []
     make_folder(folder / "images")
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
-        drawn = []  # posts with their photos
+        rows = []  # posts with their photos
         for i in range(count):
             words, labels, scene = make_post(rng)
-            drawn.append((words, labels, draw_scene(scene, rng)))
+            rows.append((words, labels, draw_scene(scene, rng)))
             captions.append(f"{split}_{i:04d}.jpg :{CAPTIONS[scene][i % 2]}")
             train_words += words if split == "train" else []
-        write_split(folder, split, drawn)
+        write_split(folder, split, rows)
     write_text(folder / "captions.txt", "\n".join([*captions, ""]))
     caption_words = " ".join(caption for pair in CAPTIONS.values() for caption in pair).split()
     build_models(train_words + caption_words, folder)
@@ -229,13 +229,13 @@ def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
         make_folder(folder / name)
     for split, count in zip(("train", "valid", "test"), posts, strict=True):
         wrong = set(rng.sample(range(count), count // 5))
-        drawn = [make_noted_post(rng, i not in wrong) for i in range(count)]
-        scenes = [names[0][1] for _, _, names in drawn]
+        rows = [make_noted_post(rng, i not in wrong) for i in range(count)]
+        scenes = [names[0][1] for _, _, names in rows]
         photos, order = [draw_scene(scene, rng) for scene in scenes], list(range(count))
         for i in sorted(wrong):
             order[i] = rng.choice([j for j in range(count) if scenes[j] != scenes[i]])
-        write_split(folder, split, [(*post[:2], photos[j]) for post, j in zip(drawn, order, strict=True)])
-        for i, (words, _, names) in enumerate(drawn):
+        write_split(folder, split, [(*post[:2], photos[j]) for post, j in zip(rows, order, strict=True)])
+        for i, (words, _, names) in enumerate(rows):
             usual = AMBIGUOUS.get(names[0][0], names[0][1:])[0]
             picture = draw_scene(usual, random.Random(" ".join(words)))  # the text alone decides on it
             picture.save(folder / "generated" / f"{split}_{i:04d}.jpg", quality=90)

@@ -32,7 +32,6 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -138,9 +137,9 @@ class Predictor:
         if self.source:
             sources = {name: source for post in read for name, (_, source) in post.photos.items()}
             photos = NewPhotos(sources, self.provenance, self.backbone, self.device, self.pool, self.root)
-        shown = Posts([post.example for post in read], rows, self.tokenizer.pad_token_id, photos)
+        inputs = Posts([post.example for post in read], rows, self.tokenizer.pad_token_id, photos)
         settings = self.config["labels"], self.config["eval_batch_size"], self.device, self.precision
-        records = predict_posts(self.model, shown, *settings)
+        records = predict_posts(self.model, inputs, *settings)
         for post, record in zip(read, records, strict=True):
             self.say_what_was_seen(post, record, photos)
             if self.config["task"] == "relation":
@@ -265,19 +264,19 @@ def answer_file(predictor, run, path, output, shard=(1, 1), folder=None):
                 passed += len(window)
                 if passed <= done:
                     continue
-                answers, written = predictor([line for _, line in window], folder), []
+                answers, rows = predictor([line for _, line in window], folder), []
                 for (number, line), answer in list(zip(window, answers, strict=True))[-(passed - done) :]:
                     record = {"line": number} | with_post(answer, line) | {"check": check_digits(run, line)}
-                    written.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    rows.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                     counts["photo"] += answer.get("photo", False)
                     counts["cut"] += "cut_words" in answer
                     counts["whole"] += NO_BOXES in answer.get("note", "")
                     for kind in {"error", "note"} & answer.keys():
                         counts[kind] += 1
                         first.setdefault(kind, f"line {number}: {answer[kind]}")
-                out.write(b"".join(written))
+                out.write(b"".join(rows))
                 out.flush()
-                progress.update(len(written))
+                progress.update(len(rows))
         if counts["error"] == total - done:
             out.seek(0)
             if all("error" in json.loads(line) for line in out):

@@ -87,10 +87,10 @@ def post_of(record):
 
 def confusion(posts, order):
     """{"labels", "counts"}: counts[i][j] of gold label i answered with j; those of `order` that occur."""
-    counted = Counter((gold or NOTHING, answer or NOTHING)
-                      for post in posts for _, _, gold, answer, _, _ in post["spans"])  # fmt: skip
-    labels = [label for label in order if any(label in pair for pair in counted)]
-    return {"labels": labels, "counts": [[counted[a, b] for b in labels] for a in labels]}
+    pairs = Counter((gold or NOTHING, answer or NOTHING)
+                    for post in posts for _, _, gold, answer, _, _ in post["spans"])  # fmt: skip
+    labels = [label for label in order if any(label in pair for pair in pairs)]
+    return {"labels": labels, "counts": [[pairs[a, b] for b in labels] for a in labels]}
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -124,9 +124,9 @@ def score_tables(metrics):
     }  # fmt: skip
     always = f"baseline: always {base['label']}"
     rows = {names[key]: metrics[key] for key in names if key in metrics}
-    counted = f"{NONE} earns nothing here."
+    rule = f"{NONE} earns nothing here."
     if ner:
-        counted = "An entity counts when its whole span and its type are right."
+        rule = "An entity counts when its whole span and its type are right."
     weighted = (
         f"The label of each {'word' if ner else 'row'}, {base['label']} included, weighted by how often it"
         " occurs (so weighted recall is accuracy). High from the start: compare it with its baseline, not"
@@ -134,7 +134,7 @@ def score_tables(metrics):
     )
     return [
         table("Entity level" if ner else f"Relations without {NONE}",
-              f"{counted} What the literature reports.", spans,
+              f"{rule} What the literature reports.", spans,
               {always: {"f1": float(base["main_f1"])}} | rows),
         table("Token level" if ner else "All rows", weighted, labels,
               {always: base, "this run": metrics[level]}),
@@ -180,11 +180,11 @@ def best_run(runs):
     return best
 
 
-def what_was_read(args, run, config, records, split, kept, warnings):
+def what_was_read(args, run, config, records, split, indices, warnings):
     """([what notes said of each post], {its number: where its words looked}, {image id: phrases or boxes}).
 
-    Attention is that of the posts `kept`; phrases are None of a run whose regions are places. A file that is
-    not there and was not named costs a line of `warnings`; one that was named is a FileNotFoundError.
+    Attention is that of the posts `indices`; phrases are None of a run whose regions are places. A file that
+    is not there and was not named costs a line of `warnings`; one that was named is a FileNotFoundError.
     """
     cache, maps = open_regions(run, config, records, args.features), {}
     on_phrases = config["features_made"] is not None and config["features_made"]["backbone"] == "phrases"
@@ -202,27 +202,27 @@ def what_was_read(args, run, config, records, split, kept, warnings):
         if args.captions:
             raise
         warnings.append(f"Phrases not shown, nor attention: {error}.")
-    read = [{} for _ in records]
+    notes = [{} for _ in records]
     if cache is None and config["notes"] is None:
-        return read, maps, phrases
+        return notes, maps, phrases
     model, tokenizer, _ = load_run(run, args.device)
     try:
-        shown, texts_of = posts_of(config, tokenizer, records, split, cache, args.notes)
+        inputs, texts_of = posts_of(config, tokenizer, records, split, cache, args.notes)
     except FileNotFoundError as error:
         if args.notes:
             raise
         warnings.append(f"Notes not shown{', nor attention' if cache is not None else ''}: {error}.")
-        return read, maps, phrases
+        return notes, maps, phrases
     if cache is not None:
-        maps = attention(model, config, shown.part(kept), args.device)
-        maps = {kept[i]: map_of for i, map_of in maps.items()}
+        maps = attention(model, config, inputs.part(indices), args.device)
+        maps = {indices[i]: map_of for i, map_of in maps.items()}
     for i, texts in enumerate(texts_of):
-        read[i] = {"said": texts, "cut": shown.shown(i)[1].get("note_cut", False)} if texts else {}
-    return read, maps, phrases
+        notes[i] = {"said": texts, "cut": inputs.shown(i)[1].get("note_cut", False)} if texts else {}
+    return notes, maps, phrases
 
 
-def facts_of(run, config, split, records, log, shown):
-    """{name: text} of what a run is, was given and scored on; `shown`: how many of its posts the page has."""
+def facts_of(run, config, split, records, log, page_posts):
+    """{name: text} of what a run is, was given and scored on; `page_posts`: how many posts the page has."""
     features, data = config["features_made"], config["data"][split]
     count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
     parts = {
@@ -250,13 +250,14 @@ def facts_of(run, config, split, records, log, shown):
         "Notes": notes_line(config, records),
         "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
     }
-    if left_out := count - shown:
+    if left_out := count - page_posts:
         rest = f"{left_out} are left out (--posts all shows them)"
-        facts["Shown"] = f"{shown}, those with most errors first; {rest}"
+        facts["Shown"] = f"{page_posts}, those with most errors first; {rest}"
     if config["generated"]:
-        drawn = sum(record.get("generated") is True for record in records)
+        pictures = sum(record.get("generated") is True for record in records)
         name, digits = Path(config["generated"]).name, config["generated_made"]["sha256"][:16]
-        facts["Generated pictures"] = f"{name} ({digits}): {drawn} of {count} {unit} with one; not shown here"
+        pictures = f"{pictures} of {count} {unit} with one; not shown here"
+        facts["Generated pictures"] = f"{name} ({digits}): {pictures}"
     check = run / f"image-check-{split}.json"
     if check.exists():
         facts["Image check"] = image_check_line(config, read_image_check(check))
@@ -278,9 +279,9 @@ def write_page(page, photos, output):
     `photos`: those of `load_photos`. Each is a block of its own behind the script, so that a page of many
     opens before they are read; the page's data has its number and what was seen of it.
     """
-    shown = [image_id for image_id, photo in photos.items() if not isinstance(photo, str)]
-    seen = {image_id: [number, photos[image_id][1]] for number, image_id in enumerate(shown)}
-    page = page | {"photos": photos | seen}
+    names = [image_id for image_id, photo in photos.items() if not isinstance(photo, str)]
+    frames = {image_id: [number, photos[image_id][1]] for number, image_id in enumerate(names)}
+    page = page | {"photos": photos | frames}
     text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     template = (Path(__file__).parent / "parts" / "report.html").read_text(encoding="utf-8")
     script = template.partition("<script>")[2].partition("</script>")[0]
@@ -290,7 +291,7 @@ def write_page(page, photos, output):
     try:
         with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines((head, text.replace("<", "\\u003c"), middle))
-            for number, image_id in enumerate(shown):
+            for number, image_id in enumerate(names):
                 jpeg = base64.b64encode(photos[image_id][0]).decode()
                 file.write(f'<script type="text/plain" id="photo-{number}">{jpeg}</script>\n')
             file.write(end)
@@ -341,11 +342,11 @@ def count_warnings(metrics, photos, absent):
     return warnings
 
 
-def add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
+def add_notes_and_maps(posts, records, config, notes, maps, phrases, photos):
     """Put what was read of notes, and where words looked, into the posts; how many maps found no place."""
     lacking = 0
     for i, (post, record) in enumerate(zip(posts, records, strict=True)):
-        post |= read[i]
+        post |= notes[i]
         # On shuffled photos it is another photo's.
         if record.get("relevance") is not None and not config["shuffle_photos"]:
             post["said"] = post.get("said", {}) | {"relevance": f"{record['relevance']:.3f}"}
@@ -397,19 +398,19 @@ def main(argv=None):
     order = [*metrics["entity"]["types"], NOTHING] if ner else [NONE, *metrics["relation"]["types"]]
     confusions = confusion(posts, order)
     errors = [sum(span[4] != "correct" for span in post["spans"]) for post in posts]
-    kept = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
-    image_ids = dict.fromkeys(posts[i]["photo"] for i in kept if posts[i]["photo"] is not None)
+    indices = sorted(range(len(posts)), key=lambda i: -errors[i])[: args.posts]
+    image_ids = dict.fromkeys(posts[i]["photo"] for i in indices if posts[i]["photo"] is not None)
     photos = load_photos(image_ids, folders, config["features_made"] or {})
     reasons = [photo for photo in photos.values() if isinstance(photo, str)]
     kinds = Counter("missing" if reason.startswith(MISSING) else "unreadable" for reason in reasons)
     absent = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
 
     warnings += shuffle_warnings(config)
-    read, maps, phrases = what_was_read(args, run, config, records, split, kept, warnings)
-    if lacking := add_notes_and_maps(posts, records, config, read, maps, phrases, photos):
+    notes, maps, phrases = what_was_read(args, run, config, records, split, indices, warnings)
+    if lacking := add_notes_and_maps(posts, records, config, notes, maps, phrases, photos):
         warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
     warnings += count_warnings(metrics, photos, absent)
-    posts = [posts[i] for i in kept]
+    posts = [posts[i] for i in indices]
     page = {
         "title": f"{run.resolve().name}, {split}", "ner": ner,
         "facts": facts_of(run, config, split, records, log, len(posts)), "warnings": warnings,

@@ -71,14 +71,14 @@ def check_finite(first_bad, posts, batches, epoch, args):
     """ValueError if some step's loss or gradient was not finite; `first_bad`: the first one, inf for none."""
     if first_bad == math.inf:
         return
-    chosen = batches[int(first_bad) - 1]
-    for cache, photos in ((posts.cache, [posts.shown(i)[0] for i in chosen]),
-                          (posts.generated, [posts.examples[i].image_id for i in chosen])):  # fmt: skip
+    indices = batches[int(first_bad) - 1]
+    for cache, photos in ((posts.cache, [posts.shown(i)[0] for i in indices]),
+                          (posts.generated, [posts.examples[i].image_id for i in indices])):  # fmt: skip
         for photo in [name for of_post in photos for name in cache.photos_of(of_post)] if cache else ():
             if not np.isfinite(cache.regions[cache.rows[photo]]).all():
                 raise ValueError(f"{cache.path}: the features of photo {photo} are no finite numbers, so the"
                                  " loss is none; extract them again, or leave the photo out")  # fmt: skip
-    ids = ", ".join(posts.examples[i].id for i in chosen)
+    ids = ", ".join(posts.examples[i].id for i in indices)
     raise ValueError(f"epoch {epoch}, step {int(first_bad)}: the loss or its gradient is not finite (posts"
                      f" {ids}); lower --lr ({args.lr:g}) or --fusion-lr ({args.fusion_lr:g})")  # fmt: skip
 
@@ -116,14 +116,14 @@ def draw(rng, count, posts, args):
     return choices
 
 
-def share(posts, chosen, choices, rank, processes):
+def share(posts, indices, choices, rank, processes):
     """(batch, weight) of this process: every `processes`-th post of a batch, and the `choices` for it.
 
     A process that none is left for still takes part, with the first post, no pictures and no weight.
     """
-    mine, weight = list(range(rank, len(chosen), processes)) or [0], float(rank < len(chosen))
+    mine, weight = list(range(rank, len(indices), processes)) or [0], float(rank < len(indices))
     choices = {name: values[mine] for name, values in choices.items()}
-    return posts.batch([chosen[i] for i in mine], **choices, pictures=bool(weight)), weight
+    return posts.batch([indices[i] for i in mine], **choices, pictures=bool(weight)), weight
 
 
 def answer_split(model, dataset, posts, args, device, rank, processes, split):
@@ -248,24 +248,24 @@ def run(args, stack):
     while (epoch := progress["epoch"]) <= args.epochs:
         times, rng = [time.perf_counter()], np.random.default_rng([args.seed, epoch])
         batches, before = length_batches(lengths, args.batch_size, rng), progress["step"]
-        seen = done = sum(map(len, batches[:before]))  # posts
+        position = first = sum(map(len, batches[:before]))  # posts
         sums, labelled = torch.tensor(progress["loss"], device=device), progress["labelled"]
         bad = torch.tensor(math.inf, device=device)  # the first step whose loss or gradient is not finite
-        bar = progress_bar(len(train), "post", True, initial=done, desc=f"epoch {epoch}", disable=rank > 0)
+        bar = progress_bar(len(train), "post", True, initial=first, desc=f"epoch {epoch}", disable=rank > 0)
         model.train()
         with stop.held(), bar:
-            for step, chosen in enumerate(batches, 1):
-                choices, count = draw(rng, len(chosen), train, args), int(labels[chosen].sum())
+            for step, indices in enumerate(batches, 1):
+                choices, count = draw(rng, len(indices), train, args), int(labels[indices].sum())
                 if step <= before:  # done before the stop; its random numbers had to be drawn
                     continue
-                batch, weight = share(train, chosen, choices, rank, processes)
+                batch, weight = share(train, indices, choices, rank, processes)
                 if processes > 1:  # dropout of its own for each, the same again after --resume
                     torch.manual_seed(np.random.default_rng([args.seed, epoch, step, rank]).integers(2**63))
                 with autocast(device, args.precision):
                     losses = parallel(to_device(batch, device), return_losses=True).losses  # {name: [B]}
                 own = torch.stack([losses[name].sum() for name in model.loss_weights])
                 # Gradients are averaged over processes, hence times their number.
-                loss = model.total(own, count, len(chosen)) * (weight * processes)
+                loss = model.total(own, count, len(indices)) * (weight * processes)
                 loss.backward()
                 if scheduler.last_epoch == 0:  # the run's first step
                     check_all_train(model, optimizer)
@@ -274,9 +274,9 @@ def run(args, stack):
                 scheduler.step()
                 optimizer.zero_grad()
                 of_step = add_up(own.detach() * weight, processes)
-                sums, labelled, seen = sums + of_step, labelled + count, seen + len(chosen)
+                sums, labelled, position = sums + of_step, labelled + count, position + len(indices)
                 bad = torch.where(torch.isfinite(of_step.sum() + norm), bad, bad.clamp(max=step))
-                bar.update(len(chosen))
+                bar.update(len(indices))
                 signal = stop.agreed()
                 save = signal or step == len(batches) or rank == 0 and time.monotonic() >= due
                 # Not each step: reading a value makes the device wait. A bad step only stops the run: the
@@ -284,7 +284,7 @@ def run(args, stack):
                 if save or step % 50 == 0:
                     check_finite(bad.item(), train, batches, epoch, args)
                     progress |= {"step": step, "loss": sums.tolist(), "labelled": labelled}
-                    losses = mean_losses(model, progress, seen)
+                    losses = mean_losses(model, progress, position)
                     bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
                     tracker.log(losses | rates_of(scheduler, args), scheduler.last_epoch)
                 if save and rank == 0:
@@ -298,7 +298,7 @@ def run(args, stack):
         times.append(time.perf_counter())
         with stop.held():  # at whose end all have waited for the files of the first
             numbers = mean_losses(model, progress, len(train)), rates_of(scheduler, args)
-            log_epoch(progress, args, *numbers, metrics, np.diff(times).tolist(), len(train) - done)
+            log_epoch(progress, args, *numbers, metrics, np.diff(times).tolist(), len(train) - first)
             if rank == 0:
                 folder = save_epoch(run_dir, folder, progress, model)
             tracker.log(progress["log"][-1], scheduler.last_epoch)

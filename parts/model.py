@@ -176,11 +176,11 @@ class TextRegions(Model):
         states = self.encoder(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
         return states[:, : batch["input_ids"].shape[1]], weights
 
-    def aligned(self, text, batch, given):
+    def aligned(self, text, batch, ratings):
         """{name: loss [B]} of --align, each the mean over the pictures of a post.
 
-        Before a pyramid `local` is that over the photo's two finer scales instead. `given` [B]: the relevance
-        of each post, -1 = none; the photo has one, not a second picture.
+        Before a pyramid `local` is that over the photo's two finer scales instead. `ratings` [B]: the given
+        relevance of each post, -1 = none; the photo has one, not a second picture.
         """
         losses, pictures = {}, []
         for name, (mask, photos) in PICTURES.items():
@@ -194,8 +194,8 @@ class TextRegions(Model):
                 targets = [(unit_length(regions), mask, batch["photo_row"]) for regions, mask in levels[1:]]
             elif name == "supervised":
                 regions, mask, photos = pictures[0]
-                targets = [(regions, mask & (given >= 0)[:, None], photos)]
-                classes = (given >= self.median).long()
+                targets = [(regions, mask & (ratings >= 0)[:, None], photos)]
+                classes = (ratings >= self.median).long()
             parts = [alignment(text, batch["own_mask"], *target, classes) for target in targets]
             losses[name] = sum(parts) / len(parts)
         return losses
@@ -214,11 +214,11 @@ class TextRegions(Model):
             text, codes, losses["bottleneck"] = self.bottleneck(text, mask, *pictures)
             batch = batch | dict(zip(names, codes, strict=True))
 
-        given = batch.get("relevance")
-        if given is None:  # of no post
-            given = torch.full((len(text),), -1.0, device=text.device)
+        ratings = batch.get("relevance")
+        if ratings is None:  # of no post
+            ratings = torch.full((len(text),), -1.0, device=text.device)
         if return_losses:
-            losses |= self.aligned(text, batch, given)
+            losses |= self.aligned(text, batch, ratings)
 
         more = {key: batch[key] for key in self.fusion.reads if key in batch}
         regions = batch.get("regions"), batch.get("region_mask")
@@ -229,12 +229,12 @@ class TextRegions(Model):
 
         if self.relevance is not None:
             logits = self.relevance(text, batch["own_mask"], batch["regions"], batch["region_mask"])
-            share = torch.where((given >= 0) & self.takes_given, given, logits.sigmoid())
+            share = torch.where((ratings >= 0) & self.takes_given, ratings, logits.sigmoid())
             share = torch.where(batch["region_mask"].any(1), share, 1)  # no photo whose share it could be
             # Not text + share * (fused - text): that is not exactly `fused` at 1.
             fused = torch.lerp(text, fused, share.to(text.dtype)[:, None, None])
             if "relevance" in self.loss_weights:
-                losses["relevance"] = self.relevance.loss(logits, given, batch["region_mask"])
+                losses["relevance"] = self.relevance.loss(logits, ratings, batch["region_mask"])
         return fused, weights, losses
 
 

@@ -264,12 +264,12 @@ def run_backbone(made, weights=None, width=None, features=None):
         return Given(made, width, features)
     if features:
         raise ValueError(f"--features {features}: the run makes regions of photos itself; leave it out")
-    named = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
+    published_names = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
     kind = made["weights"].split("-")[0]
     if weights is None and kind == "file":
         local = f"a local {made['backbone']} ({made['weights']})"
         raise ValueError(f"the run's features were made with {local}; name it with --weights")
-    published = "random" if kind == "random" else named(made["weights"], made["weights"])
+    published = "random" if kind == "random" else published_names(made["weights"], made["weights"])
     own = {"random", "imagenet", "imagenet-v2"}  # to others folders, or names at the hub
     known = own if made["backbone"] == "resnet50" else DEFAULT_WEIGHTS - own
     if weights is None and published not in {None, *known}:
@@ -306,9 +306,9 @@ class NewPhotos(Regions):
         self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
         if made["backbone"] in WORDED:
             placeholder = None if made["placeholder"] == "none" else made["placeholder"]
-            read = Captions(names, sources, backbone, placeholder, made["backbone"]).read
+            load = Captions(names, sources, backbone, placeholder, made["backbone"]).read
         elif made["backbone"] == ELSEWHERE:
-            read = lambda row: backbone.read(names[row])  # noqa: E731
+            load = lambda row: backbone.read(names[row])  # noqa: E731
         else:
             paths, reasons = dict(sources), {}
             for name, photo in sources.items():
@@ -318,11 +318,11 @@ class NewPhotos(Regions):
                     reasons |= {name: OUTSIDE} if place is None else {}
             photos = names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")
             if "boxes_sha256" in made:
-                read = BoxedPhotos({name: name[1] for name in names}, *photos).read
+                load = BoxedPhotos({name: name[1] for name in names}, *photos).read
             else:
-                read = Photos(*photos).read
+                load = Photos(*photos).read
         waiting, together = [], PHOTOS if backbone.same_size else 1
-        for row, (views, self.status[row], self.reasons[row], *_) in enumerate(pool.map(read, range(count))):
+        for row, (views, self.status[row], self.reasons[row], *_) in enumerate(pool.map(load, range(count))):
             waiting += [] if views is None else [(row, views)]
             if waiting and (len(waiting) == together or row == count - 1):
                 with torch.inference_mode():

@@ -120,10 +120,10 @@ def open_features(args, dataset):
     several = sum(isinstance(e.image_id, tuple) for posts in dataset.examples.values() for e in posts)
     if several and args.model == "vilt":
         raise ValueError(f"--model vilt reads one photo a post, {several} posts have several; take another")
-    made = f"made from {attrs.get('made_from', 'an unknown folder')}"
+    maker = f"made from {attrs.get('made_from', 'an unknown folder')}"
     if backbone == ELSEWHERE:
-        made = f"made elsewhere ({attrs['weights']}), {cache.region_dim} wide; of which photos nothing tells"
-    print(f"features   {args.features}: {cache.views} views, {made}")
+        maker = f"made elsewhere ({attrs['weights']}), {cache.region_dim} wide; of which photos nothing tells"
+    print(f"features   {args.features}: {cache.views} views, {maker}")
     if cache.boxes:
         count = (cache.num_regions[cache.num_regions > 0] - 1).sum()
         print(f"           a region for each whole photo, and one for each of {count} boxes")
@@ -207,10 +207,10 @@ def open_generated(args, dataset, cache):
     require_photos(generated, dataset.image_ids(), dataset.name)
     attrs = [side.attrs | {"region width": side.region_dim} for side in (generated, cache)]
     for key in ("backbone", "region width", "weights_sha256", "img_size"):
-        here, wanted = (side.get(key, "unknown") for side in attrs)
-        if here != wanted:
-            raise ValueError(f"{args.generated}: made with {key.replace('_', ' ')} {here}, {cache.path} with"
-                             f" {wanted}; one map reads both pictures, so extract both alike")  # fmt: skip
+        ours, theirs = (side.get(key, "unknown") for side in attrs)
+        if ours != theirs:
+            raise ValueError(f"{args.generated}: made with {key.replace('_', ' ')} {ours}, {cache.path} with"
+                             f" {theirs}; one map reads both pictures, so extract both alike")  # fmt: skip
     made_from = generated.attrs.get("made_from", "an unknown folder")
     print(f"generated  {args.generated}: {generated.views} views, made from {made_from}")
     for split, examples in dataset.examples.items():
@@ -284,8 +284,8 @@ def run_notes(config, tokenizer, path=None):
         return None
     path = path or config["notes"]
     notes = Notes(path, tokenizer, config["extra"], config["extra_len"], reads_relevance(config))
-    if notes.sha256 != (wanted := config["notes_sha256"]):
-        raise ValueError(f"{notes.path}: not the notes the run was trained with ({wanted[:16]}); restore"
+    if notes.sha256 != (digits := config["notes_sha256"]):
+        raise ValueError(f"{notes.path}: not the notes the run was trained with ({digits[:16]}); restore"
                          " them")  # fmt: skip
     return notes
 

@@ -149,8 +149,8 @@ def add_training(parser):
 # fmt: on
 
 
-def stored_settings(path, given):
-    """{option: value} of the run whose config.json lies at `path`, but for what is `given` or has no option.
+def stored_settings(path, flags):
+    """{option: value} of the run whose config.json lies at `path`; not of the `flags` that are typed.
 
     What was left to a default then is left to it again. Each value has to be one that may be typed.
     ValueError or FileNotFoundError if the file is none of a run, or a value is none of its option.
@@ -164,12 +164,12 @@ def stored_settings(path, given):
         "features": features, "heads": 8, "relevance_loss": 0.5,
         "precision": pick_precision("auto", default_device()),
     }  # fmt: skip
-    left_out = OF_ONE_RUN | given | {key for key, value in usual.items() if config[key] == value}
+    left_out = OF_ONE_RUN | flags | {key for key, value in usual.items() if config[key] == value}
     if config["word_rule_auto"]:
         left_out.add("word_rule")
-    if "img_size" in given:  # either of them tells which feature file
+    if "img_size" in flags:  # either of them tells which feature file
         left_out.add("features")
-    elif "features" in given or "features" not in left_out:
+    elif "features" in flags or "features" not in left_out:
         left_out.add("img_size")
     parser, words = make_parser(exit_on_error=False), flags_of(config, left_out)
     try:
@@ -215,8 +215,8 @@ def parse_args(argv, description=None):
     if args.config:
         absent = object()
         namespace = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent)))
-        given = {key for key, value in vars(namespace).items() if value is not absent}
-        parser.set_defaults(**stored_settings(args.config, given))
+        flags = {key for key, value in vars(namespace).items() if value is not absent}
+        parser.set_defaults(**stored_settings(args.config, flags))
     parser.set_defaults(**PRESETS.get(args.system, {}))
     args = parser.parse_args(argv)
     task, (dataset, _) = data_task(args.dataset, args.data_dir), locate(args.dataset, args.data_dir)

@@ -43,10 +43,10 @@ class Posts:
         """The same posts with other photos."""
         return replace(self, swap=swap)
 
-    def part(self, chosen):
+    def part(self, indices):
         """Some of the posts, by their numbers."""
-        rows, examples = ([side[i] for i in chosen] for side in (self.rows, self.examples))
-        notes = self.notes.part(chosen) if self.notes else None
+        rows, examples = ([side[i] for i in indices] for side in (self.rows, self.examples))
+        notes = self.notes.part(indices) if self.notes else None
         return replace(self, rows=rows, examples=examples, notes=notes)
 
     def shown(self, i, hidden=False):
@@ -62,20 +62,20 @@ class Posts:
         """Sub-tokens of each post, notes included: posts of like length share a batch."""
         return [len(self.shown(i)[1]["input_ids"]) for i in range(len(self))]
 
-    def batch(self, chosen, hidden=None, views=None, second_views=None, pictures=True):
+    def batch(self, indices, hidden=None, views=None, second_views=None, pictures=True):
         """What a model reads of some posts, by their numbers: `collate`, with what the feature caches read.
 
         `hidden` [B]: whose photo is not shown. `views`, `second_views` [B]: which view of a photo and of a
         second picture is read, None for the first. `pictures` False: neither of them is shown.
         """
-        hidden = [False] * len(chosen) if hidden is None else hidden
-        shown = [self.shown(i, hide or not pictures) for i, hide in zip(chosen, hidden, strict=True)]
+        hidden = [False] * len(indices) if hidden is None else hidden
+        shown = [self.shown(i, hide or not pictures) for i, hide in zip(indices, hidden, strict=True)]
         photos, rows = zip(*shown, strict=True)
         batch = collate(rows, self.pad_id)
         if self.cache:
             batch |= read_photos(self.cache, photos, views)
         if self.generated:  # made from the text, it stays with its post whatever photo is shown
-            ids = [self.examples[i].image_id if pictures else None for i in chosen]
+            ids = [self.examples[i].image_id if pictures else None for i in indices]
             batch |= read_generated(self.generated, ids, second_views)
         return batch
 
@@ -155,10 +155,10 @@ def in_batches(model, ask, posts, batch_size, device, precision, name):
     answers = [None] * len(posts)
     bar = progress_bar(len(posts), "post", True, desc=name, disable=not name)
     with bar, torch.inference_mode(), autocast(device, precision):
-        for chosen in length_batches(posts.lengths(), batch_size):
-            for i, answer in zip(chosen, ask(to_device(posts.batch(chosen), device)), strict=True):
+        for indices in length_batches(posts.lengths(), batch_size):
+            for i, answer in zip(indices, ask(to_device(posts.batch(indices), device)), strict=True):
                 answers[i] = answer
-            bar.update(len(chosen))
+            bar.update(len(indices))
     return answers
 
 

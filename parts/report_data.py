@@ -31,10 +31,10 @@ PLACES = 256  # of an attention map, 16 x 16: finer grids are averaged down, or 
 MISSING = "no such file"
 
 
-def load_photos(image_ids, folders, made):
+def load_photos(image_ids, folders, provenance):
     """{image id: (JPEG as bytes, its `seen_part`), or the reason why there is none}.
 
-    `made`: what the feature file says of how it was made.
+    `provenance`: what the feature file says of how it was made.
     """
     photos, reasons = {}, {}
     paths = find_photos(image_ids, folders, reasons)
@@ -48,7 +48,7 @@ def load_photos(image_ids, folders, made):
         except Exception as error:  # decoders raise of any kind at a file of any kind; the reason is shown
             photos[image_id] = f"cannot be read ({type(error).__name__})"
             continue
-        photos[image_id] = buffer.getvalue(), seen_part(*photo.size, made)
+        photos[image_id] = buffer.getvalue(), seen_part(*photo.size, provenance)
     return photos
 
 
@@ -114,19 +114,19 @@ def shown_phrases(config, cache, data_dir, path):
     as its regions: one without a sub-token has none. FileNotFoundError or ValueError if the file or the data
     set is not there, or has changed.
     """
-    made = config["features_made"]
-    path = Path(path or made["made_from"])
+    provenance = config["features_made"]
+    path = Path(path or provenance["made_from"])
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}, of which the run's phrases are; name it with --captions")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != (wanted := made["captions_sha256"]):
-        raise ValueError(f"{path}: not what the run's phrases were made of ({wanted[:16]}); restore it")
-    said = said_of_photos(path, load_dataset(*dataset_now(config, data_dir), "characters"))
-    found = {}
+    if hashlib.sha256(path.read_bytes()).hexdigest() != (digits := provenance["captions_sha256"]):
+        raise ValueError(f"{path}: not what the run's phrases were made of ({digits[:16]}); restore it")
+    texts_of = said_of_photos(path, load_dataset(*dataset_now(config, data_dir), "characters"))
+    phrases = {}
     for image_id, row in cache.rows.items():
-        texts = phrases_of(said.get(image_id) or ())[: cache.shape[2]]
+        texts = phrases_of(texts_of.get(image_id) or ())[: cache.shape[2]]
         if cache.has_photo(image_id) and len(texts) == cache.num_regions[row]:
-            found[image_id] = {"phrases": texts}
-    return found
+            phrases[image_id] = {"phrases": texts}
+    return phrases
 
 
 def posts_of(config, tokenizer, records, split, cache, path):
@@ -160,13 +160,13 @@ def attention(model, config, posts, device):
     Phrases are a map of one row. Of a word it is the first sub-token's, of head and tail their start
     markers': what the model's head reads. Posts without a photo, or with several, are left out.
     """
-    found, ner, cache = {}, config["task"] == "ner", posts.cache
+    maps_of, ner, cache = {}, config["task"] == "ner", posts.cache
     batches = length_batches(posts.lengths(), config["eval_batch_size"])
-    for chosen in progress_bar(len(batches), "batch", True, iterable=batches, desc="attention"):
-        batch = to_device(posts.batch(chosen), device)
+    for indices in progress_bar(len(batches), "batch", True, iterable=batches, desc="attention"):
+        batch = to_device(posts.batch(indices), device)
         with torch.inference_mode(), autocast(device, precision_on(device, config)):
             weights = model(batch, return_weights=True).weights
-        for i, weight in zip(chosen, weights.float().cpu(), strict=True):  # [T, R]
+        for i, weight in zip(indices, weights.float().cpu(), strict=True):  # [T, R]
             photo, row = posts.shown(i)
             if not cache.has_photo(photo) or len(cache.photos_of(photo)) > 1:
                 continue
@@ -176,13 +176,13 @@ def attention(model, config, posts, device):
             weight = weight * (starts >= 0)[:, None]  # of a word that was not read, 0
             grid = cache.grid[at].tolist() if cache.grid[at].any() else [1, weight.shape[1]]
             maps, places, whole = place_maps(weight, grid)
-            found[i] = {
+            maps_of[i] = {
                 "rows": maps.shape[1], "columns": maps.shape[2],
                 "bytes": base64.b64encode(maps.numpy()).decode(),
                 "places": [round(share, 3) for share in places.tolist()],
                 "whole": [round(share, 3) for share in whole.tolist()],
             }  # fmt: skip
-    return found
+    return maps_of
 
 
 def image_check_line(config, check):
@@ -202,12 +202,12 @@ def notes_line(config, records):
     count, unit = len(records), "posts" if config["task"] == "ner" else "rows"
     parts = []
     if config["extra"] != "none":
-        noted = sum(record.get("extra") is True for record in records)
-        share = f"{noted} of {count} {unit} with a note, {count - noted} without"
+        with_note = sum(record.get("extra") is True for record in records)
+        share = f"{with_note} of {count} {unit} with a note, {count - with_note} without"
         parts.append(f"--extra {config['extra']}: {share}")
     if reads_relevance(config):
-        rated = sum(record.get("relevance") is not None for record in records)
-        parts.append(f"relevance of the photo: of {rated} of {count} {unit} given")
+        with_relevance = sum(record.get("relevance") is not None for record in records)
+        parts.append(f"relevance of the photo: of {with_relevance} of {count} {unit} given")
     if config["shuffle_notes"]:
         parts.append("SHUFFLED: each post was given what was said of another")
     return f"{Path(config['notes']).name} ({config['notes_sha256'][:16]}), {'; '.join(parts)}"

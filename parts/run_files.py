@@ -58,8 +58,8 @@ def one_of(*values):
     return lambda value: value in values, f"one of {', '.join(map(str, values))}"
 
 
-def or_null(fits, wanted):
-    return lambda value: value is None or fits(value), f"{wanted}, or null"
+def or_null(fits, description):
+    return lambda value: value is None or fits(value), f"{description}, or null"
 
 
 def is_weights(value):
@@ -172,11 +172,11 @@ def read_config_file(path):
     """A run's config.json as a dict, complete; ValueError if a value is missing or of a wrong kind."""
     stored = read_object(Path(path))
     config = NEWER | stored
-    for key, (fits, wanted) in KEYS.items():
+    for key, (fits, description) in KEYS.items():
         if key not in config:
             raise ValueError(f"{path}: no {key}, so not the configuration of a run of train.py; name another")
         if not fits(config[key]):
-            raise ValueError(f"{path}: {key} must be {wanted}, not {config[key]!r:.60}; restore it")
+            raise ValueError(f"{path}: {key} must be {description}, not {config[key]!r:.60}; restore it")
     if "word_rule" not in stored:  # null: no rule cuts texts as its data are cut
         config["word_rule"] = OF_TASK[config["task"]]
     return config
@@ -203,8 +203,8 @@ def read_log(run_dir):
         except (ValueError, RecursionError, AttributeError):
             fits = False
         if not fits:
-            wanted = f"an object of numbers with {', '.join(OF_LOG)}"
-            raise ValueError(f"{path}:{number}: no line of a log, which is {wanted}; restore it")
+            row = f"an object of numbers with {', '.join(OF_LOG)}"
+            raise ValueError(f"{path}:{number}: no line of a log, which is {row}; restore it")
         lines.append(line)
     if not lines:
         raise ValueError(f"{path}: no epoch in it; restore it")
