@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 
 import numpy as np
@@ -31,17 +32,14 @@ from parts import report_data
 def test_cached_captions_are_the_encoders_states(data_dir, cache_dir):
     """Those of transformers' own forward pass over each caption alone, without [CLS] and [SEP]."""
     cache, folder = FeatureCache(cache_dir / "demo-caption-64.h5"), data_dir / "demo" / "encoder"
-    captions, encoder = (
-        read_captions(data_dir / "demo" / "captions.txt"), AutoModel.from_pretrained(folder).eval()
-    )
+    captions, encoder = read_captions(folder.with_name("captions.txt")), AutoModel.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (
-        cache.shape == (40, 1, 64, 64) and not cache.grid.any() and len(set(cache.num_regions.tolist())) > 1
-    )
+    assert cache.shape == (40, 1, 64, 64) and not cache.grid.any()
+    assert len(set(cache.num_regions.tolist())) > 1
     for image_id in cache.rows:
         given = tokenizer(captions[f"{image_id}.jpg"], return_tensors="pt")
         with torch.no_grad():
-            expected = encoder(**given).last_hidden_state[0, 1:-1]
+            expected = encoder.eval()(**given).last_hidden_state[0, 1:-1]
         regions, mask, _, _ = (value[0] for value in cache.read([image_id]).values())
         assert mask.sum() == len(expected) and not regions[~mask].any()
         np.testing.assert_allclose(regions[mask], expected, rtol=2**-10, atol=1e-3 * expected.abs().max())
@@ -62,11 +60,8 @@ def test_captions_that_say_nothing(data_dir):
 
 def words_of(caption):
     """Phrases of a demo caption, by hand: none has a sign, and these are all the function words there are."""
-    words = [
-        word if word not in ("a", "an", "the", "in", "of", "on", "under", "with") else "|"
-        for word in caption.replace("in front of", "in").split()
-    ]
-    return [part.strip() for part in " ".join(words).split("|") if part.strip()]
+    parts = re.split(r"\b(?:in front of|a|an|the|in|of|on|under|with)\b", caption)
+    return [part.strip() for part in parts if part.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +81,8 @@ def notes(data_dir, tmp_path_factory):
     lines = []
     for name, caption in read_captions(data_dir / "demo" / "captions.txt").items():
         image_id = name.removesuffix(".jpg")
-        lines.append(
-            {"id": image_id, "phrases": [*words_of(caption), "good morning"], "about_post": "so good"}
-        )
+        phrases = [*words_of(caption), "good morning"]
+        lines.append({"id": image_id, "phrases": phrases, "about_post": "so good"})
     lines[1]["id"] = "train/train_0001"
     lines[2]["phrases"] = []
     del lines[3]["phrases"]
@@ -121,10 +115,7 @@ def run(data_dir, encoder_dir, tmp_path_factory):
 ])  # fmt: skip
 def test_captions_are_cut_at_function_words_and_signs(caption, phrases):
     assert phrases_of(caption) == [phrase for phrase in phrases.split("|") if phrase]
-    assert phrases_of(phrases.split("|")) == phrases_of(caption)  # a list stays
-
-
-def test_a_list_keeps_its_order_and_repeats():
+    assert phrases_of(phrases.split("|")) == phrases_of(caption)  # a list stays, order and repeats too
     assert phrases_of(("man", " ", "a man on a roof ", "man")) == ["man", "a man on a roof", "man"]
 
 
@@ -168,9 +159,8 @@ def test_notes_and_captions_are_told_apart_and_found(data_dir, notes, tmp_path):
     for image_id, phrases in said.items():
         lacks = image_id in ("train_0002", "train_0003")
         assert phrases == (None if lacks else (*words_of(captions[f"{image_id}.jpg"]), "good morning"))
-    assert said_of_photos(data_dir / "demo" / "captions.txt", dataset) == {
-        i: captions[f"{i}.jpg"] for i in said
-    }
+    of_captions = said_of_photos(data_dir / "demo" / "captions.txt", dataset)
+    assert of_captions == {image_id: captions[f"{image_id}.jpg"] for image_id in said}
     # Rows that share a photo: the first that has phrases.
     rows = load_dataset("mnre", data_dir)
     first, second = rows.examples["train"][:2]
@@ -185,40 +175,27 @@ def test_extraction_from_notes_and_from_captions(data_dir, notes, encoder_dir, t
     cache = FeatureCache(extract(data_dir, tmp_path, notes))
     out = capsys.readouterr().out
     assert cache.path.name == "demo-phrases-32.h5" and "demo: 40 photos, 38 with phrases, x 1 views" in out
-    assert (
-        "38 ok, 2 missing" in out
-        and "missing: train_0002 (no phrases)" in out
-        and "missing: train_0003 (no phrases)" in out
-    )
+    assert "38 ok, 2 missing" in out
+    assert "missing: train_0002 (no phrases)" in out and "missing: train_0003 (no phrases)" in out
     assert cache.shape == (40, 1, 32, 64) and not cache.grid.any()
     states = load_backbone("caption", str(encoder_dir))
-    captions = read_captions(data_dir / "demo" / "captions.txt")
-    cut = FeatureCache(
-        extract(
-            data_dir,
-            tmp_path / "cut",
-            data_dir / "demo" / "captions.txt",
-            "--placeholder",
-            captions["test_0000.jpg"],
-        )
-    )
+    path = data_dir / "demo" / "captions.txt"
+    captions = read_captions(path)
+    placeholder = captions["test_0000.jpg"]
+    cut = FeatureCache(extract(data_dir, tmp_path / "cut", path, "--placeholder", placeholder))
     assert "caption of a placeholder picture" in capsys.readouterr().out
     for image_id, row in cache.rows.items():
         phrases = [*words_of(captions[f"{image_id}.jpg"]), "good morning"]
         with torch.inference_mode():
-            wanted = [
-                states.regions(states.prepare(phrase)[0][None])[0].float().mean(0) for phrase in phrases
-            ]
-        wanted = torch.stack(wanted).half().numpy()
+            ids = [states.prepare(phrase)[0] for phrase in phrases]
+            wanted = torch.stack([states.regions(each[None])[0].float().mean(0) for each in ids])
+        wanted = wanted.half().numpy()
         if cache.has_photo(image_id):
-            assert cache.num_regions[row] == len(phrases) and np.array_equal(
-                cache.regions[row, 0, : len(phrases)], wanted
-            )
+            assert cache.num_regions[row] == len(phrases)
+            assert np.array_equal(cache.regions[row, 0, : len(phrases)], wanted)
+        assert cut.has_photo(image_id) == (captions[f"{image_id}.jpg"] != placeholder)
         if cut.has_photo(image_id):
             assert np.array_equal(cut.regions[row, 0, : cut.num_regions[row]], wanted[:-1])
-    assert {i for i in cut.rows if not cut.has_photo(i)} == {
-        i for i in cut.rows if captions[f"{i}.jpg"] == captions["test_0000.jpg"]
-    }
     few = FeatureCache(extract(data_dir, tmp_path, notes, "--img-size", 2))
     assert few.num_regions.max() == 2 and "cut: 3 phrases" in few.reasons
     with pytest.raises(ValueError, match="made with other settings: captions_sha256"):
@@ -227,14 +204,9 @@ def test_extraction_from_notes_and_from_captions(data_dir, notes, encoder_dir, t
 
 def test_files_that_cannot_be_used(data_dir, notes, tmp_path, capsys):
     path = tmp_path / "n.jsonl"
-    for line, message in (
-        ('{"id": "train_0000", "phrases": "sun"}', "n.jsonl:1: phrases must be a list of text, not 'sun'"),
-        ('{"id": "train_0000", "about_photo": "sun"}', "none of the 40 photos is in .*n.jsonl"),
-        ("train_0000 sun", "n.jsonl:1: expected '<photo> :<caption>'"),
-    ):  # fmt: skip
-        path.write_text(line)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            extract(data_dir, tmp_path, path)
+    path.write_text('{"id": "train_0000", "about_photo": "sun"}')
+    with pytest.raises(FileNotFoundError, match="none of the 40 photos is in .*n.jsonl"):
+        extract(data_dir, tmp_path, path)
     with pytest.raises(ValueError, match="no caption is that; copy it as it stands"):
         extract(data_dir, tmp_path, notes, "--placeholder", "sun")
     with pytest.raises(ValueError, match="expected '<photo> :<caption>'"):  # a caption is no list of phrases
@@ -250,10 +222,8 @@ def test_files_that_cannot_be_used(data_dir, notes, tmp_path, capsys):
 
 def test_defaults_of_a_run_on_phrases():
     args = train.parse_args(["--model", "roberta-phrases", "--seed", "1"])
-    assert (
-        args.features == "features/twitter2017-phrases-32.h5"
-        and args.run_dir == "runs/twitter2017-roberta-phrases-film-s1"
-    )
+    assert args.features == "features/twitter2017-phrases-32.h5"
+    assert args.run_dir == "runs/twitter2017-roberta-phrases-film-s1"
 
 
 def test_a_run_on_phrases_is_checked_and_answers_new_posts(run, data_dir, tmp_path, capsys):
@@ -266,14 +236,9 @@ def test_a_run_on_phrases_is_checked_and_answers_new_posts(run, data_dir, tmp_pa
     listed = [{"words": post["words"], "phrases": words_of(post["caption"])} for post in posts]
     for answer, same, record in zip(predictor(posts), predictor(listed), records, strict=True):
         assert answer == same and answer["photo"] is True and "note" not in answer
-        probability = record["probability"]
-        wanted = [
-            (kind, min(probability[a:b]))
-            for kind, a, b in sorted(entity_spans(record["predicted"]), key=lambda span: span[1])
-        ]
-        assert [(e["type"], e["probability"]) for e in answer["entities"]] == [
-            (k, pytest.approx(p, abs=1e-4)) for k, p in wanted
-        ]
+        spans = sorted(entity_spans(record["predicted"]), key=lambda span: span[1])
+        wanted = [(kind, pytest.approx(min(record["probability"][a:b]), abs=1e-4)) for kind, a, b in spans]
+        assert [(e["type"], e["probability"]) for e in answer["entities"]] == wanted
     words = {"words": ["Jordan", "today"]}
     plain, none, blank, image, wrong, many = predictor([
         words, words | {"phrases": []}, words | {"caption": "of the"}, words | {"image": "x.jpg"},
@@ -308,10 +273,8 @@ def test_the_page_shows_phrases_where_others_show_places(run, data_dir, tmp_path
     posts = {post["id"]: post for post in page["posts"]}
     for example, row in zip(examples, rows, strict=True):
         post, phrases = posts[example.id], words_of(captions[f"{example.image_id}.jpg"])
-        assert post["phrases"] == phrases and (post["maps"]["rows"], post["maps"]["columns"]) == (
-            1,
-            len(phrases),
-        )
+        assert post["phrases"] == phrases
+        assert (post["maps"]["rows"], post["maps"]["columns"]) == (1, len(phrases))
         with torch.inference_mode():
             weights = model(collate([row], 0) | cache.read([example.image_id]), return_weights=True).weights
         values = np.frombuffer(base64.b64decode(post["maps"]["bytes"]), np.uint8)
@@ -354,13 +317,8 @@ def test_phrases_that_are_not_here_are_said_and_moved_ones_found(run, data_dir, 
         report.main([*flags, "--captions", str(tmp_path / "other.txt")])
     with pytest.raises(FileNotFoundError, match="no file absent"):
         report.main([*flags, "--captions", "absent"])
-
-
-def test_a_run_on_photos_takes_no_captions_for_its_page(run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    config = json.loads((run / "config.json").read_text())
-    config["features_made"]["backbone"] = "resnet50"
-    (folder / "config.json").write_text(json.dumps(config))
+    gone["features_made"]["backbone"] = "resnet50"
+    (folder / "config.json").write_text(json.dumps(gone))
     with pytest.raises(ValueError, match="--captions x: the run read no phrases; leave it out"):
-        report.main(["--run", str(folder), "--captions", "x"])
+        report.main([*flags, "--captions", "x"])
+

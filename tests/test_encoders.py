@@ -13,15 +13,8 @@ from conftest import Slow
 from encoders import KINDS, SIZE, build, build_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    CONFIG_MAPPING,
-    AddedToken,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerFast,
-)  # fmt: skip
+from transformers import CONFIG_MAPPING, AddedToken, AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import PreTrainedTokenizerFast
 
 import train
 from data import RELATIONS, RelationExample
@@ -61,9 +54,8 @@ def run(data_dir, encoder, run_dir, *more):
 def answers_again(run_dir):
     """(what a run answers when it is loaded again, what it answered when it was trained)."""
     loaded, config, dataset, posts = open_run(run_dir, "test", "cpu")
-    again = predict_posts(
-        loaded, posts, config["labels"], 12, "cpu", "float32", mentions(dataset.examples["train"])
-    )
+    known = mentions(dataset.examples["train"])
+    again = predict_posts(loaded, posts, config["labels"], 12, "cpu", "float32", known)
     return again, list(read_predictions(run_dir / "predictions-test.jsonl"))
 
 
@@ -93,19 +85,16 @@ def test_parameters_that_share_storage_train_save_and_load(data_dir, encoder_dir
     again, answered = answers_again(folder)
     assert again == answered
     ours, expected = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
-    assert ours.keys() == expected.keys() and all(
-        torch.equal(ours[key], value) for key, value in expected.items()
-    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], value) for key, value in expected.items())
 
 
 def unused_parts(folder):
     """{name} of the parameters to which transformers' own model of a folder gives no gradient."""
     encoder = AutoModel.from_pretrained(folder).train()
     encoder(input_ids=torch.randint(5, 50, (2, 20))).last_hidden_state.square().sum().backward()
-    return {
-        name for name, parameter in encoder.named_parameters()
-        if parameter.grad is None and "pooler" not in name
-    }
+    bare = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+    return {name for name in bare if "pooler" not in name}
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "markuplm"])
@@ -116,9 +105,8 @@ def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, mon
     out, (trained, _, _) = capsys.readouterr().out, load_run(folder)
     after = dict(trained.encoder.named_parameters())
     assert unused and {name for name in after if torch.equal(after[name], before[name])} == unused
-    count, first = (
-        sum(before[name].numel() for name in unused), next(name for name in before if name in unused)
-    )
+    count = sum(before[name].numel() for name in unused)
+    first = next(name for name in before if name in unused)
     total = sum(parameter.numel() for parameter in after.values())
     assert f"encoder    {total:,} parameters, {total - count:,} trained at 0.001\n" in out
     assert f"\n           {count:,} frozen: " in out and f"(first: encoder.{first})\n" in out
@@ -149,9 +137,8 @@ def test_trying_an_encoder_out_leaves_no_trace(encoder_dir, monkeypatch):
     monkeypatch.setattr(text_encoder, "try_out", lambda *_: None)
     untried, other, untried_state = loaded()
     assert torch.equal(state, untried_state) and tokenizer.get_vocab() == other.get_vocab()
-    assert encoder.training == untried.training and all(
-        p.grad is None and p.requires_grad for p in encoder.parameters()
-    )
+    assert encoder.training == untried.training
+    assert all(p.grad is None and p.requires_grad for p in encoder.parameters())
     expected = untried.state_dict()
     assert encoder.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in encoder.state_dict().items())
@@ -183,16 +170,13 @@ def test_states_that_know_no_other_word_are_refused(encoder_dir, tmp_path):
         torch.nn.init.zeros_(layer.attention.self.value.weight)
     source.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_dir).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="a bert cannot be used as a text encoder here .*no word's state knows of another"
-    ):
+    with pytest.raises(ValueError, match="a bert cannot be used .*no word's state knows of another"):
         load_text_encoder(str(tmp_path), "", "ner", 0.1)
 
 
 def test_an_encoder_whose_pooler_is_always_called(data_dir, tmp_path):
-    again, answered = answers_again(
-        run(data_dir, encoder_of("layoutlm", tmp_path / "encoder"), tmp_path / "run")
-    )
+    source = encoder_of("layoutlm", tmp_path / "encoder")
+    again, answered = answers_again(run(data_dir, source, tmp_path / "run"))
     assert again == answered
 
 
@@ -263,9 +247,8 @@ def tokenizers():
     made = {"WordPiece": build_tokenizer("words", WORDS), "byte-level": build_tokenizer("bytes", WORDS)}
     for name, pre_tokenizer in {
         "byte-level, offsets with spaces": level(add_prefix_space=False, trim_offsets=False),
-        "byte-level after digits": pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(True), level(add_prefix_space=False)]
-        ),
+        "byte-level after digits": pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(True), level(add_prefix_space=False)]),
         "Qwen": pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)]),
         "Qwen, prefixed": pre_tokenizers.Sequence([split, level(add_prefix_space=True, use_regex=False)]),
     }.items():
@@ -273,12 +256,8 @@ def tokenizers():
         made[name].backend_tokenizer.pre_tokenizer = pre_tokenizer
     for scheme in ("always", "first", "never"):
         letters = sorted({letter for word in WORDS for letter in word})
-        metaspace = Tokenizer(
-            models.Unigram([
-                ("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0), ("<s>", 0.0),
-                ("</s>", 0.0),
-            ], 0)
-        )  # fmt: skip
+        pieces = [("<unk>", -9.0), ("▁", -2.0), *((c, -5.0) for c in letters), ("▁to", -3.0)]
+        metaspace = Tokenizer(models.Unigram([*pieces, ("<s>", 0.0), ("</s>", 0.0)], 0))
         metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         made[f"SentencePiece, {scheme}"] = PreTrainedTokenizerFast(
             tokenizer_object=metaspace, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -300,20 +279,16 @@ def test_words_have_the_pieces_of_their_sentence(name, slow):
     for words, (ids, word_of) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
         assert ids == fast(" ".join(words), add_special_tokens=False)["input_ids"]
         assert word_of == sorted(word_of) and set(word_of) == set(range(len(words)))
-        offsets = fast(
-            " ".join(words), add_special_tokens=False, return_offsets_mapping=True
-        )["offset_mapping"]
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        offsets = fast(" ".join(words), **options)["offset_mapping"]
         # Where each word ends in the sentence.
         ends = [len(" ".join(words[: n + 1])) for n in range(len(words))]
         if not slow:
-            assert all(end <= ends[word] for word, (_, end) in zip(word_of, offsets, strict=True))
-            assert all(
-                start >= ends[word - 1] for word, (start, _) in zip(word_of, offsets, strict=True) if word
-            )
+            for word, (start, end) in zip(word_of, offsets, strict=True):
+                assert (ends[word - 1] if word else 0) <= start and end <= ends[word]
     for words, (ids, word_of) in zip(ODD, split_pieces(tokenizer, ODD), strict=True):
-        assert (
-            len(ids) == len(word_of) and word_of == sorted(word_of) and set(word_of) <= set(range(len(words)))
-        )
+        assert len(ids) == len(word_of) and word_of == sorted(word_of)
+        assert set(word_of) <= set(range(len(words)))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -348,13 +323,10 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
     again = load_tokenizer(saved)
     rows = split_pieces(tokenizer, SENTENCES)
     assert rows == split_pieces(again, SENTENCES)
-    assert [ids for ids, _ in rows] == published(
-        [" ".join(words) for words in SENTENCES], add_special_tokens=False
-    )["input_ids"]
-    examples = [
-        RelationExample("", "", tuple(words), (0, 1), (len(words) - 1, len(words)), RELATIONS[0])
-        for words in SENTENCES
-    ]
+    sentences = [" ".join(words) for words in SENTENCES]
+    assert [ids for ids, _ in rows] == published(sentences, add_special_tokens=False)["input_ids"]
+    examples = [RelationExample("", "", tuple(words), (0, 1), (len(words) - 1, len(words)), RELATIONS[0])
+                for words in SENTENCES]  # fmt: skip
     marked, _ = encode(again, examples, RELATIONS, 100)
     assert marked == encode(tokenizer, examples, RELATIONS, 100)[0]
     markers = set(again.convert_tokens_to_ids(list(MARKERS)))
@@ -362,9 +334,8 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
     for example, row in zip(examples, marked, strict=True):
         starts = [row["input_ids"][row[key]] for key in ("head_index", "tail_index")]
         assert again.convert_ids_to_tokens(starts) == ["[E1]", "[E2]"]
-        rest = [
-            i for i in row["input_ids"][len(prefix) : len(row["input_ids"]) - len(suffix)] if i not in markers
-        ]
+        inner = row["input_ids"][len(prefix) : len(row["input_ids"]) - len(suffix)]
+        rest = [i for i in inner if i not in markers]
         # Between markers words keep their pieces; the first now stands after a marker and a space.
         assert rest == published(" " + " ".join(example.words), add_special_tokens=False)["input_ids"]
 
@@ -372,9 +343,8 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
 def test_a_tokenizer_that_takes_word_lists_once_it_is_asked_is_asked(tmp_path):
     """RoBERTa's kind: each word, the first too, has the pieces that it has after a space."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"])
-    }
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))

@@ -50,18 +50,14 @@ WORDS = [
     "Messi", "TODAYS", "@fan", "#messi", "don't", "😍", "x2", "\u00a0", "\u200b", "\ufe0f", "", "...", "good",
 ]  # fmt: skip
 WORD_LISTS = [RNG.choices(WORDS, k=RNG.randint(1, 12)) for _ in range(60)]
-RANDOM_POSTS = [
-    NerExample("", "", tuple(words), tuple(RNG.choices(LABELS, k=len(words)))) for words in WORD_LISTS
-]
-PAIRS = [
-    relation(["Todays", "\u200b", "@fan", "good"], *pair) for pair in itertools.product(spans(4), repeat=2)
-]
+RANDOM_POSTS = [NerExample("", "", tuple(w), tuple(RNG.choices(LABELS, k=len(w)))) for w in WORD_LISTS]
+PAIRS = [relation(["Todays", "\u200b", "@fan", "good"], *pair)
+         for pair in itertools.product(spans(4), repeat=2)]  # fmt: skip
 
 
 def test_encode_by_hand(encoder_dir):
-    post = NerExample(
-        "1", "1", ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O")
-    )
+    words, labels = ("Messi", "\u200b", "Todays", "good", "day"), ("B-PER", "O", "I-PER", "B-LOC", "O")
+    post = NerExample("1", "1", words, labels)
     tokenizer = load_tokenizer(encoder_dir)
     (encoded,), counts = encode(tokenizer, [post], LABELS, 6)
     tokens = tokenizer.convert_ids_to_tokens(encoded.pop("input_ids"))
@@ -98,9 +94,10 @@ def test_encode_equals_word_by_word(encoder_dir, kind, max_len):
     assert (counts["cut_words"] > 0) == (max_len < 100) and counts["words_without_piece"]
 
 
-@pytest.mark.parametrize(
-    "task, examples, labels", [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)]
-)
+OF_TASKS = [("ner", RANDOM_POSTS, LABELS), ("relation", PAIRS, RELATIONS)]
+
+
+@pytest.mark.parametrize("task, examples, labels", OF_TASKS)
 @pytest.mark.parametrize("max_len", [9, 100])
 def test_slow_tokenizer_equals_fast(encoder_dir, task, examples, labels, max_len):
     fast = tokenizer_for(encoder_dir, task)

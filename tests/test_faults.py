@@ -21,6 +21,8 @@ def test_pages(tmp_path, monkeypatch):
     made, command = faults.MADE["tables.py"], faults.COMMANDS["tables.py"]
     monkeypatch.setitem(faults.COMMANDS, "tables.py", [part for part in command if part != "demo/film"])
     monkeypatch.setitem(faults.MADE, "tables.py", tuple(name for name in made if "-film-" not in name))
+    extract = [*faults.COMMANDS["extract_features.py"], "--workers", "0"]  # workers yield to busy neighbours
+    monkeypatch.setitem(faults.COMMANDS, "extract_features.py", extract)
     monkeypatch.setattr(faults, "write_odd_files", functools.partial(faults.write_odd_files, large=False))
     monkeypatch.setattr(faults, "start", lambda folder, arguments: Script(folder, *arguments))
 

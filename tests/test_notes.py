@@ -30,21 +30,15 @@ FULL = {"id": "a", "about_post": "Kevin Durant (person)", "about_photo": "a hoop
 
 
 def write(path, notes):
-    path.write_text(
-        "".join(
-            f"{note if isinstance(note, str) else json.dumps(note, ensure_ascii=False)}\n" for note in notes
-        ),
-        encoding="utf-8",
-    )
+    lines = [note if isinstance(note, str) else json.dumps(note, ensure_ascii=False) for note in notes]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def notes_of(dataset):
     """A note of each post: its own name for the post, and for its photo."""
-    posts = [example for split in dataset.examples.values() for example in split]
-    return [
-        {"id": e.id, "about_post": f"post {e.words[0]}", "about_photo": f"photo {e.image_id}"} for e in posts
-    ]
+    return [{"id": e.id, "about_post": f"post {e.words[0]}", "about_photo": f"photo {e.image_id}"}
+            for split in dataset.examples.values() for e in split]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,33 +59,26 @@ def train_run(folder, data_dir, encoder_dir, cache_dir, *more):
 
 
 def test_a_file_is_read_and_null_or_another_key_is_nothing(tmp_path):
-    path = write(
-        tmp_path / "n.jsonl", [FULL | {"reason": 3}, "", {"id": "b@2", "about_post": None, "relevance": 1}]
-    )
+    bare = {"id": "b@2", "about_post": None, "relevance": 1}
+    path = write(tmp_path / "n.jsonl", [FULL | {"reason": 3}, "", bare])
     kept = {key: value for key, value in FULL.items() if key != "id"}
     assert read_notes(path) == {"a": kept, "b@2": {"relevance": 1}}
 
 
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"),
-        ({"id": 3}, "an id that is text"), ({"id": "a"}, "a second line for a"),
-        ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
-        ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"),
-        ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
-        ({"id": "b", "relevance": True}, "relevance must be"),
-        ('{"id": "b", "relevance": NaN}', "relevance must be"),
-        ({"id": "b", "phrases": "x"}, "phrases must be a list"),
-        ({"id": "b", "phrases": ["x", 1]}, "phrases must be a list"),
-        ({"id": "b", "with_photo": 1}, "with_photo must be true or false"),
-        ("[" * 200_000, "not JSON"), ('{"id": "b", "phrases": ' + "[" * 200_000, "not JSON"),
-        ('{"id": "b", "about_post": %s}' % ("[" * 900 + "]" * 900), "about_post must be text, not a list"),
-        ({"id": "b", "about_post": {"x": "y" * 10**5}}, "about_post must be text, not an object"),
-        ('{"id": "b", "relevance": 1%s}' % ("0" * 5000), "not JSON"),
-        ({"id": "b" * 10**6}, "a second line for b{100}; keep one"), ("\\x00", "not JSON"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("line, said", [
+    ("{", "not JSON"), ("[]", "an id that is text"), ({"about_post": "x"}, "an id that is text"),
+    ({"id": 3}, "an id that is text"), ({"id": "a"}, "a second line for a"),
+    ({"id": "b", "about_post": 1}, "about_post must be text, not 1"),
+    ('{"id": "b", "about_photo": "\\ud83d"}', "about_photo must be text"),
+    ({"id": "b", "relevance": 1.01}, "relevance must be a number"),
+    *((f'{{"id": "b", "relevance": {value}}}', "relevance must be") for value in ("true", "NaN")),
+    *(({"id": "b", "phrases": value}, "phrases must be a list") for value in ("x", ["x", 1])),
+    ({"id": "b", "with_photo": 1}, "with_photo must be true or false"), ("[" * 200_000, "not JSON"),
+    ('{"id": "b", "about_post": %s}' % ("[" * 900 + "]" * 900), "about_post must be text, not a list"),
+    ({"id": "b", "about_post": {"x": "y" * 10**5}}, "about_post must be text, not an object"),
+    ('{"id": "b", "relevance": 1%s}' % ("0" * 5000), "not JSON"),
+    ({"id": "b" * 10**6}, "a second line for b{100}; keep one"), ("\\x00", "not JSON"),
+])  # fmt: skip
 def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, said):
     path = write(tmp_path / "n.jsonl", [FULL, {"id": "b" * 10**6}, line])
     with pytest.raises(ValueError, match=said) as error:
@@ -150,16 +137,11 @@ def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):
     segments = Segments(tokenizer, "post", 500)
     for row, example in zip(rows, dataset.examples["test"], strict=True):
         made = segments(row, {"about_post": "so good, so near"})
-        both = tokenizer(" ".join(example.words), "so good, so near")["input_ids"]
-        assert made["input_ids"] == both
-        assert {key: made[key] for key in ("word_starts", "labels")} == {
-            key: row[key] for key in ("word_starts", "labels")
-        }
+        assert made["input_ids"] == tokenizer(" ".join(example.words), "so good, so near")["input_ids"]
+        assert all(made[key] == row[key] for key in ("word_starts", "labels")) and not made["note_cut"]
         alone = tokenizer(" ".join(example.words))["input_ids"]  # the post's own tokens, special ones too
-        assert (
-            made["text_length"] == len(alone) and made["input_ids"][: len(alone)] == alone == row["input_ids"]
-        )
-        assert not made["note_cut"]
+        assert made["text_length"] == len(alone)
+        assert made["input_ids"][: len(alone)] == alone == row["input_ids"]
 
 
 def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
@@ -170,9 +152,8 @@ def test_both_texts_are_separated_and_cut_to_the_length(tokenizer, data_dir):
     note = {"about_post": " so good ", "about_photo": "today"}
     whole = Segments(tokenizer, "both", 500)(row, note)["input_ids"]
     longest = len(a + middle + b)
-    assert (
-        [Segments(tokenizer, "both", longest - cut)(row, note)["note_cut"] for cut in (0, 1)] == [False, True]
-    )
+    cuts = [Segments(tokenizer, "both", longest - less)(row, note)["note_cut"] for less in (0, 1)]
+    assert cuts == [False, True]
     assert whole[len(row["input_ids"]) :][-len(a + middle + b + suffix) :] == a + middle + b + suffix
     for length in (1, 2, 3, len(a + middle)):
         segments = Segments(tokenizer, "both", length)
@@ -210,9 +191,7 @@ def test_of_a_long_text_no_more_is_kept_or_split_than_can_be_read(tokenizer, not
         assert sum(map(len, segments.pieces)) < 99
 
 
-@pytest.mark.parametrize(
-    "note", [{}, {"about_post": ""}, {"about_post": " \n"}, {"about_photo": "of no interest"}]
-)
+@pytest.mark.parametrize("note", [{}, {"about_post": " \n"}, {"about_photo": "of no interest"}])
 def test_without_anything_to_say_the_batch_is_what_it_was(tokenizer, data_dir, note):
     dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
@@ -226,9 +205,8 @@ def test_a_batch_masks_what_is_not_the_post(tokenizer, data_dir):
     dataset = load_dataset("demo", data_dir)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     segments = Segments(tokenizer, "post", 128)
-    batch = collate(
-        [segments(row, {"about_post": "so good"} if i % 2 else {}) for i, row in enumerate(rows)], 1
-    )
+    noted = [segments(row, {"about_post": "so good"} if i % 2 else {}) for i, row in enumerate(rows)]
+    batch = collate(noted, 1)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     assert torch.equal(batch["text_mask"].sum(1), lengths)
     assert torch.equal(batch["text_mask"].long().cummin(1).values, batch["text_mask"].long())
@@ -249,10 +227,8 @@ def test_fusion_and_head_read_no_token_of_the_second_segment(data_dir, encoder_d
             parameter += 0.3 * torch.randn_like(parameter)
     rows, _ = encode(tokenizer, dataset.examples["test"], dataset.labels, 128)
     segments = Segments(tokenizer, "post", 128)
-    photos = {
-        "regions": torch.randn(len(rows), 4, 16),
-        "region_mask": torch.ones(len(rows), 4, dtype=torch.bool),
-    }
+    mask = torch.ones(len(rows), 4, dtype=torch.bool)
+    photos = {"regions": torch.randn(len(rows), 4, 16), "region_mask": mask}
     plain = collate(rows, 0) | photos
     noted = collate([segments(row, {"about_post": "so good today"}) for row in rows], 0) | photos
     with torch.inference_mode():
@@ -326,9 +302,8 @@ def test_shuffled_notes_are_one_cycle_and_leave_the_rest(noted, encoder_dir):
 def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
     """Half the notes had the photo in view: without it as many have a second segment, shuffled or not."""
     dataset, _ = noted
-    path = write(
-        tmp_path / "n.jsonl", [note | {"with_photo": i % 2 > 0} for i, note in enumerate(notes_of(dataset))]
-    )
+    halves = [note | {"with_photo": i % 2 > 0} for i, note in enumerate(notes_of(dataset))]
+    path = write(tmp_path / "n.jsonl", halves)
     counts = []
     for shuffle in (False, True):
         tokenizer, examples = AutoTokenizer.from_pretrained(encoder_dir), dataset.examples["train"]
@@ -341,20 +316,12 @@ def test_the_control_hides_as_much_as_the_run(noted, encoder_dir, tmp_path):
     assert counts == [[12, 24]] * 2
 
 
-def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_for_it(
-    data_dir, encoder_dir, tmp_path
-):
-    dataset = load_dataset("mnre", data_dir)
-    examples = dataset.examples["train"][:2]  # of one photo
-    path = write(
-        tmp_path / "n.jsonl",
-        [{"id": examples[0].id, "about_post": "x"}, {"id": examples[1].id, "about_photo": "a hoop"}],
-    )
-    notes = Notes(path, AutoTokenizer.from_pretrained(encoder_dir), "photo", 128).of(examples, "train")
-    assert (
-        notes.has_photo(examples[0].image_id)
-        and notes.of_photo[examples[0].image_id]["about_photo"] == "a hoop"
-    )
+def test_of_rows_that_share_a_photo_the_first_that_tells_of_it_counts(data_dir, encoder_dir, tmp_path):
+    first, second = load_dataset("mnre", data_dir).examples["train"][:2]  # of one photo
+    lines = [{"id": first.id, "about_post": "x"}, {"id": second.id, "about_photo": "a hoop"}]
+    file = Notes(write(tmp_path / "n.jsonl", lines), AutoTokenizer.from_pretrained(encoder_dir), "photo", 128)
+    notes = file.of([first, second], "train")
+    assert notes.has_photo(first.image_id) and notes.of_photo[first.image_id]["about_photo"] == "a hoop"
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -363,15 +330,10 @@ def test_of_rows_that_share_a_photo_the_first_that_says_something_of_it_speaks_f
 @pytest.fixture(scope="module")
 def runs(noted, data_dir, encoder_dir, cache_dir, tmp_path_factory):
     """{name: folder} of one run on the text and notes of post and photo, with a CRF, and one with film."""
-    root, (_, path) = tmp_path_factory.mktemp("runs"), noted
-    more = {"none": ("--decoder", "crf"), "film": ()}
-    return {
-        fusion: train_run(
-            root / fusion, data_dir, encoder_dir, cache_dir,
-            "--fusion", fusion, "--notes", path, "--extra", "both", *flags,
-        )
-        for fusion, flags in more.items()
-    }  # fmt: skip
+    root, folders = tmp_path_factory.mktemp("runs"), (data_dir, encoder_dir, cache_dir)
+    more = ("--notes", noted[1], "--extra", "both")
+    return {"none": train_run(root / "none", *folders, *more, "--fusion", "none", "--decoder", "crf"),
+            "film": train_run(root / "film", *folders, *more, "--fusion", "film")}  # fmt: skip
 
 
 @pytest.mark.parametrize("fusion", ["none", "film"])
@@ -388,34 +350,27 @@ def test_a_run_reads_back_as_it_was_scored(runs, fusion):
 def test_relations_read_the_notes_of_their_rows(data_dir, encoder_dir, cache_dir, tmp_path):
     dataset = load_dataset("mnre", data_dir)
     posts = [(split, example) for split, part in dataset.examples.items() for example in part]
-    said = [
+    path = write(tmp_path / "n.jsonl", [
         {"id": f"{split}/{e.id}", "about_post": f"{split} {e.words[0]}", "about_photo": e.image_id}
         for split, e in posts
-    ]
-    path = write(tmp_path / "n.jsonl", said)
+    ])  # fmt: skip
     more = ("--dataset", "mnre", "--fusion", "attention", "--notes", path, "--extra", "both")
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
     model, config, dataset, shown = open_run(folder, "valid", "cpu")
     examples = shown.examples
-    assert [note["about_post"] for note in shown.notes.of_post] == [
-        f"valid {example.words[0]}" for example in examples
-    ]
+    assert [note["about_post"] for note in shown.notes.of_post] == [f"valid {e.words[0]}" for e in examples]
     again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
     recorded = read_predictions(folder / "predictions-valid.jsonl")
-    assert (
-        [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
-        and all(r["extra"] for r in recorded)
-    )
-    post = {"words": list(examples[0].words), "head": list(examples[0].head), "tail": list(examples[0].tail)}
-    answer = predict.Predictor(folder, "cpu", "random")(
-        post | shown.notes.of_post[0] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")}
-    )
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in recorded]
+    assert all(r["extra"] for r in recorded)
+    post = {key: list(getattr(examples[0], key)) for key in ("words", "head", "tail")}
+    post |= shown.notes.of_post[0] | {"image": str(data_dir / "demo" / "images" / "train_0000.jpg")}
+    answer = predict.Predictor(folder, "cpu", "random")(post)
     assert answer["photo"] and "note" not in answer and answer["relation"] in dataset.labels
 
 
-def test_no_or_empty_notes_train_the_run_without_them_digit_for_digit(
-    noted, data_dir, encoder_dir, cache_dir, tmp_path
-):
+def test_empty_notes_train_the_run_without_them(noted, data_dir, encoder_dir, cache_dir, tmp_path):
+    """Digit for digit."""
     dataset, _ = noted
     path = write(tmp_path / "n.jsonl", [{"id": dataset.examples["train"][0].id, "about_post": " "}])
     flags = (data_dir, encoder_dir, cache_dir, "--fusion", "film")
@@ -430,16 +385,12 @@ def test_image_check_moves_notes_of_the_photo_where_no_region_is_looked_at(runs)
     assert check["photos"] == 8
     model, config, _, shown = open_run(runs["none"], "test", "cpu")
     rows, notes, ids = shown.rows, shown.notes, [example.image_id for example in shown.examples]
-    for swap, found in (
-        (shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])
-    ):
-        changed = [
-            notes.file.segments(row, seen_with(note, notes.of_photo.get(swap[photo], {})))
-            for row, note, photo in zip(rows, notes.of_post, ids, strict=True)
-        ]
-        again = predict_posts(
-            model, Posts(shown.examples, changed, 0), config["labels"], 12, "cpu", "float32"
-        )
+    swaps = (shuffled_photos(ids, None, 1, notes), check["shuffled"][1]), (dict.fromkeys(ids), check["none"])
+    for swap, found in swaps:
+        changed = [notes.file.segments(row, seen_with(note, notes.of_photo.get(swap[photo], {})))
+                   for row, note, photo in zip(rows, notes.of_post, ids, strict=True)]  # fmt: skip
+        posts = Posts(shown.examples, changed, 0)
+        again = predict_posts(model, posts, config["labels"], 12, "cpu", "float32")
         assert score(again)["token"] == pytest.approx(found["token"])
 
 
@@ -449,9 +400,7 @@ def test_the_image_check_knows_what_a_share_of_train_holds(noted, data_dir, enco
     folder = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
     scored = json.loads((folder / "metrics-test.json").read_text())
     check = image_check(folder, "test", 1, "cpu")["true"]
-    assert [check[part] for part in ("entity_seen", "entity_unseen")] == [
-        scored[part] for part in ("entity_seen", "entity_unseen")
-    ]
+    assert all(check[part] == scored[part] for part in ("entity_seen", "entity_unseen"))
 
 
 def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
@@ -466,20 +415,14 @@ def test_changed_notes_are_refused_and_moved_ones_found(runs, noted, tmp_path):
 
 def test_new_posts_bring_their_notes(runs, noted):
     dataset, path = noted
-    known, posts = (
-        {note["id"]: note for note in map(json.loads, path.read_text(encoding="utf-8").splitlines())},
-        dataset.examples["test"],
-    )
-    predictor = predict.Predictor(runs["none"], "cpu")
-    given = [{"words": list(e.words)} | {k: v for k, v in known[e.id].items() if k != "id"} for e in posts]
-    for answer, record in zip(
-        predictor(given), read_predictions(runs["none"] / "predictions-test.jsonl"), strict=True
-    ):
+    known, predictor = read_notes(path), predict.Predictor(runs["none"], "cpu")
+    given = [{"words": list(e.words)} | known[e.id] for e in dataset.examples["test"]]
+    records = read_predictions(runs["none"] / "predictions-test.jsonl")
+    for answer, record in zip(predictor(given), records, strict=True):
         found, wanted = answer["entities"], predict.entities(record, None, None)
         assert [(e["type"], e["words"]) for e in found] == [(e["type"], e["words"]) for e in wanted]
-        assert [e["probability"] for e in found] == pytest.approx(
-            [e["probability"] for e in wanted], abs=1e-5
-        )
+        chances = [e["probability"] for e in wanted]
+        assert [e["probability"] for e in found] == pytest.approx(chances, abs=1e-5)
     bare, wrong = predictor([{"text": "so good"}, {"text": "so good", "about_post": 3}])
     assert bare["note"] == "no about_post and no about_photo given, which the run reads"
     assert wrong["error"].startswith("about_post must be text, not 3")
@@ -497,17 +440,15 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(
     """The control trains on what `PostNotes.shuffled` says, and is scored so again."""
     _, path = noted
     more = ("--fusion", "none", "--notes", path, "--extra", "post")
-    folder = train_run(
-        tmp_path / "run-shuffled-notes-s1", data_dir, encoder_dir, cache_dir, *more, "--shuffle-notes"
-    )
+    folders = data_dir, encoder_dir, cache_dir
+    folder = train_run(tmp_path / "run-shuffled-notes-s1", *folders, *more, "--shuffle-notes")
     model, config, _, shown = open_run(folder, "test", "cpu")
     own = [shown.notes.file.notes[example.id]["about_post"] for example in shown.examples]
     moved = [note["about_post"] != text for note, text in zip(shown.notes.of_post, own, strict=True)]
     assert sum(moved) >= len(moved) - 2  # two posts may begin with one word
     again = predict_posts(model, shown, config["labels"], 12, "cpu", "float32")
-    assert [r["predicted"] for r in again] == [
-        r["predicted"] for r in read_predictions(folder / "predictions-test.jsonl")
-    ]
+    records = read_predictions(folder / "predictions-test.jsonl")
+    assert [r["predicted"] for r in again] == [r["predicted"] for r in records]
     evaluate.main(["--run", str(folder), "--device", "cpu"])
     assert "TRAINED AND SCORED WITH OTHER POSTS' NOTES" in capsys.readouterr().out
     # A pattern of the true runs leaves the control out, whose name begins as theirs.
@@ -530,19 +471,16 @@ def test_the_control_is_trained_and_scored_on_the_notes_of_others(
     assert "notes_sha256" in tables.other_run(argv) and not tables.finished(argv)
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"),
-        (("--notes", "n.jsonl"), "--notes: nothing reads them"),
-        (("--shuffle-notes",), "--shuffle-notes: it gives posts"),
-        (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
-        (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
-        (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),
-        (("--dataset", "mnre", "--decoder", "crf"), "a relation is one label"),
-        (("--fusion", "none", "--shuffle-photos"), "--fusion none is shown no photo"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("flags, said", [
+    (("--extra", "post"), "--extra post: taken from notes; add --notes FILE"),
+    (("--notes", "n.jsonl"), "--notes: nothing reads them"),
+    (("--shuffle-notes",), "--shuffle-notes: it gives posts"),
+    (("--notes", "n", "--extra", "photo", "--shuffle-notes"), "--shuffle-notes"),
+    (("--model", "vilt", "--notes", "n", "--extra", "post"), "no room for it, 40 sub-tokens"),
+    (("--model", "blip", "--notes", "n", "--extra", "post"), "would show each word of it the photo"),
+    (("--dataset", "mnre", "--decoder", "crf"), "a relation is one label"),
+    (("--fusion", "none", "--shuffle-photos"), "--fusion none is shown no photo"),
+])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, said, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(list(flags))
@@ -559,8 +497,6 @@ def test_mistakes_are_one_line(noted, data_dir, encoder_dir, cache_dir, tmp_path
     alone = write(tmp_path / "one.jsonl", [{"id": next(iter(read_notes(path))), "about_post": "x"}])
     with pytest.raises(ValueError, match="--shuffle-notes: fewer than 2 posts of train have an about_post"):
         train_run(tmp_path / "d", *given, "--notes", alone, "--shuffle-notes")
-    with pytest.raises(
-        ValueError, match="--shuffle-photos: of no post of train there is a photo, or a note on one"
-    ):
+    with pytest.raises(ValueError, match="--shuffle-photos: of no post of train there is a photo, or a n"):
         train_run(tmp_path / "c", *given, "--notes", path, "--shuffle-photos")
     assert not list(tmp_path.glob("[abcd]"))  # a mistake leaves no run folder behind

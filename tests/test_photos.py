@@ -9,6 +9,7 @@ from test_data import write
 
 from parts.photos import ENDINGS, by_name, find_photos, image_folders, read_captions
 
+
 @pytest.mark.parametrize("name, folder", [
     ("twitter2017", "twitter2017/images"), ("twitter2017", "twitter2017_images"), ("mnre", "mnre_image"),
     *(("mnre", f"{parent}img_org/{split}") for parent in ("", "mnre/") for split in ("train", "val", "test")),
@@ -18,9 +19,7 @@ def test_image_layouts(tmp_path, name, folder):
     assert find_photos(["1"], image_folders(name, tmp_path)) == {"1": photo}
     assert find_photos(["1"], image_folders(name, tmp_path, other.parent)) == {"1": other}
     for images, sought in ((None, Path("no", name, "images")), ("none", "none")):
-        with pytest.raises(
-            FileNotFoundError, match=f"no image folder {sought}: put the photos there .* --images"
-        ):
+        with pytest.raises(FileNotFoundError, match=f"no image folder {sought}: put photos there .*--image"):
             image_folders(name, "no", images)
 
 
@@ -64,26 +63,21 @@ def test_names_of_photos(tmp_path, image_id, names, expected):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name in [*order, *names.split("|")[3:], "other.jpg"]:
             write(folder / name, "")
-        assert find_photos([image_id, "other"], [folder]) == {
-            image_id: expected and folder / expected,
-            "other": folder / "other.jpg",
-        }
+        photos = {image_id: expected and folder / expected, "other": folder / "other.jpg"}
+        assert find_photos([image_id, "other"], [folder]) == photos
     names = {name: name for name in ["other.jpg", *names.split("|")] if not name.startswith("._")}
     assert by_name([image_id], names) == {image_id: expected}  # as captions are found
 
 
 def test_why_a_photo_is_missing(tmp_path):
-    for name in (
-        "a.mp4", "B.jpg.part", "._c.jpg", "d.png", "sub/e.jpg", "train/f.jpg", "sub/g.JPG_large", "g.txt",
-        "k/._k.jpg",
-    ):  # fmt: skip
+    names = "a.mp4 B.jpg.part ._c.jpg d.png sub/e.jpg train/f.jpg sub/g.JPG_large g.txt k/._k.jpg"
+    for name in names.split():
         write(tmp_path / "images" / name, "")
     (tmp_path / "images" / "closed").mkdir(mode=0)
     folders, reasons = image_folders("x", images=tmp_path / "images"), {}
     found = find_photos([*"abcefgk", "d.jpg", "../images/d", "absent"], folders, reasons)
-    assert (
-        {image_id: path.name for image_id, path in found.items() if path} == {"f": "f.jpg", "d.jpg": "d.png"}
-    )
+    there = {image_id: path.name for image_id, path in found.items() if path}
+    assert there == {"f": "f.jpg", "d.jpg": "d.png"}
     assert reasons == {
         "a": "no such file; 'a.mp4' lies there", "b": "no such file; 'B.jpg.part' lies there",
         "d.jpg": "taken from 'd.png'", "e": "no such file; 'sub/e.jpg' lies there",
@@ -93,30 +87,22 @@ def test_why_a_photo_is_missing(tmp_path):
 
 def test_all_usual_places_are_searched(tmp_path):
     (tmp_path / "mnre" / "images").mkdir(parents=True)
-    first, second = (
-        write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", ""),
-        write(tmp_path / "mnre_image" / "2.jpg", ""),
-    )
+    first = write(tmp_path / "mnre" / "img_org" / "train" / "1.jpg", "")
+    second = write(tmp_path / "mnre_image" / "2.jpg", "")
     write(tmp_path / "img_org" / "val" / "1.jpg", "")
     assert find_photos(["1", "2"], image_folders("mnre", tmp_path)) == {"1": first, "2": second}
     only = image_folders("mnre", tmp_path, tmp_path / "mnre" / "img_org")
-    assert (
-        only == [first.parent.parent, first.parent]
-        and find_photos(["1", "2"], only) == {"1": first, "2": None}
-    )
+    assert only == [first.parent.parent, first.parent]
+    assert find_photos(["1", "2"], only) == {"1": first, "2": None}
 
 
 def test_a_data_sets_own_folder_comes_first_and_mnres_is_no_others(tmp_path):
-    own, mnre = (
-        write(tmp_path / "twitter2017" / "images" / "16.png", ""),
-        write(tmp_path / "img_org" / "train" / "16.jpg", ""),
-    )
+    own = write(tmp_path / "twitter2017" / "images" / "16.png", "")
+    mnre = write(tmp_path / "img_org" / "train" / "16.jpg", "")
     second = write(tmp_path / "twitter2017_images" / "16.jpg", "")
     folders = image_folders("twitter2017", tmp_path)
-    assert (
-        folders == [own.parent, second.parent]
-        and find_photos(["16", "17"], folders) == {"16": own, "17": None}
-    )
+    assert folders == [own.parent, second.parent]
+    assert find_photos(["16", "17"], folders) == {"16": own, "17": None}
     assert find_photos(["16"], image_folders("mnre", tmp_path)) == {"16": mnre}
 
 
@@ -127,9 +113,8 @@ def test_read_captions(tmp_path):
     assert captions == {"1.jpg": "a dog : brown", "2.PNG": "a\u00a0cat :x", "3.jpg": ""}
     assert by_name(["1", "2", "3.jpg", "4"], captions) == {
         "1": "a dog : brown", "2": "a\u00a0cat :x", "3.jpg": "", "4": None}  # fmt: skip
-    for text, message in (
-        ("x", ":1: expected '<photo> :<caption>'"), ("a :b\na :c", ":2: a has a caption already")
-    ):
+    expected, again = ":1: expected '<photo> :<caption>'", ":2: a has a caption already"
+    for text, message in (("x", expected), ("a :b\na :c", again)):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_captions(path)

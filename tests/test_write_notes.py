@@ -164,14 +164,11 @@ def test_a_random_models_answers_are_kept_raw(chats, folder, monkeypatch, capsys
         f" identify image file {str(folder / 'images' / 'c.jpg')!r})"
     )
     ask = Local(str(chats / "vision"), True, 5, "cpu")
-    examples = [e for part in load_dataset(str(folder)).examples.values() for e in part]
-    for note, example in zip(notes[1:], examples[1:], strict=True):
-        path = next(iter((folder / "images").glob(f"{example.image_id}.*"))) if note["with_photo"] else None
-        photo = path and write_notes.thumbnail(path, 1024)
-        prompt = fill_prompt(example, note["with_photo"]).replace("<|image_pad|>", "< |image_pad|>")
-        first = reference(ask, [prompt], photo, 5)
-        again = [prompt, first, AGAIN] if first.strip() else [f"{prompt}\n\n{AGAIN}"]
-        assert note["raw"] == reference(ask, again, photo, 5)
+    example, photo = load_dataset(str(folder)).examples["valid"][1], folder / "images" / "d.png"
+    prompt, photo = fill_prompt(example, True), write_notes.thumbnail(photo, 1024)
+    first = reference(ask, [prompt], photo, 5)
+    again = [prompt, first, AGAIN] if first.strip() else [f"{prompt}\n\n{AGAIN}"]
+    assert notes[-1]["raw"] == reference(ask, again, photo, 5)
 
 
 def test_what_is_asked_of_an_endpoint(serve, folder, capsys):
