@@ -55,9 +55,8 @@ def card_text(run_dir, config):
     head += ["pipeline_tag: token-classification"] if ner else []
     head += [] if Path(base).is_dir() else [f"base_model: {base}"]
     what = "Named entities in" if ner else "The relation of two entities in"
-    data = [f"{split} `{file['sha256']}` ({file['variant']})" for split, file in config["data"].items()]
+    data = [f"{split} `{file['sha256']}`, {file['variant']}" for split, file in config["data"].items()]
     score = "entity F1" if ner else "micro F1 without None"
-    checked = config["data"] if config["features_made"] else {}
     notes = f"; notes {config['notes_sha256'][:16]}" if config["notes_sha256"] else ""
     lines = [
         *head, "---", CARD, f"# {run_dir.resolve().name}", "",
@@ -71,7 +70,7 @@ def card_text(run_dir, config):
         " have terms of their own", "",
         f"| | {score} | accuracy | weighted F1 |", "| --- | --- | --- | --- |",
         *score_rows(run_dir, config), "",
-        *(f"Image check, {split}: {NOT_CHECKED}\n" for split in checked if split != "train"),
+        *([f"Image check, {[*config['data']][-1]}: {NOT_CHECKED}", ""] if config["features_made"] else []),
         "    from predict import Predictor", "",
         '    Predictor("USER/NAME")([{"text": "Kevin Durant in Oakland", "image": "kd.jpg"}])', "",
         "`config.json`, `encoder/` and `model.safetensors` are all it takes. Predictions and report pages"
