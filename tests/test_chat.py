@@ -97,9 +97,8 @@ def test_special_tokens_are_those_of_transformers_own_way(chats, tmp_path, kind,
     ask.model.generate = lambda **inputs: seen.append(inputs["input_ids"]) or inputs["input_ids"]
     ask([["hello"]], [None])
     turns = [{"role": "user", "content": [{"type": "text", "text": "hello"}] if ask.sees else "hello"}]
-    whole = ask.reader.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    whole = ask.reader.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                           return_tensors="pt")  # fmt: skip
     assert seen[0].tolist() == whole["input_ids"].tolist()
     assert (seen[0] == tokenizer.pad_token_id).sum() == bos
 

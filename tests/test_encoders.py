@@ -227,11 +227,6 @@ def test_an_encoder_without_padding_is_refused(tmp_path, encoder_dir):
         load_text_encoder(str(tmp_path), "", "ner", 0.1)
 
 
-def test_dropout_reaches_a_decoder(tmp_path):
-    encoder, _ = load_text_encoder(str(encoder_of("gpt2", tmp_path)), "", "ner", 0.25)
-    assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
-
-
 # ------------------------------------------------------------------------------------------------- tokenizers
 
 
@@ -338,19 +333,6 @@ def test_pieces_are_the_same_when_a_run_is_loaded_again(tmp_path, kind):
         rest = [i for i in inner if i not in markers]
         # Between markers words keep their pieces; the first now stands after a marker and a space.
         assert rest == published(" " + " ".join(example.words), add_special_tokens=False)["input_ids"]
-
-
-def test_a_tokenizer_that_takes_word_lists_once_it_is_asked_is_asked(tmp_path):
-    """RoBERTa's kind: each word, the first too, has the pieces that it has after a space."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "Ġt", "Ġto"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\nĠt o\n")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta"}))
-    tokenizer, published = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    for words, (ids, _) in zip(SENTENCES, split_pieces(tokenizer, SENTENCES), strict=True):
-        assert ids == published(" " + " ".join(words), add_special_tokens=False)["input_ids"]
 
 
 # As published: the file's name, what its special pieces are, and tokenizer_config.json.

@@ -123,9 +123,8 @@ def test_words_that_look_like_markers():
 @pytest.mark.parametrize("max_len", [6, 9, 16, 200])
 def test_encode_relations(encoder_dir, max_len):
     tokenizer, cases = tokenizer_for(encoder_dir, "relation"), random.Random(0).choices(spans(20), k=120)
-    examples = [
-        relation(["Messi", "todays"] * 10, *pair) for pair in zip(cases[::2], cases[1::2], strict=True)
-    ]
+    pairs = zip(cases[::2], cases[1::2], strict=True)
+    examples = [relation(["Messi", "todays"] * 10, *pair) for pair in pairs]
     examples.append(relation(["good"] * 60, (58, 60), (0, 1)))
     rows, counts = encode(tokenizer, examples, ("None", MEMBER), max_len)
     for example, encoded in zip(examples, rows, strict=True):
@@ -133,12 +132,9 @@ def test_encode_relations(encoder_dir, max_len):
         assert len(tokens) <= max_len and (tokens[0], tokens[-1], encoded["labels"]) == ("[CLS]", "[SEP]", 1)
         assert (tokens[encoded["head_index"]], tokens[encoded["tail_index"]]) == ("[E1]", "[E2]")
         if max_len == 200:
-            assert (
-                encoded["input_ids"] == tokenizer(" ".join(mark_entities(example)[0]))["input_ids"]
-            )
-    assert (counts["cut_posts"], counts["cut_words"] > 0) == (
-        (0, False) if max_len == 200 else (len(rows), True)
-    )
+            assert encoded["input_ids"] == tokenizer(" ".join(mark_entities(example)[0]))["input_ids"]
+    cut = counts["cut_posts"], counts["cut_words"] > 0
+    assert cut == ((0, False) if max_len == 200 else (len(rows), True))
 
 
 def test_window():
@@ -161,9 +157,7 @@ def test_window():
 def test_every_post_is_in_one_batch(seed, size):
     for n in (*range(26), *(50 * size * pools + d for pools in (1, 3) for d in (-1, 0, 1))):
         lengths = np.random.default_rng(n).integers(3, 60, n)
-        batches = length_batches(
-            lengths, size, None if seed is None else np.random.default_rng(seed)
-        )
+        batches = length_batches(lengths, size, None if seed is None else np.random.default_rng(seed))
         assert sorted(itertools.chain(*batches)) == list(range(n))
         assert len(batches) == math.ceil(n / size) and all(1 <= len(batch) <= size for batch in batches)
         if seed is None:

@@ -126,9 +126,8 @@ def tokenizer(request, encoder_dir, tmp_path):
     if request.param == "bert":
         return AutoTokenizer.from_pretrained(encoder_dir)
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
-    return RobertaTokenizerFast(
-        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_prefix_space=True
-    )
+    return RobertaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[],
+                                add_prefix_space=True)  # fmt: skip
 
 
 def test_the_form_is_the_tokenizers_own_for_two_texts(tokenizer, data_dir):

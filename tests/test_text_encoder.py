@@ -118,9 +118,13 @@ def test_another_kind_of_encoder_is_refused(data_dir, system, folder, message):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("system", ["", "blip", "vilt"])
-def test_dropout_reaches_every_kind_of_encoder(data_dir, system):
-    encoder, _ = load_text_encoder(str(data_dir / "demo" / (system or "encoder")), system, "ner", 0.25)
+@pytest.mark.parametrize("system", ["", "blip", "vilt", "gpt2"])
+def test_dropout_reaches_every_kind_of_encoder(data_dir, tmp_path, system):
+    folder, checkpoint = data_dir / "demo" / (system or "encoder"), system
+    if system == "gpt2":
+        folder, checkpoint = tmp_path, ""
+        build(system, folder, WORDS)
+    encoder, _ = load_text_encoder(str(folder), checkpoint, "ner", 0.25)
     rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates == {0.25}
 
