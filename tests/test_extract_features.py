@@ -5,14 +5,10 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import URLError
 
 import encoders
 import faults
@@ -30,8 +26,7 @@ from extract_features import main
 from features import MISSING, OK, UNREADABLE, FeatureCache, FeatureWriter
 from parts.backbones import load_backbone
 from parts.datasets import load_dataset
-from parts.photos import Photos, queues, shared_memory
-from parts import photos
+from parts.photos import Photos, shared_memory
 from parts.vision_encoder import state_hash
 
 
@@ -114,23 +109,6 @@ def test_file_says_how_it_was_made_and_holds_no_objects(run, data_dir):
     assert attrs["weights"] == f"random-{attrs['weights_sha256'][:12]}"
     assert [attrs[key] for key in ("dataset", "backbone", "img_size", "views")] == ["demo", "resnet50", 64, 2]
     assert attrs["version_torch"] == str(torch.__version__) and attrs["mean"] == [0.485, 0.456, 0.406]
-
-
-def test_views_depend_on_seed_id_and_view_alone(run, data_dir):
-    ids = load_dataset("demo", data_dir).image_ids()
-    paths = {image_id: data_dir / "demo" / "images" / f"{image_id}.jpg" for image_id in ids}
-    backbone = load_backbone("resnet50", "random", 64)
-    views, _, _ = Photos(ids, paths, backbone, 4, seed=1).read(5)
-    torch.rand(3)  # the global generator has no say, and is left as it was
-    state = torch.random.get_rng_state()
-    again, _, _ = Photos(ids[5:], paths, backbone, 3, seed=1).read(0)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(again, views[:3])
-    assert all(not torch.equal(views[a], views[b]) for a in range(4) for b in range(a))
-    other, _, _ = Photos(ids, paths, backbone, 4, seed=2).read(5)
-    assert torch.equal(other[0], views[0]) and not torch.equal(other[1], views[1])
-    plain = np.asarray(Image.open(paths[ids[5]]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR))
-    assert np.array_equal(views[0].permute(1, 2, 0), plain)
 
 
 def test_same_bytes_whatever_the_workers_and_the_day(run):
@@ -338,140 +316,6 @@ def test_a_disk_that_fills_in_mid_write_is_said_and_nothing_is_lost(run, tmp_pat
     assert (path := run("--overwrite")).read_bytes() == whole and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.fixture(scope="module")
-def resnet50():
-    return load_backbone("resnet50", "random", 64)
-
-
-@pytest.fixture
-def read(resnet50):
-    """A function that reads one file as a photo of 64 pixels: (view [3, 64, 64] or None, status, reason)."""
-
-    def read_one(path):
-        views, status, reason = Photos(["x"], {"x": path}, resnet50, 1, seed=0).read(0)
-        return (None if views is None else views[0]), status, reason
-
-    return read_one
-
-
-@pytest.mark.parametrize("mode, side, status", [("RGBA", 9400, OK), ("L", 9500, UNREADABLE)])
-def test_no_pictures_take_a_gigabyte(read, tmp_path, mode, side, status):
-    """Nor do two, in two threads."""
-    Image.new(mode, (side, side), 7).save(tmp_path / "large.png", compress_level=1)
-
-    def kilobytes(name):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-    before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    with ThreadPoolExecutor(2) as pool:
-        assert {answer[1] for answer in pool.map(read, [tmp_path / "large.png"] * 2)} == {status}
-    assert kilobytes("VmHWM") - before < 1_000_000
-
-
-def chunk(kind, content):
-    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
-
-
-LONG = zlib.compress(bytes(2_000_000))
-
-
-@pytest.mark.parametrize("place", ["before", "behind"])
-@pytest.mark.parametrize("kind, content", [
-    (b"zTXt", b"comment\0\0" + LONG), (b"iTXt", b"comment\0\1\0en\0k\0" + LONG),
-    (b"iCCP", b"profile\0\0" + LONG), (b"iTXt", b"comment\0\0\0en\0k\0" + b"x" * 2_000_000),
-    (b"tEXt", b"comment\0" + b"x" * 70_000_000),
-])  # fmt: skip
-def test_a_png_with_much_text_is_its_pixels(read, tmp_path, place, kind, content):
-    """And what else it says holds: how it is turned, in a text of ordinary length."""
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
-    photo.save(tmp_path / "a.png")
-    raw = (tmp_path / "a.png").read_bytes()
-    turn = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation=\"3\"/>"
-    at = 33 if place == "before" else raw.index(b"IEND") - 4
-    parts = raw[:33], chunk(b"iTXt", turn), raw[33:at], chunk(kind, content), raw[at:]
-    (tmp_path / "a.png").write_bytes(b"".join(parts))
-    photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "b.png")
-    (view, status, reason), (expected, _, _) = read(tmp_path / "a.png"), read(tmp_path / "b.png")
-    assert (status, reason) == (OK, "") and torch.equal(view, expected)
-
-
-CLEAR = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
-
-
-@pytest.mark.parametrize("kind, picture, options", [
-    ("PNG", CLEAR, {}), ("WEBP", CLEAR, {}), ("GIF", CLEAR, {}), ("TIFF", CLEAR, {}),
-    ("PNG", Image.new("LA", (9, 9), (0, 0)), {}), ("PNG", Image.new("L", (9, 9), 7), {"transparency": 7}),
-    ("PNG", Image.new("RGB", (9, 9)).quantize(2), {"transparency": 0}),
-    ("PNG", Image.new("RGB", (9, 9), (1, 2, 3)), {"transparency": (1, 2, 3)}),
-])  # fmt: skip
-def test_what_is_transparent_is_seen_on_white(read, tmp_path, kind, picture, options):
-    picture.save(tmp_path / "a.png", kind, **options)
-    assert (read(tmp_path / "a.png")[0] == 255).all()
-    with Image.open(tmp_path / "a.png") as opened:  # by the program that asks; not ours to change
-        assert (read(opened)[0] == 255).all() and opened.size == (9, 9)
-
-
-def test_half_transparent_pixels_are_mixed_with_white_and_opaque_ones_as_they_were(read, tmp_path):
-    rng = np.random.default_rng(0)
-    pixels, alpha = rng.integers(0, 255, (64, 64, 3)), rng.choice([0, 99, 255], (64, 64, 1))
-    Image.fromarray(np.concatenate([pixels, alpha], 2).astype(np.uint8)).save(tmp_path / "a.png")
-    expected = torch.from_numpy((pixels * alpha + 255 * (255 - alpha)) / 255).permute(2, 0, 1)
-    view = read(tmp_path / "a.png")[0]
-    torch.testing.assert_close(view.double(), expected, rtol=0, atol=1)
-    opaque = torch.from_numpy(alpha[..., 0] == 255)
-    assert torch.equal(view[:, opaque].double(), expected[:, opaque])
-
-
-@pytest.mark.parametrize("mode, progressive", [("RGB", False), ("L", False), ("CMYK", False), ("RGB", True)])
-def test_a_jpeg_that_lacks_its_end_is_read_if_next_to_nothing_is_missing(read, tmp_path, mode, progressive):
-    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
-    photo = Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC).convert(mode)
-    photo.save(tmp_path / "a.jpg", quality=90, progressive=progressive)
-    raw, (whole, _, _) = (tmp_path / "a.jpg").read_bytes(), read(tmp_path / "a.jpg")
-    for missing, status in ((2, OK), (9, OK), (0.06, OK), (0.15, UNREADABLE), (0.5, UNREADABLE)):
-        if progressive and missing == 0.15:
-            continue  # of its last scan: what it adds is one bit of each number
-        (tmp_path / "a.jpg").write_bytes(raw[: -missing if missing > 1 else int(len(raw) * (1 - missing))])
-        view, found, reason = read(tmp_path / "a.jpg")
-        assert found == status
-        assert reason.startswith("cut off: lacks" if status == OK else "OSError: image file is truncated")
-        if status == OK:
-            rows = (view.int() - whole.int()).abs().amax((0, 2)) > 40
-            assert rows.sum() <= 64 * 0.1 + 2 and (mode != "RGB" or not rows[:57].any())
-            assert ("of its rows" in reason) == (missing < 1 and not progressive)
-
-
-@pytest.mark.parametrize("kind", ["QOI", "ICO", "TGA", "PPM", "EPS", "PCX"])
-def test_pictures_of_other_formats_are_not_opened(read, tmp_path, kind):
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.jpg", kind)
-    said = "UnidentifiedImageError: cannot identify image file 'a.jpg'"
-    assert read(tmp_path / "a.jpg")[1:] == (UNREADABLE, said)
-    with Image.open(tmp_path / "a.jpg") as opened:  # by the program that asks
-        said = f"ValueError: a {kind}, not one of JPEG, PNG, GIF, WEBP, BMP, TIFF, AVIF"
-        assert read(opened)[1:] == (UNREADABLE, said)
-
-
-def test_threads_hold_one_large_picture_at_a_time(monkeypatch):
-    """Small ones do not wait for it; nor does a child that was forked while one was held."""
-    monkeypatch.setattr(photos, "LARGE", 99)
-    large, small = Image.new("RGB", (10, 10)), Image.new("RGB", (9, 9))
-
-    def size(picture):
-        with photos.open_picture(picture) as file:
-            return file.size
-
-    with ThreadPoolExecutor(2) as pool:
-        with photos.open_picture(large):
-            waiting = pool.submit(size, large)
-            assert pool.submit(size, small).result(60) == (9, 9) and not waiting.done()
-            if not (child := os.fork()):
-                os._exit(size(large) != (10, 10))
-            assert os.waitpid(child, 0)[1] == 0 and not waiting.done()
-        assert waiting.result(60) == (10, 10)
-
-
 def test_photos_that_are_one_picture_are_pointed_out_and_can_count_as_missing(run_pixels, tmp_path, capsys):
     reds, images = (0, 0, 0, 0, 0, 60, 120, 180), tmp_path / "own" / "images"
     images.mkdir(parents=True)
@@ -544,50 +388,6 @@ def test_weights_from_a_file(run, tmp_path, ending):
     cache = FeatureCache(run("--weights", file, "--overwrite", "--seed", 1337))
     assert np.array_equal(cache.regions, expected.regions)
     assert cache.attrs["weights"] == expected.attrs["weights"].replace("random", "file")
-
-
-class Bomb:
-    def __init__(self, proof):
-        self.proof = proof
-
-    def __reduce__(self):
-        return self.proof.touch, ()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_weights_that_do_not_fit(run, tmp_path):
-    state = random_resnet50().state_dict() | {"fc.bias": torch.zeros(7)}
-    path, proof = tmp_path / "weights.pth", tmp_path / "ran"
-    with pytest.raises(ValueError, match="no such file"):
-        run("--weights", path)
-    for content, message in (
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "ResNet50's: 264 tensors missing, 0 more .first: bn1"),
-        ({"conv1.weight": torch.zeros(64, 3, 3, 3)}, "not ResNet50's .size mismatch for conv1.weight"),
-        (torch.zeros(3), "265 tensors missing"),
-        (state | {"layer3.6.bn1.bias": torch.zeros(9)}, " 1 more .first: layer3.6.bn1"),  # ResNet152
-        ({"model": state}, " 1 more .first: model"),
-        ({f"backbone.{key}": value for key, value in state.items()}, "more .first: backbone.conv1.weight"),
-        ({1: 2}, "more .first: 1.; give the state dict of torch"),
-        (Bomb(proof), "not a state dict that loads as data alone"),
-    ):
-        path.write_bytes(pickle.dumps(content)) if isinstance(content, Bomb) else torch.save(content, path)
-        with pytest.raises(ValueError, match=message):
-            load_backbone("resnet50", str(path))
-    assert not proof.exists()
-
-
-def test_imagenet_is_torchvisions_v1_and_needs_the_network_once(run, monkeypatch):
-    asked = []
-
-    def download(self, **kwargs):
-        asked.append(self.name)
-        raise URLError("no route")
-
-    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", download)
-    for weights in ("imagenet", "imagenet-v2"):
-        with pytest.raises(ValueError, match="cannot download .*no route.*--weights PATH"):
-            run("--weights", weights)
-    assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
 
 
 @pytest.fixture
@@ -746,14 +546,6 @@ def test_an_unfinished_file_is_not_filled_with_other_photos(run, data_dir, tmp_p
     assert status[0] == MISSING and (status[1:] == OK).all()  # as the photos were when it was read
 
 
-@pytest.mark.parametrize("photos_held, workers", [(0, 0), (1, 1), (3, 3), (4, 4), (7, 4), (8, 4), (1000, 4)])
-def test_queues_of_decoded_photos_fit_the_shared_memory(photos_held, workers):
-    size = 10**6
-    fitting, ahead = queues(4, size, room=photos_held * size + 5)
-    assert fitting == workers and ahead in (1, 2) and fitting * ahead * size <= photos_held * size + 5
-    assert ahead == 2 or photos_held < 2 * fitting or not fitting  # no less than there is room for
-
-
 def test_photos_are_decoded_here_where_no_queue_fits(run, tmp_path, monkeypatch, capsys):
     path = run()
     usage = shutil.disk_usage(tmp_path)
@@ -780,14 +572,3 @@ def test_space_is_laid_out_where_none_can_be_reserved(run, tmp_path, monkeypatch
         monkeypatch.setattr(os, "posix_fallocate", refuse)
     (tmp_path / "other").mkdir()
     assert run("--cache-dir", tmp_path / "other").read_bytes() == path.read_bytes()
-
-
-@pytest.mark.parametrize("count, size, message", [
-    (2**17 + 1, 0, "a PNG of over 131,072 chunks"), (0, 2**30 + 1, "over 1,073,741,824 bytes"),
-])  # fmt: skip
-def test_a_png_of_many_chunks_or_a_huge_one_is_given_up(tmp_path, count, size, message):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0tEXt\0\0\0\0" * count)
-    os.truncate(path, max(size, path.stat().st_size))
-    with pytest.raises(ValueError, match=message), photos.open_picture(path):
-        pass

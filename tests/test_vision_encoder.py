@@ -2,13 +2,16 @@
 
 import json
 import math
+import pickle
 import shutil
+from urllib.error import URLError
 
 import encoders
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from conftest import PARTS
 from PIL import Image
@@ -413,3 +416,47 @@ def test_tf32_is_off_while_a_backbone_looks_and_then_as_it_was():
             assert setting.fp32_precision == "tf32"
     finally:
         setting.fp32_precision = before
+
+
+class Bomb:
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return self.proof.touch, ()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_weights_that_do_not_fit(tmp_path):
+    state = torchvision.models.resnet50().state_dict() | {"fc.bias": torch.zeros(7)}
+    path, proof = tmp_path / "weights.pth", tmp_path / "ran"
+    with pytest.raises(ValueError, match="no such file"):
+        load_backbone("resnet50", str(path))
+    for content, message in (
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "ResNet50's: 264 tensors missing, 0 more .first: bn1"),
+        ({"conv1.weight": torch.zeros(64, 3, 3, 3)}, "not ResNet50's .size mismatch for conv1.weight"),
+        (torch.zeros(3), "265 tensors missing"),
+        (state | {"layer3.6.bn1.bias": torch.zeros(9)}, " 1 more .first: layer3.6.bn1"),  # ResNet152
+        ({"model": state}, " 1 more .first: model"),
+        ({f"backbone.{key}": value for key, value in state.items()}, "more .first: backbone.conv1.weight"),
+        ({1: 2}, "more .first: 1.; give the state dict of torch"),
+        (Bomb(proof), "not a state dict that loads as data alone"),
+    ):
+        path.write_bytes(pickle.dumps(content)) if isinstance(content, Bomb) else torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_backbone("resnet50", str(path))
+    assert not proof.exists()
+
+
+def test_imagenet_is_torchvisions_v1_and_needs_the_network_once(monkeypatch):
+    asked = []
+
+    def download(self, **kwargs):
+        asked.append(self.name)
+        raise URLError("no route")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", download)
+    for weights in ("imagenet", "imagenet-v2"):
+        with pytest.raises(ValueError, match="cannot download .*no route.*--weights PATH"):
+            load_backbone("resnet50", weights)
+    assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
