@@ -203,7 +203,7 @@ def what_was_read(args, run, config, records, split, indices, warnings):
             raise
         warnings.append(f"Phrases not shown, nor attention: {error}.")
     notes = [{} for _ in records]
-    if cache is None and config["notes"] is None:
+    if cache is None and config["notes"] is None and not args.notes:
         return notes, maps, phrases
     model, tokenizer, _ = load_run(run, args.device)
     try:
@@ -316,8 +316,11 @@ def photo_folders(config, split, args):
     return image_folders(name, data_dir, args.images)
 
 
-def shuffle_warnings(config):
-    """What to know of a run on others' photos or notes before its page is read."""
+def page_warnings(config, metrics, photos, absent):
+    """What to know before a page is read: that photos or notes were others', what was not seen or read.
+
+    `absent`: ["3 missing", ...] of its `photos`.
+    """
     warnings = []
     if config["shuffle_photos"]:
         unseen = ", and of notes nothing that was written with a photo in view" if config["notes"] else ""
@@ -327,12 +330,6 @@ def shuffle_warnings(config):
     if config["shuffle_notes"]:
         warnings.append("Trained and scored with what was said of other posts (--shuffle-notes): shown"
                         " here, too.")  # fmt: skip
-    return warnings
-
-
-def count_warnings(metrics, photos, absent):
-    """How much of a page's posts was not seen or not read; `absent`: ["3 missing", ...] of its `photos`."""
-    warnings = []
     if absent:
         warnings.append(f"{' and '.join(absent)} of {len(photos)} photos: their posts say 'no photo here'.")
     if count := metrics["posts_without_photo"]:
@@ -375,10 +372,8 @@ def note_titles(config):
 def main(argv=None):
     args = parse_args(argv)
     check_device(args.device)
-    run = best_run(args.run) if len(args.run) > 1 else args.run[0]
+    run = best_run(args.run)
     config = read_config(run)
-    if args.notes and config["notes"] is None:
-        raise ValueError(f"--notes {args.notes}: the run read none; leave it out")
     path = predictions_file(run, args.split)
     split = path.stem.removeprefix("predictions-")
     output = args.output or run / f"report-{split}.html"
@@ -405,11 +400,10 @@ def main(argv=None):
     kinds = Counter("missing" if reason.startswith(MISSING) else "unreadable" for reason in reasons)
     absent = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
 
-    warnings += shuffle_warnings(config)
+    warnings += page_warnings(config, metrics, photos, absent)
     notes, maps, phrases = what_was_read(args, run, config, records, split, indices, warnings)
     if lacking := add_notes_and_maps(posts, records, config, notes, maps, phrases, photos):
         warnings.append(f"Of {lacking} posts the phrases are not shown, nor attention: one has no sub-token.")
-    warnings += count_warnings(metrics, photos, absent)
     posts = [posts[i] for i in indices]
     page = {
         "title": f"{run.resolve().name}, {split}", "ner": ner,

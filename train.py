@@ -279,8 +279,7 @@ def run(args, stack):
                 bar.update(len(indices))
                 signal = stop.agreed()
                 save = signal or step == len(batches) or rank == 0 and time.monotonic() >= due
-                # Not each step: reading a value makes the device wait. A bad step only stops the run: the
-                # weights have taken it in, the last state has not.
+                # Not each step: reading a value makes the device wait. No state has taken in a bad step.
                 if save or step % 50 == 0:
                     check_finite(bad.item(), train, batches, epoch, args)
                     progress |= {"step": step, "loss": sums.tolist(), "labelled": labelled}

@@ -23,11 +23,11 @@ KINDS = ("all", "with errors", "missed", "spurious", "wrong type", "wrong bounda
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, data_dir, cache_dir, encoder_dir):
+def pages(tmp_path_factory, flags, data_dir):
     """{name: report} of two runs, their predictions changed to hold every kind of error and hostile text."""
     root, made = tmp_path_factory.mktemp("pages"), {}
     for name in ("clip-bert", "mnre"):
-        run = train_run(name, root / name, data_dir, cache_dir, encoder_dir)
+        run = train_run(name, root / name, flags, data_dir)
         split, records = predictions(run)
         changed = []
         for copy in range(COPIES):

@@ -18,10 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import run as train
 from forked import PROJECT, SERVER
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train
 from crf import Crf
 from encoding import to_device
 from features import FeatureCache
@@ -101,15 +101,13 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-def test_nothing_of_a_run_is_float64(data_dir, cache_dir, encoder_dir, tmp_path, monkeypatch):
+def test_nothing_of_a_run_is_float64(flags, tmp_path, monkeypatch):
     """mps has none; tried with the parts that add up most, the CRF's as it is computed off the CPU."""
     monkeypatch.setattr(Crf, "by_words", Crf.by_pairs)
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
-             "--text-encoder", encoder_dir, "--epochs", 1, "--train-share", 0.3, "--fusion", "pyramid",
-             "--decoder", "visual-crf", "--relevance", "predicted", "--run-dir", tmp_path / "run",
-             "--align", "contrastive=0.1", "local=0.1", "matching=0.1", "--bottleneck", 0.1]  # fmt: skip
     with NoFloat64():
-        train.main([str(flag) for flag in flags])
+        train(flags, tmp_path / "run", "--epochs", 1, "--train-share", 0.3, "--fusion", "pyramid",
+              "--decoder", "visual-crf", "--relevance", "predicted", "--bottleneck", 0.1,
+              "--align", "contrastive=0.1", "local=0.1", "matching=0.1")  # fmt: skip
 
 
 @pytest.mark.parametrize("asked, device, capability, picked", [

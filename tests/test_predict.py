@@ -19,14 +19,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import PARTS
+from conftest import PARTS, run as train, system_flags
 from forked import Script, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 import predict
-import train
 from data import NONE, NerExample, RelationExample
 from encoding import MARKERS, encode
 from features import FeatureCache
@@ -42,23 +41,17 @@ from parts import new_posts, text_encoder
 
 
 @pytest.fixture(scope="module")
-def runs(data_dir, cache_dir, encoder_dir, tmp_path_factory):
+def runs(flags, data_dir, tmp_path_factory):
     """A function (system or fusion, data set) -> (run folder, --weights or None), trained on first call."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    root, folders = tmp_path_factory.mktemp("runs"), {}
 
     def get(system="film", dataset="demo"):
-        name, weights = f"{dataset}-{system}", None
-        more = ["--text-encoder", encoder_dir, "--img-size", 64, "--fusion", system]
+        name, weights, more = f"{dataset}-{system}", None, ["--fusion", system]
         if system in PARTS:
-            _, size, part, text = PARTS[system]
-            more = ["--model", system, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
-            weights = str(data_dir / "demo" / part)
-        if name not in made:
-            flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset,
-                     "--run-dir", folder / name]  # fmt: skip
-            train.main([str(arg) for arg in [*flags, *more, "--epochs", 2, "--lr", 1e-3, "--max-len", 40]])
-            made[name] = folder / name
-        return made[name], weights
+            weights, more = str(data_dir / "demo" / PARTS[system][2]), system_flags(system, data_dir)
+        if name not in folders:
+            folders[name] = train(flags, root / name, "--dataset", dataset, *more, "--max-len", 40)
+        return folders[name], weights
 
     return get
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from test_report import page_of
 
 import predict
@@ -89,13 +90,10 @@ def test_of_rows_that_share_a_photo_a_text_goes_before_a_relevance_and_that_befo
 # ------------------------------------------------------------------------------------------------- whole runs
 
 
-def train_run(folder, data_dir, encoder_dir, cache_dir, *more):
+def train_run(flags, folder, *more):
     """(run folder, what was said) of one epoch on the demo posts."""
-    flags = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
-             "--text-encoder", encoder_dir, "--epochs", 1, "--lr", 1e-3, "--device", "cpu",
-             "--run-dir", folder, *more]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        return train.main([str(flag) for flag in flags]), out.getvalue()
+        return run([*flags, "--epochs", 1, "--device", "cpu"], folder, *more), out.getvalue()
 
 
 RUNS = {
@@ -108,12 +106,11 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path_factory):
+def runs(demo_notes, flags, tmp_path_factory):
     """{name: (folder, what was said)} of `RUNS`, all but "gate" with notes."""
     root, (_, path) = tmp_path_factory.mktemp("runs"), demo_notes
-    places = (data_dir, encoder_dir, cache_dir)
-    return {name: train_run(root / name, *places, *flags, *(("--notes", path) if name != "gate" else ()))
-            for name, flags in RUNS.items()}  # fmt: skip
+    return {name: train_run(flags, root / name, *more, *(() if name == "gate" else ("--notes", path)))
+            for name, more in RUNS.items()}  # fmt: skip
 
 
 def test_the_median_is_trains_alone_and_what_is_given_is_counted(runs, demo_notes):
@@ -209,10 +206,10 @@ def test_a_run_reads_back_and_its_image_check_moves_relevance(runs, demo_notes, 
     assert check["none"]["token"] == pytest.approx(score(blind)["token"])
 
 
-def test_shuffled_photos_bring_their_relevance(demo_notes, data_dir, encoder_dir, cache_dir, tmp_path):
+def test_shuffled_photos_bring_their_relevance(demo_notes, flags, tmp_path):
     dataset, path = demo_notes
     more = ("--fusion", "film", "--relevance", "given", "--notes", path, "--shuffle-photos")
-    folder, _ = train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, *more)
+    folder, _ = train_run(flags, tmp_path / "run", *more)
     ids = [example.image_id for example in dataset.examples["test"]]
     own = dict(zip(ids, (note.get("relevance") for note in rated(dataset)[-8:]), strict=True))
     shown = opening.open_run(folder, "test", "cpu")[-1]
@@ -306,10 +303,8 @@ def test_the_page_shows_a_given_relevance_and_where_a_prefix_looked(runs, demo_n
     (("--extra", "photo", "--extra-len", 380), "-len 128 and --extra-len 380 and the 4 soft .* takes 512"),
     (("--heads", 7), "7 heads do not divide token states of width 64"),
 ])  # fmt: skip
-def test_what_has_no_room_is_one_line_before_anything_is_written(
-    demo_notes, data_dir, encoder_dir, cache_dir, tmp_path, more, said
-):
+def test_what_has_no_room_is_one_line_before_anything_is_written(demo_notes, flags, tmp_path, more, said):
     more = (*more, "--notes", demo_notes[1]) if "--extra" in more else more
     with pytest.raises(ValueError, match=said):
-        train_run(tmp_path / "run", data_dir, encoder_dir, cache_dir, "--fusion", "prefix", *more)
+        train_run(flags, tmp_path / "run", "--fusion", "prefix", *more)
     assert not (tmp_path / "run").exists()

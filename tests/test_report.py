@@ -14,14 +14,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import PARTS
+from conftest import PARTS, run as train, system_flags
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from seqeval.metrics.sequence_labeling import get_entities
 
 import report
-import train
 from encoding import collate, encode
 from features import FeatureCache
 from parts.datasets import DATASETS, load_dataset
@@ -70,25 +69,21 @@ def write_notes(path, dataset, data_dir):
     return path
 
 
-def train_run(name, folder, data_dir, cache_dir, encoder_dir):
+def train_run(name, folder, flags, data_dir):
     """A quick run of `RUNS`; returns its folder."""
     dataset, more = RUNS[name]
-    flags = ["--data-dir", data_dir, "--cache-dir", cache_dir, "--dataset", dataset, "--run-dir", folder,
-             "--epochs", 1]  # fmt: skip
-    flags += ["--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--max-len", 40, *more]
     if name in PARTS:
-        _, size, _, text = PARTS[name]
-        flags += ["--model", name, "--img-size", size, "--text-encoder", data_dir / "demo" / text]
+        more = [*system_flags(name, data_dir), *more]
     if name in WITH_NOTES:
-        flags += ["--notes", write_notes(folder.with_suffix(".jsonl"), dataset, data_dir)]
-    return train.main([str(flag) for flag in flags])
+        more = [*more, "--notes", write_notes(folder.with_suffix(".jsonl"), dataset, data_dir)]
+    return train([*flags, "--epochs", 1], folder, "--dataset", dataset, "--max-len", 40, *more)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, data_dir, cache_dir, encoder_dir):
+def runs(tmp_path_factory, flags, data_dir):
     """{name: run folder} of `RUNS`."""
     root = tmp_path_factory.mktemp("runs")
-    return {name: train_run(name, root / name, data_dir, cache_dir, encoder_dir) for name in RUNS}
+    return {name: train_run(name, root / name, flags, data_dir) for name in RUNS}
 
 
 def embedded(path):

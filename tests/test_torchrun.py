@@ -44,16 +44,12 @@ def under_torchrun(script, *args):
                          "--relevance", "given", "--notes"]),
     (under_torchrun, "mnre", 23, ["--align", "matching=0.5"]),
 ])  # fmt: skip
-def test_two_processes_train_as_one_does(
-    start, dataset, batch_size, more, data_dir, cache_dir, encoder_dir, tmp_path
-):
+def test_two_processes_train_as_one_does(start, dataset, batch_size, more, flags, tmp_path):
     if "--notes" in more:  # of every second post of train
         notes = [json.dumps({"id": f"train_{i:04d}", "relevance": i / 24}) for i in range(0, 24, 2)]
         (tmp_path / "notes.jsonl").write_text("\n".join(notes))
         more = [*more, tmp_path / "notes.jsonl"]
-    fixed = ["--dataset", dataset, "--data-dir", data_dir, "--cache-dir", cache_dir,
-             "--text-encoder", encoder_dir, "--img-size", 64, "--lr", 1e-3, "--epochs", 3, "--dropout", 0,
-             "--batch-size", batch_size, *more]  # fmt: skip
+    fixed = [*flags, "--dataset", dataset, "--epochs", 3, "--dropout", 0, "--batch-size", batch_size, *more]
     said = [run("train.py", *fixed, "--run-dir", tmp_path / str(n))
             for n, run in enumerate((alone, start), 1)]  # fmt: skip
     assert said[0].count("epoch 3/3") == said[1].count("epoch 3/3") == 1  # one of them speaks
@@ -76,10 +72,9 @@ def test_two_processes_train_as_one_does(
         assert (two["id"], two["words"], two["predicted"]) == (one["id"], one["words"], one["predicted"])
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(data_dir, cache_dir, encoder_dir, tmp_path):
+def test_a_signal_to_one_process_stops_both_after_the_same_step(flags, tmp_path):
     """Also to the one that writes no state; what they go on with is what they would have had."""
-    fixed = ["--dataset", "demo", "--data-dir", data_dir, "--cache-dir", cache_dir, "--img-size", 64,
-             "--text-encoder", encoder_dir, "--epochs", 400, "--run-dir", tmp_path / "run"]  # fmt: skip
+    fixed = [*flags, "--dataset", "demo", "--epochs", 400, "--run-dir", tmp_path / "run"]
     both, state = start_together(2, PROJECT, "train.py", *fixed), tmp_path / "run" / "state.pt"
     try:
         while not state.exists():

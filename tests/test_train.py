@@ -180,22 +180,6 @@ def test_a_share_of_train_is_drawn_by_the_seed(flags, tmp_path, data_dir, capsys
     assert "train      8 posts" in capsys.readouterr().out
 
 
-def test_a_crf_is_trained_scored_and_read_back(flags, tmp_path):
-    folder = run(flags, tmp_path / "crf", "--fusion", "film", "--decoder", "crf")
-    weights = load_file(folder / "model.safetensors")
-    assert all(weights[f"head.crf.{name}"].abs().max() > 0 for name in ("start", "transitions", "end"))
-    loaded, config, _, posts = open_run(folder, "test", "cpu")
-    recorded = read_predictions(folder / "predictions-test.jsonl")
-    batch = posts.batch(range(len(posts)))
-    with torch.inference_mode():
-        best, probability = loaded.head.crf.decode(loaded(batch).logits, batch["word_starts"] >= 0)
-    for record, labels, chances in zip(recorded, best.tolist(), probability.tolist(), strict=True):
-        words = zip(record["predicted"], record["probability"], labels, chances, strict=False)
-        for label, p, k, chance in words:
-            assert label == ("O" if p is None else config["labels"][k])
-            assert p is None or p == pytest.approx(chance, abs=1e-5)
-
-
 def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, tmp_path, data_dir):
     """By evaluate.py, predict.py and report.py, from the run folder alone."""
     more = ("--fusion", "pyramid", "--decoder", "visual-crf", "--align", "local=0.1")
@@ -207,10 +191,11 @@ def test_a_pyramid_with_a_visual_crf_is_trained_read_back_and_looked_at(flags, t
     batch = posts.batch(range(len(posts)))
     with torch.inference_mode():
         bias = model.head.photo_bias(batch["regions"], batch["region_mask"])
-        best, _ = model.head.crf.decode(model(batch).logits, batch["word_starts"] >= 0, bias)
+        best, chances = model.head.crf.decode(model(batch).logits, batch["word_starts"] >= 0, bias)
         attended = model(batch, return_weights=True).weights
-    for labels, record in zip(best, recorded, strict=True):
+    for labels, chance, record in zip(best, chances.tolist(), recorded, strict=True):
         assert record["predicted"] == [config["labels"][k] for k in labels[: len(record["words"])]]
+        assert record["probability"] == pytest.approx(chance[: len(record["words"])], abs=1e-5)
     assert bias.any()
     evaluate.main(["--run", str(folder), "--image-check", "--shuffles", "1", "--device", "cpu"])
     check = json.loads((folder / "image-check-test.json").read_text())
