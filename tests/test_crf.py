@@ -106,19 +106,28 @@ def test_a_new_one_is_a_softmax_of_each_word():
     assert torch.allclose(probability[mask], softmax.values[mask], atol=1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_batch_is_its_posts_one_by_one_at_any_padding(way):
-    crf = random_crf(3, way=way)
-    mask = torch.zeros(5, 40, dtype=torch.bool)
-    for i, length in enumerate((1, 2, 17, 33, 40)):
+def test_a_batch_is_its_posts_one_by_one_at_any_padding_and_both_ways_are_one():
+    torch.manual_seed(6)
+    lengths, mask = (1, 2, 17, 33, 40), torch.zeros(5, 40, dtype=torch.bool)
+    for i, length in enumerate(lengths):
         mask[i, :length] = torch.rand(length) < 0.9
-    logits, labels = torch.randn(5, 40, K), torch.randint(K, (5, 40))
-    loss, (best, probability) = crf.loss(logits, mask, labels), crf.decode(logits, mask)
-    for i, length in enumerate((1, 2, 17, 33, 40)):
-        alone = logits[i : i + 1, :length], mask[i : i + 1, :length]
-        assert torch.allclose(crf.loss(*alone, labels[i : i + 1, :length]), loss[i], atol=1e-4)
-        assert torch.equal(crf.decode(*alone)[0][0], best[i, :length])
-        assert torch.allclose(crf.decode(*alone)[1][0], probability[i, :length], atol=1e-5)
+    logits, labels, bias = torch.randn(5, 40, 9), torch.randint(9, (5, 40)), torch.randn(5, 9, 9)
+    results = []
+    for way in WAYS:
+        crf, inputs = random_crf(3, 9, way), logits.clone().requires_grad_()
+        loss, (best, probability) = crf.loss(inputs, mask, labels, bias), crf.decode(logits, mask, bias)
+        loss.sum().backward()
+        grads = [inputs.grad, *(parameter.grad for parameter in crf.parameters())]
+        results.append([loss, best, probability, *grads])
+        for i, length in enumerate(lengths):
+            one = slice(i, i + 1)
+            alone = logits[one, :length], mask[one, :length]
+            assert torch.allclose(crf.loss(*alone, labels[one, :length], bias[one]), loss[i], atol=1e-4)
+            path, chances = crf.decode(*alone, bias[one])
+            assert torch.equal(path[0], best[i, :length])
+            assert torch.allclose(chances[0], probability[i, :length], atol=1e-5)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -160,21 +169,6 @@ def test_float32_under_autocast_and_no_gradients_needed():
     with torch.inference_mode():
         for a, b in zip(crf.decode(logits.clone(), mask.clone()), path, strict=True):
             assert torch.equal(a, b)
-
-
-def test_both_ways_are_one():
-    torch.manual_seed(6)
-    mask = torch.rand(6, 33) < 0.8
-    logits, bias = torch.randn(6, 33, 9), torch.randn(6, 9, 9)
-    labels, results = torch.randint(9, mask.shape), []
-    for way in WAYS:
-        crf, given = random_crf(7, 9, way), logits.clone().requires_grad_()
-        loss = crf.loss(given, mask, labels, bias)
-        loss.sum().backward()
-        grads = [given.grad, *(parameter.grad for parameter in crf.parameters())]
-        results.append([loss, *grads, *crf.decode(logits, mask, bias)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_many_labels_take_no_longer_than_a_small_encoder():

@@ -129,29 +129,6 @@ def copy_whole(run, folder, **changed):
 # ------------------------------------------------------------------------------------------------- comparison
 
 
-@pytest.mark.parametrize("gold, predicted, expected", [
-    ("", "", []),
-    ("A 0 2", "A 0 2", ["correct A A"]),
-    ("A 0 2", "B 0 2", ["wrong type A B"]),
-    ("A 0 2", "", ["missed A -"]),
-    ("", "B 3 4", ["spurious - B"]),
-    ("A 0 2", "A 2 3", ["missed A -", "spurious - A"]),  # neighbours do not overlap
-    ("A 0 2", "A 1 2", ["wrong boundary A -", "wrong boundary - A"]),
-    ("A 0 2", "B 1 3", ["wrong boundary A -", "wrong boundary - B"]),
-    ("A 0 4", "A 0 1, B 3 4", ["wrong boundary - A", "wrong boundary A -", "wrong boundary - B"]),
-    ("A 0 1, B 1 2", "A 0 2", ["wrong boundary A -", "wrong boundary - A", "wrong boundary B -"]),
-    ("A 0 1, B 2 3, C 4 5", "A 0 1, C 2 3, B 6 7",
-        ["correct A A", "wrong type B C", "missed C -", "spurious - B"]),
-])  # fmt: skip
-def test_kinds_of_spans(gold, predicted, expected):
-    def parse(text):
-        spans = [span.split() for span in text.split(", ") if span]
-        return {(kind, int(start), int(end)) for kind, start, end in spans}
-
-    compared = compare_spans(parse(gold), parse(predicted))
-    assert [f"{kind} {a or '-'} {b or '-'}" for _, _, a, b, kind in compared] == expected
-
-
 labels = st.sampled_from(DATASETS["demo"][1])
 
 
@@ -169,6 +146,9 @@ def test_every_span_has_one_kind(pair):
                 meets = not covered.isdisjoint(range(*row[:2]))
                 assert (row[4] == alone) == (not meets)
                 assert (row[4] == "correct") == ((row[column], *row[:2]) in other)
+                both = row[2] is not None and row[3] is not None
+                assert (row[4] == "wrong type") == (both and row[2] != row[3])
+                assert row[4] in ("correct", "wrong type", alone, "wrong boundary")
     if gold | predicted:
         correct = entity_scores([pair[0]], [pair[1]])["correct"]
         assert sum(row[4] == "correct" for row in compared) == correct

@@ -154,18 +154,3 @@ def test_posts_without_photo_in_every_script(flags, tmp_path, capsys):
         run(flags, tmp_path / "film", *places, "--fusion", "film")
     with pytest.raises(ValueError, match="no post of .*own names a photo: there is nothing to extract"):
         extract_features.main(places)
-
-
-def test_evaluate_scores_a_run_again(flags, tmp_path, capsys):
-    folder = run(flags, tmp_path / "run", "--epochs", 1)
-    expected = (folder / "metrics-test.json").read_bytes()
-    (folder / "metrics-test.json").unlink()
-    capsys.readouterr()
-    evaluate.main(["--run", str(folder)])
-    out = capsys.readouterr().out
-    assert (folder / "metrics-test.json").read_bytes() == expected
-    for part in ("entity level, whole spans", "strict IOB2", "token level, weighted", "always 'O'",
-                 "of a known release"):  # fmt: skip
-        assert part in out
-    with pytest.raises(FileNotFoundError, match="no config.json"):
-        evaluate.main(["--run", str(tmp_path)])

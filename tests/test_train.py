@@ -334,20 +334,8 @@ def test_training_draws_all_views_and_all_else_reads_the_plain_one(flags, tmp_pa
     assert set(seen["rest"]) == {0}
 
 
-def test_test_is_scored_once_with_the_best_epoch(flags, tmp_path, monkeypatch):
-    calls = []
-
-    def watched(model, posts, *args):
-        calls.append(posts.examples[0].id.split("_")[0])
-        return predict_posts(model, posts, *args)
-
-    monkeypatch.setattr(train, "predict_posts", watched)
-    run(flags, tmp_path / "run", "--epochs", 3)
-    assert calls == ["valid"] * 3 + ["valid", "test"]
-
-
 def test_shuffled_photos_are_the_same_wrong_ones_always(flags, tmp_path, monkeypatch, capsys):
-    """Training and scoring read what `shuffled_photos` says of each split, in every epoch."""
+    """Training and scoring read what `shuffled_photos` says of each split, in every epoch; test once."""
     read, seen = FeatureCache.read, []
 
     def watched(self, photos, views=None):
