@@ -252,16 +252,16 @@ class FeatureWriter:
 
     def put(self, name, row, value):
         offset, shape, dtype = self.columns[name]
-        row_bytes = dtype.itemsize * math.prod(shape[1:])
-        raw, at = np.asarray(value, dtype).tobytes(), offset + row * row_bytes
+        raw, row_bytes = np.asarray(value, dtype).tobytes(), dtype.itemsize * math.prod(shape[1:])
         assert len(raw) == row_bytes, (name, len(raw), row_bytes)
+        at = offset + row * row_bytes
         while raw:  # a write may be cut short, by a full disk for one; the next then raises
             try:
-                written = os.pwrite(self.fd, raw, at)
+                count = os.pwrite(self.fd, raw, at)
             except OSError as error:
                 reason = f"{error.strerror}; make room, and the same command goes on"
                 raise OSError(f"{self.path}: {reason}") from None
-            raw, at = raw[written:], at + written
+            raw, at = raw[count:], at + count
 
     def write(self, row, regions, grid, status, reason, boxes=()):
         """One photo: regions [V, n, D] or None, their (rows, columns), the rest, its status last of all.
@@ -417,28 +417,25 @@ class FeatureCache(Regions):
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.exists():
-            hint = " (an unfinished one is there: run the same command again to resume it)"
-            hint = hint if unfinished(self.path).exists() else ""
-            raise FileNotFoundError(
-                f"no feature file {path}{hint}; make it with extract_features.py, name another with"
-                " --features, or train without photos: --fusion none"
-            )
+            partial = " (an unfinished one is there: run the same command again to resume it)"
+            hint = partial if unfinished(self.path).exists() else ""
+            advice = "make it with extract_features.py, name another with --features, or add --fusion none"
+            raise FileNotFoundError(f"no feature file {path}{hint}; {advice}")
         self.attrs, columns = read_layout(self.path)
         arrays = read_columns(self.path, columns)
-        self.status, self.num_regions = arrays["status"], arrays["num_regions"]
-        self.crc32, self.photo_bytes = arrays["crc32"], arrays["photo_bytes"]
+        names = "status", "num_regions", "crc32", "photo_bytes"
+        self.status, self.num_regions, self.crc32, self.photo_bytes = (arrays[name] for name in names)
         self.grid = arrays["grid"].astype(np.int64)
         self.boxes = [arrays[name] for name in BOX_COLUMNS if name in arrays]
-        fault = f"{(self.status == 0).sum()} photos not done" if (self.status == 0).any() else ""
+        missing = (self.status == 0).sum()
         try:
             self.ids = [name.decode() for name in arrays["image_id"].tolist()]
             self.reasons = [reason.decode() for reason in arrays["reason"].tolist()]
-            known = photos_sha256(self.ids, self.photo_bytes) == self.attrs.get("photos_sha256")
+            whole = photos_sha256(self.ids, self.photo_bytes) == self.attrs.get("photos_sha256")
         except UnicodeDecodeError:
-            known = False
-        if self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs) or not known:
-            fault = fault or "what it says of itself is damaged"
-        if fault:
+            whole = False
+        if missing or not whole or self.attrs.get("attrs_crc32") != attrs_crc32(self.attrs):
+            fault = f"{missing} photos not done" if missing else "what it says of itself is damaged"
             raise ValueError(f"{path}: {fault}; make it anew with extract_features.py --overwrite")
         offset, self.shape, dtype = columns["regions"]
         self.rows = {image_id: row for row, image_id in enumerate(self.ids)}

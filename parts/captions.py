@@ -64,11 +64,11 @@ CUTS = re.compile(
 )  # fmt: skip
 
 
-def phrases_of(said):
+def phrases_of(content):
     """The phrases said of a photo: of a list all that are not blank; a caption is cut, repeats left out."""
-    if isinstance(said, str):
-        return list(dict.fromkeys(" ".join(part.split()) for part in CUTS.split(said) if part.strip()))
-    return [phrase.strip() for phrase in said if phrase.strip()]
+    if isinstance(content, str):
+        return list(dict.fromkeys(" ".join(part.split()) for part in CUTS.split(content) if part.strip()))
+    return [phrase.strip() for phrase in content if phrase.strip()]
 
 
 def caption_states(weights):
@@ -104,8 +104,8 @@ def load_phrases(weights, img_size, seed):
     """A frozen text encoder over the phrases said of a photo, each alone, at most `img_size` (32) of them."""
     (states, tokenizer, longest), most = caption_states(weights), img_size or 32
 
-    def prepare(said):
-        phrases = phrases_of(said)
+    def prepare(content):
+        phrases = phrases_of(content)
         ids = [text_pieces(tokenizer, phrase) for phrase in phrases[:most]]
         tensors = [torch.tensor(phrase[:longest]) for phrase in ids if phrase]
         long, bare, remarks = sum(len(phrase) > longest for phrase in ids), len(ids) - len(tensors), []

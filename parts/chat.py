@@ -225,7 +225,7 @@ class Endpoint:
         secrets = [key, *(value for name, value in query if re.search(SECRETS, name, re.IGNORECASE))]
         proxy = urllib.request.getproxies().get(parts.scheme)
         if proxy and not urllib.request.proxy_bypass(parts.netloc):  # a password may stand before its "@"
-            self.place += f" through the proxy {proxy.rpartition('@')[2].rpartition('/')[2]}"
+            self.place += f" through the proxy {proxy.rpartition('@')[2].strip('/').rpartition('/')[2]}"
         secrets = {spelling for secret in secrets for spelling in spellings(secret)}
         self.secrets = sorted(secrets, key=len, reverse=True)  # one may stand in another
         if parts.scheme == "http" and not re.fullmatch(r"localhost|127(\.\d+){3}|::1", parts.hostname):

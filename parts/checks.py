@@ -106,9 +106,7 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
     gold = gold_fingerprint(a_runs[0])
     for run in everything:
         if run.keys() != everything[0].keys() or gold_fingerprint(run.values()) != gold:
-            raise ValueError(
-                "the runs were scored on other posts or other gold labels; compare runs of one split"
-            )
+            raise ValueError("the runs were scored on other posts or other gold; compare runs of one split")
     relations = not isinstance(a_runs[0][0]["gold"], list)
     keys = [record.get("image_id") or record["id"] if relations else record["id"] for record in a_runs[0]]
     unit = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -127,14 +125,14 @@ def paired_bootstrap(a_runs, b_runs, name="f1", resamples=10_000, seed=0):
 
     a_seeds, b_seeds = (side[:, 0].tolist() for side in both(np.ones((1, len(unit)))))
     a, b = np.mean(a_seeds).item(), np.mean(b_seeds).item()
-    rng, drawn = np.random.default_rng(seed), []
+    rng, differences = np.random.default_rng(seed), []
     for start in range(0, resamples, 500):  # a slice at a time: [500, units] in memory
         size = min(500, resamples - start)
         sides = both(rng.multinomial(len(unit), np.full(len(unit), 1 / len(unit)), size))
-        drawn.append(sides[0].mean(0) - sides[1].mean(0))
-    drawn = np.concatenate(drawn)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+        differences.append(sides[0].mean(0) - sides[1].mean(0))
+    differences = np.concatenate(differences)
+    low, high = np.percentile(differences, (2.5, 97.5))
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
     return {
         "score": name, "a": a, "b": b, "a_seeds": a_seeds, "b_seeds": b_seeds,
         "difference": a - b, "low": float(low), "high": float(high),
@@ -405,5 +403,5 @@ def type_changes(check, fewest=20):
         - part(check["true"], name)["f1"]
         for name in names
     }  # fmt: skip
-    shown = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
-    return f"F1 with shuffled photos, by type: {shown}"
+    text = ", ".join(f"{name.removeprefix('entity_')} {change:+.3f}" for name, change in changes.items())
+    return f"F1 with shuffled photos, by type: {text}"

@@ -82,8 +82,8 @@ def locate(name, data_dir):
 
 def first_existing(places, name, data_dir, split_names=("",)):
     """The first of `places` that exists under `data_dir`, or None."""
-    tried = [Path(data_dir) / place.format(d=name, s=split) for place in places for split in split_names]
-    return next((path for path in tried if path.exists()), None)
+    paths = [Path(data_dir) / place.format(d=name, s=split) for place in places for split in split_names]
+    return next((path for path in paths if path.exists()), None)
 
 
 def file_kind(path):
@@ -130,8 +130,8 @@ def find_files(name, data_dir):
 def read_own(files, task, word_rule):
     """({split: examples}, notes, rule that cut texts or None) of files of one's own, of any kind."""
     kinds = {split: file_kind(path) for split, path in files.items()}
-    read = {split: json_posts(files[split]) for split, kind in kinds.items() if kind in ("ner", "relation")}
-    posts = {split: posts for split, (posts, _) in read.items()}
+    parsed = {split: json_posts(files[split]) for split, kind in kinds.items() if kind in ("ner", "relation")}
+    posts = {split: posts for split, (posts, _) in parsed.items()}
     rule, remark = text_rule(posts.get("train", ()), task, word_rule)
     if rule is None:  # no text in train: the others tell
         rule, remark = text_rule([post for part in posts.values() for post in part], task, word_rule)
@@ -142,7 +142,7 @@ def read_own(files, task, word_rule):
     for split, path in files.items():
         if split in posts:
             examples[split], of_split = reader.read(path, task, posts[split])
-            of_split += read[split][1]
+            of_split += parsed[split][1]
         else:
             of_split = []
             examples[split] = (read_ner if task == "ner" else read_mnre)(path, None, of_split)
@@ -154,8 +154,8 @@ def look_alike(names):
     """A line for each group of names that differ only in case or in what the eye does not see."""
     groups = {}
     for name in sorted(names):
-        seen = "".join(c for c in fold(name) if c.isprintable() and c != " ")
-        groups.setdefault(seen, []).append(repr(name))
+        visible = "".join(c for c in fold(name) if c.isprintable() and c != " ")
+        groups.setdefault(visible, []).append(repr(name))
     alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
     return [f"{group} differ in case or in what cannot be seen; are they one?" for group in alike]
 

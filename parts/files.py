@@ -51,12 +51,12 @@ def replacing(path):
     os.close(new)
     try:
         yield temporary
-        written = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            os.fchmod(written, mode)  # safetensors puts a file there that its owner alone can read
-            os.fsync(written)
+            os.fchmod(fd, mode)  # safetensors puts a file there that its owner alone can read
+            os.fsync(fd)
         finally:
-            os.close(written)
+            os.close(fd)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:

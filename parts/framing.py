@@ -188,25 +188,25 @@ def read_framing(source, img_size=None, fit="processor"):
     return framing
 
 
-def seen_part(width, height, made):
+def seen_part(width, height, settings):
     """[left, top, width, height] of what an encoder saw of a photo, in shares of the photo.
 
-    `made`: what the feature file says of how it was made. All of the photo, unless the centre was cropped;
+    `settings`: what the feature file says of it. All of the photo, unless the centre was cropped;
     with --fit pad the last places may end behind the photo.
     """
-    if made.get("fit") == "pad":
-        side, places = made["img_size"], made["places"]
+    if settings.get("fit") == "pad":
+        side, places = settings["img_size"], settings["places"]
         lengths = padded_size(width, height, side)
         ends = [math.ceil(Fraction(length * places, side)) * side / places for length in lengths]
         return [0, 0, *(round(end / length, 4) for end, length in zip(ends, lengths, strict=True))]
-    resizing = made.get("resizing", "")
+    resizing = settings.get("resizing", "")
     config = json.loads(resizing) if resizing.startswith("{") else {}
     if not config.get("do_center_crop"):
         return [0, 0, 1, 1]
     size, crop = config["size"], config["crop_size"]
     if short := size.get("shortest_edge"):
-        resized = width * short / min(width, height), height * short / min(width, height)
+        scaled = width * short / min(width, height), height * short / min(width, height)
     else:
-        resized = size["width"], size["height"]
-    across, down = crop["width"] / resized[0], crop["height"] / resized[1]
+        scaled = size["width"], size["height"]
+    across, down = crop["width"] / scaled[0], crop["height"] / scaled[1]
     return [round(share, 4) for share in ((1 - across) / 2, (1 - down) / 2, across, down)]

@@ -53,10 +53,10 @@ def check_note(note, keys=tuple(KEYS)):
     """{key: value} of those of `keys` a note has, null is nothing; ValueError for one of a wrong kind."""
     values = {key: note[key] for key in keys if note.get(key) is not None}
     for key, value in values.items():
-        fits, wanted = KEYS[key]
+        fits, rule = KEYS[key]
         if not fits(value):
             kind = {list: "a list", dict: "an object"}.get(type(value)) or f"{value!r:.60}"
-            raise ValueError(f"{key} must be {wanted}, not {kind}; correct it or leave it out")
+            raise ValueError(f"{key} must be {rule}, not {kind}; correct it or leave it out")
     return values
 
 

@@ -66,7 +66,7 @@ def find_photos(image_ids, folders, reasons=None):
     a dict that is told, by id, what lies there under a name like a missing photo's, or that a photo has
     another ending.
     """
-    found, names, below = dict.fromkeys(image_ids), {}, []
+    paths, names, below = dict.fromkeys(image_ids), {}, []
     for folder in folders:
         there = {}
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -76,23 +76,23 @@ def find_photos(image_ids, folders, reasons=None):
             # A folder is no photo, unless named as one.
             if not entry.is_dir() or name_stem(entry.name) != fold(entry.name):
                 there[entry.name] = Path(entry.path)
-        found |= by_name([image_id for image_id, path in found.items() if path is None], there)
+        paths |= by_name([image_id for image_id, path in paths.items() if path is None], there)
         names = there | names
     if reasons is not None:
         near = {}  # what stands before a dot of a name: the name
         for name in names:
             for dot in re.finditer(r"\.", fold(name)):
                 near.setdefault(fold(name)[: dot.start()], name)
-        for folder in below if None in found.values() else ():
+        for folder in below if None in paths.values() else ():
             for name in sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else ():
                 near.setdefault(name_stem(name), f"{folder.name}/{name}")
-        for image_id, path in found.items():
+        for image_id, path in paths.items():
             stem, folded = name_stem(image_id), fold(image_id)
             if path is None and stem in near:
                 reasons[image_id] = f"no such file; {near[stem]!r} lies there"
             elif path is not None and stem != folded and not fold(path.name).startswith(folded):
                 reasons[image_id] = f"taken from {path.name!r}"
-    return found
+    return paths
 
 
 @contextlib.contextmanager
@@ -162,8 +162,8 @@ def without_long_texts(path):
 def name_stem(name):
     """A folded name of a photo without its ending and what downloads add to it."""
     folded = fold(name)
-    found = ADDED.search(folded)
-    return folded[: found.start()] if found and found.start() else folded
+    match = ADDED.search(folded)
+    return folded[: match.start()] if match and match.start() else folded
 
 
 def by_name(image_ids, names):
@@ -178,15 +178,15 @@ def by_name(image_ids, names):
         ending = fold(name)[len(name_stem(name)) :]
         order = next((i for i, end in enumerate(ENDINGS) if ending.startswith(end)), len(ENDINGS))
         like.setdefault(name_stem(name), []).append((order, len(ending), name))
-    found = {}
+    values = {}
     for image_id in image_ids:
         keys = [stem + end for stem in (image_id, fold(image_id)) for end in ("", *ENDINGS)]
         # Of the same stem: what begins as the id first, then by ending.
         alike = like.get(name_stem(image_id), ())
         ranked = [(not fold(entry[2]).startswith(fold(image_id)), entry) for entry in alike]
         keys += [min(ranked)[1][2]] if ranked else []
-        found[image_id] = next((folded[key] for key in keys if key in folded), None)
-    return found
+        values[image_id] = next((folded[key] for key in keys if key in folded), None)
+    return values
 
 
 def read_captions(path):

@@ -35,7 +35,7 @@ def questions(examples):
     return [(i, ((start, end),), kind) for i, (kind, start, end) in spans]
 
 
-def text_states(encoder, tokenizer, examples, asked, device, batch_size=32):
+def text_states(encoder, tokenizer, examples, queries, device, batch_size=32):
     """[questions, S * D]: the mean frozen state of each span's words and of all words of the post.
 
     A word's state is that of its first sub-token. NaN where a span lies behind what the encoder can read.
@@ -43,9 +43,9 @@ def text_states(encoder, tokenizer, examples, asked, device, batch_size=32):
     words = [NerExample(e.id, e.image_id, e.words, ("O",) * len(e.words)) for e in examples]
     rows, _ = encode(tokenizer, words, ("O",), min(512, longest_input(encoder, tokenizer)))
     of_post = {}
-    for number, (i, _, _) in enumerate(asked):
+    for number, (i, _, _) in enumerate(queries):
         of_post.setdefault(i, []).append(number)
-    posts, states = list(of_post), [None] * len(asked)
+    posts, states = list(of_post), [None] * len(queries)
     lengths = [len(rows[i]["input_ids"]) for i in posts]
     with progress_bar(len(posts), "post", True, desc="text") as bar, torch.inference_mode():
         for chosen in length_batches(lengths, batch_size):
@@ -54,7 +54,7 @@ def text_states(encoder, tokenizer, examples, asked, device, batch_size=32):
             for k, state in zip(chosen, output.last_hidden_state.float().cpu().numpy(), strict=True):
                 starts = np.array(rows[posts[k]]["word_starts"])
                 for number in of_post[posts[k]]:
-                    spans = [starts[start:end] for start, end in asked[number][1]]
+                    spans = [starts[start:end] for start, end in queries[number][1]]
                     parts = [state[span[span >= 0]] for span in (*spans, starts)]
                     lost = any(len(part) == 0 for part in parts)
                     nothing = np.full(state.shape[1], np.nan)
@@ -106,13 +106,13 @@ def photo_probe(dataset, cache, source, split, device, seed=1337):
     text, photo, other, real, gold, ids, lost = {}, {}, {}, {}, {}, {}, 0
     for name in splits:
         examples = dataset.examples[name]
-        asked = questions(examples)
-        if not asked:
+        queries = questions(examples)
+        if not queries:
             raise ValueError(f"{dataset.name} {name}: no entity in it, so nothing to ask")
-        states = text_states(encoder, tokenizer, examples, asked, device)
+        states = text_states(encoder, tokenizer, examples, queries, device)
         whole = np.isfinite(states[:, 0])
         lost = int((~whole).sum())
-        pairs = [(i, answer) for (i, _, answer), inside in zip(asked, whole, strict=True) if inside]
+        pairs = [(i, answer) for (i, _, answer), inside in zip(queries, whole, strict=True) if inside]
         text[name], gold[name] = states[whole], [answer for _, answer in pairs]
         ids[name] = [examples[i].image_id for i, _ in pairs]
         photo[name], real[name] = mean_regions(cache, ids[name])

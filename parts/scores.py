@@ -79,10 +79,10 @@ def entity_scores(gold, predicted, strict=False):
 
 def mentions(examples):
     """Every entity of `examples`, as its words in lower case: what counts as seen. Relations have none."""
-    marked = [example for example in examples if hasattr(example, "labels")]
+    posts = [example for example in examples if hasattr(example, "labels")]
     return frozenset(
         tuple(word.lower() for word in example.words[start:end])
-        for example in marked for _, start, end in entity_spans(example.labels)
+        for example in posts for _, start, end in entity_spans(example.labels)
     )  # fmt: skip
 
 
@@ -103,10 +103,10 @@ def seen_scores(records):
     """(scores of entities that are a mention of train, of all others), lenient, from records with `seen`."""
     sides = {True: ([], []), False: ([], [])}
     for record in records:
-        seen = set(map(tuple, record["seen"]))
+        places = set(map(tuple, record["seen"]))
         for side, key in enumerate(("gold", "predicted")):
             for part in sides:
-                spans = {span for span in entity_spans(record[key]) if (span[1:] in seen) == part}
+                spans = {span for span in entity_spans(record[key]) if (span[1:] in places) == part}
                 sides[part][side].append(spans)
     return span_scores(*sides[True]), span_scores(*sides[False])
 

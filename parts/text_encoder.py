@@ -114,8 +114,8 @@ def load_text_encoder(source, checkpoint, task, dropout):
     of_text = hasattr(config, "hidden_size") and not hasattr(config, "patch_size")
     plain = of_text and not config.is_encoder_decoder
     if config.model_type != checkpoint if checkpoint else not plain:
-        wanted = checkpoint or "plain text encoder"
-        raise ValueError(f"{option} {source}: cannot be loaded (it is a {config.model_type}, not a {wanted})")
+        kinds = f"it is a {config.model_type}, not a {checkpoint or 'plain text encoder'}"
+        raise ValueError(f"{option} {source}: cannot be loaded ({kinds})")
     text_config = config.get_text_config()  # BLIP has two
     for name in DROPOUTS:
         if isinstance(getattr(text_config, name, None), float):
@@ -130,10 +130,8 @@ def load_text_encoder(source, checkpoint, task, dropout):
         vocabulary = len(tokenizer) - len(tokenizer.get_added_vocab())
         rows = len(encoder.get_input_embeddings().weight)
         if not rows / 2 <= vocabulary <= rows:
-            raise ValueError(
-                f"its tokenizer ({vocabulary} pieces) is not the encoder's ({rows} embeddings);"
-                " are the tokenizer's files there?"
-            )
+            sizes = f"({vocabulary} pieces) is not the encoder's ({rows} embeddings)"
+            raise ValueError(f"its tokenizer {sizes}; are the tokenizer's files there?")
         if task == "relation":
             add_markers(encoder, tokenizer)
         elif len(tokenizer) > rows:
@@ -170,8 +168,8 @@ def try_out(encoder, tokenizer):
             if place is not None:
                 changed[0, place] = (changed[0, place] + 1) % len(encoder.get_input_embeddings().weight)
             with torch.no_grad():
-                made = encoder(input_ids=changed, attention_mask=torch.ones_like(changed))
-            states.append(made.last_hidden_state)
+                output = encoder(input_ids=changed, attention_mask=torch.ones_like(changed))
+            states.append(output.last_hidden_state)
         left_to_right = torch.allclose(states[2][:, :-1], states[0][:, :-1], 1e-5, 1e-5)
         if left_to_right and torch.allclose(states[1][:, 1:], states[0][:, 1:], 1e-5, 1e-5):
             raise ValueError("on this machine no word's state knows of another word")
@@ -189,10 +187,8 @@ def try_out(encoder, tokenizer):
     encoder.zero_grad(set_to_none=True)
     encoder.left_to_right = left_to_right
     if left_to_right:
-        print(
-            f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's"
-            " start marker, knows nothing of what comes after it; expect lower scores"
-        )
+        print(f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's"
+              " start marker, knows nothing of what comes after it; expect lower scores")  # fmt: skip
 
 
 def check_soft_tokens(encoder, tokenizer, source, count):
@@ -214,8 +210,8 @@ def check_soft_tokens(encoder, tokenizer, source, count):
             states = encoder(inputs_embeds=whole, attention_mask=F.pad(mask, (0, count))).last_hidden_state
         same = torch.allclose(states[:, : ids.shape[1]], plain, 1e-4, 1e-4)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        said = first_line(error)
-        raise ValueError(f"{what} takes no embeddings in place of ids ({said}); {other}") from None
+        reason = first_line(error)
+        raise ValueError(f"{what} takes no embeddings in place of ids ({reason}); {other}") from None
     if not same:
         raise ValueError(f"{what} makes other states of embeddings, masked ones behind, than of ids; {other}")
 

@@ -334,7 +334,7 @@ def test_secrets_of_addresses_are_not_printed(serve, monkeypatch, capsys):
     with pytest.raises(ValueError, match="/v1/chat/completions: 401 .*[?]v=1&api-key=<key>$"):
         Endpoint(f"{server.url}?v=1&api-key=sk-secret", "m", 1, 0)([["hi"]], [None])
     assert server.requests[0][0] == "/v1/chat/completions?v=1&api-key=sk-secret"
-    for proxy in ("http://user:sk-secret@127.0.0.1:9", "user:sk-secret@127.0.0.1:9"):
+    for proxy in ("http://user:sk-secret@127.0.0.1:9/", "user:sk-secret@127.0.0.1:9"):
         monkeypatch.setenv("http_proxy", proxy)
         monkeypatch.setenv("no_proxy", "")
         with pytest.raises(ValueError, match=" through the proxy 127.0.0.1:9: .*refused") as caught:

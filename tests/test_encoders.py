@@ -98,7 +98,7 @@ def unused_parts(folder):
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "markuplm"])
-def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, monkeypatch, kind, capsys):
+def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, kind, capsys):
     source = encoder_of(kind, tmp_path / kind)
     unused, before = unused_parts(source), dict(AutoModel.from_pretrained(source).named_parameters())
     folder = run(data_dir, source, tmp_path / "run")
@@ -113,6 +113,11 @@ def test_what_an_encoder_does_not_use_is_frozen_and_said(data_dir, tmp_path, mon
     assert "all trained" in next(line for line in out.splitlines() if line.startswith("head"))
     again, answered = answers_again(folder)
     assert again == answered
+
+
+def test_a_run_with_frozen_parts_is_stopped_and_resumed(data_dir, tmp_path, monkeypatch, capsys):
+    source = encoder_of("markuplm", tmp_path / "markuplm")
+    folder = run(data_dir, source, tmp_path / "run")
 
     def stop(*_):
         raise InterruptedError
