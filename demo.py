@@ -27,7 +27,7 @@ from transformers import BertConfig, BertModel, BlipConfig, BlipForImageTextRetr
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers import ViltConfig, ViltForMaskedLM, ViltImageProcessor, logging
 
-from parts.console import command_line
+from parts.console import Defaults, command_line
 from parts.files import write_text
 
 logging.disable_progress_bar()
@@ -250,7 +250,7 @@ def write_noted_dataset(folder, posts=(480, 160, 320), seed=7):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Defaults)
     parser.add_argument("--data-dir", default="data", type=Path, help="where the two data sets go")
     target = parser.parse_args(argv).data_dir
     for name in ("demo", "demo-notes"):

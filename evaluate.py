@@ -339,13 +339,15 @@ def parse_args(argv):
     add = parser.add_argument
     add("--split", choices=("test", "valid"), help="of runs and data sets (default: test if there is one)")
     add("--score", choices=SCORES, help="of --compare, --table (default: f1, of entities or without None)")
-    add("--train", type=Path, metavar="FILE", help="of --predictions: to tell mentions seen in it apart")
+    add("--train", type=Path, metavar="FILE", help="of --predictions: to tell mentions seen in it apart"
+        " (default: none)")
     add("--text-encoder", help="of --photo-probe: hub name or local folder (default: bert-base-uncased)")
     add = parser.add_argument_group("image check").add_argument
     add("--image-check", action="store_true", help="--run or --predictions with true, others', no photos")
     add("--shuffles", type=bounded(int, 1), metavar="N", help="of --run: seeded shuffles (default: 3)")
-    add("--shuffled", nargs="+", type=Path, metavar="FILE", help="of --predictions: made with others' photos")
-    add("--none", type=Path, metavar="FILE", help="of --predictions: made without photos")
+    add("--shuffled", nargs="+", type=Path, metavar="FILE", help="of --predictions: made with others' photos"
+        " (default: none)")
+    add("--none", type=Path, metavar="FILE", help="of --predictions: made without (default: none)")
     add = parser.add_argument_group("table").add_argument
     add("--by", nargs="+", metavar="SETTING", help="swept: mark its best for each of the others"
         " (default: all)")

@@ -37,7 +37,7 @@ from features import photos_sha256, read_columns, read_layout, refuse_other_sett
 from parts.backbones import BACKBONES, load_backbone
 from parts.boxes import MOST, BoxedPhotos, boxes_of, tell_boxes, with_boxes
 from parts.captions import Captions
-from parts.console import bounded, command_line, dataset_name, progress_bar
+from parts.console import Defaults, bounded, command_line, dataset_name, progress_bar
 from parts.datasets import DATASETS, load_dataset
 from parts.feature_photos import compare_photos, photo_bytes, point_out_alike, refuse_other_photos
 from parts.feature_photos import require_room
@@ -49,7 +49,7 @@ from parts.processes import alone_in, default_device, join_processes, lock, wait
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Defaults)
     # fmt: off
     add = parser.add_argument
     add("--dataset", type=dataset_name, default="twitter2017",
@@ -82,7 +82,7 @@ def parse_args(argv):
     add("--batch-size", type=bounded(int, 1),
         help="images per forward pass, views counted (default: 8, 64 on cuda)")
     add("--workers", type=bounded(int, 0), default=min(4, os.cpu_count() or 1), help="that decode photos")
-    add("--device", default=default_device())
+    add("--device", default=default_device(), help="that computes: cpu, cuda, cuda:1, mps ...")
     add("--limit", type=bounded(int, 1), help="only the first so many photos, into NAME-first<LIMIT>.h5")
     add("--overwrite", action="store_true",
         help="make the file anew if there is one, which stays until the new one is whole")

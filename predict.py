@@ -323,7 +323,8 @@ def parse_args(argv):
     add("--tail", nargs=2, type=int, metavar=("START", "END"), help="likewise")
     add("--json", action="store_true", help="print the answer as JSON (default: as text)")
     add = parser.add_argument_group("beside --input").add_argument
-    add("--output", metavar="FILE", help="a JSON line a post; the same command goes on where it stopped")
+    add("--output", metavar="FILE", help="a JSON line a post; the same command goes on where it stopped"
+        " (default: none)")
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th post from the I-th on"
         " (default: 1/1)")
     add("--images", metavar="DIR", help="where relative paths of photos start (default: the input's folder)")

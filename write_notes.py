@@ -49,7 +49,7 @@ from pathlib import Path
 
 from data import RelationExample, photo_names
 from parts.chat import Endpoint, Local, Refused, split_url
-from parts.console import bounded, command_line, dataset_name, first_line, progress_bar
+from parts.console import Defaults, bounded, command_line, dataset_name, first_line, progress_bar
 from parts.datasets import DATASETS, load_dataset, locate
 from parts.files import resume_lines
 from parts.notes import KEYS, OF_PHOTO
@@ -181,7 +181,7 @@ def make_notes(ask, posts):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Defaults)
     # fmt: off
     add = parser.add_argument
     known = f"{', '.join(DATASETS)} or a folder of your own"

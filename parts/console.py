@@ -40,6 +40,17 @@ def bounded(kind, low, high=math.inf):
     return parse
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each option that takes a value, where its help does not; None is "none"."""
+
+    def _get_help_string(self, action):
+        if action.nargs == 0 and not action.default or action.required or "default:" in action.help:
+            return action.help
+        if action.default in (None, []):
+            return f"{action.help} (default: none)"
+        return super()._get_help_string(action)
+
+
 def dataset_name(text):
     """argparse type: one of `DATASETS`, or a folder of the user's own data."""
     path = Path(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from align import ALIGNMENTS
 from fusion import FUSIONS
-from parts.console import bounded, dataset_name
+from parts.console import Defaults, bounded, dataset_name
 from parts.datasets import DATASETS, data_task, locate
 from parts.model import TextRegions
 from parts.notes import EXTRAS
@@ -31,13 +31,6 @@ def alignment(text):
     if name not in ALIGNMENTS:
         raise argparse.ArgumentTypeError(f"{text}: NAME is one of {', '.join(ALIGNMENTS)}")
     return name, bounded(float, 0)(weight)
-
-
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults there are; "None" would be none."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def make_parser(description=None, **more):

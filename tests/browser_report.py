@@ -252,7 +252,7 @@ def test_nothing_is_cut_off_or_lies_over_another(page, width):
             const over = texts.flatMap((a, i) => texts.slice(i + 1).filter(b => meet(a, b)));
             return [texts.every(text => inside(text, all)), over, meet(box(chart.querySelector('h3')), all)];
         })"""
-        assert driver.execute_script(charts) == 2 * [[True, [], False]]
+        assert driver.execute_script(charts) == len(curves_of(content)) * [[True, [], False]]
         gaps = BOXES + """return [...document.querySelectorAll('.run')].flatMap(run => {
             const cells = [...run.children].map(cell => {
                 const range = document.createRange();
@@ -289,6 +289,15 @@ def test_readable_on_a_phone(page, scheme):
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def curves_of(content):
+    """{title: key of a log's line} of the curves of a page, in order."""
+    losses = [key for key in content["log"][0] if key.startswith("loss_")]
+    titles = {"training loss": "loss", "valid": "valid_main_f1"}
+    titles |= {f"training loss: {key.removeprefix('loss_')}": key for key in losses}
+    titles |= {"lr": "lr", "lr of fusion and head": "fusion_lr"}
+    return {title: key for title, key in titles.items() if key in content["log"][0]}
+
+
 def test_the_tables_and_curves_are_there(page):
     driver, content = page
     tables = driver.find_elements(By.TAG_NAME, "table")
@@ -300,7 +309,12 @@ def test_the_tables_and_curves_are_there(page):
               for row in tables[3].find_elements(By.CSS_SELECTOR, "tbody tr")]  # fmt: skip
     assert counts == content["confusion"]["counts"]
     charts = driver.find_elements(By.TAG_NAME, "svg")
-    assert [len(chart.find_elements(By.TAG_NAME, "circle")) for chart in charts] == 2 * [len(content["log"])]
+    heads = [head.text for head in driver.find_elements(By.CSS_SELECTOR, "#curves h3")]
+    assert [*heads[:1], *heads[2:]] == [*curves_of(content)][:1] + [*curves_of(content)][2:]
+    titles = "return [...arguments[0].querySelectorAll('circle title')].map(node => node.textContent)"
+    for chart, key in zip(charts, curves_of(content).values(), strict=True):
+        values = [float(text.split(": ")[1]) for text in driver.execute_script(titles, chart)]
+        assert values == pytest.approx([line[key] for line in content["log"]], rel=0.01, abs=1e-4)
     best = f"best on valid: epoch {content['log'][-1]['best_epoch']}"
     assert all({best, "epoch"} <= set(chart.text.split("\n")) for chart in charts)
     assert content["facts"]["Data"] in driver.find_element(By.ID, "facts").text

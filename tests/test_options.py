@@ -6,8 +6,15 @@ import json
 import pytest
 from conftest import CONFIG, PARTS
 
+import demo
+import evaluate
+import extract_features
+import predict
+import report
+import train
+import write_notes
 from fusion import FUSIONS
-from parts.options import Defaults, make_parser, parse_args
+from parts.options import parse_args
 from parts.systems import PRESETS
 
 NAME = "runs/twitter2017-roberta-resnet50"
@@ -42,11 +49,27 @@ def test_defaults_of_the_other_systems():
     }  # fmt: skip
 
 
-def test_every_option_has_a_line_of_help_that_shows_its_default():
-    for action in make_parser()._actions:
+class Walked(Exception):
+    """Stops a command at its parser."""
+
+
+@pytest.mark.parametrize("script", [demo, evaluate, extract_features, predict, report, train, write_notes])
+def test_every_option_has_a_line_of_help_that_shows_its_default(script, monkeypatch):
+    def stop(parser, *_):
+        raise Walked(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Walked) as walked:
+        script.main([])
+    (parser,) = walked.value.args
+    told = [group for group in parser._action_groups if "default:" in (group.title or "")]
+    needed = [group for group in parser._mutually_exclusive_groups if group.required]
+    exempt = [action for group in told + needed for action in group._group_actions]
+    for action in parser._actions:
         assert action.help, action.dest
-        if action.default not in (None, [], argparse.SUPPRESS):
-            assert "%(default)s" in Defaults("train.py")._get_help_string(action)
+        line = parser._get_formatter()._expand_help(action)
+        assert action.nargs == 0 or action.required or action in exempt or "default:" in line, line
+        assert "default: None" not in line and "default: []" not in line
 
 
 # ------------------------------------------------------------------------------------------------ runs' names
