@@ -188,18 +188,18 @@ def read_framing(source, img_size=None, fit="processor"):
     return framing
 
 
-def seen_part(width, height, settings):
+def seen_part(width, height, provenance):
     """[left, top, width, height] of what an encoder saw of a photo, in shares of the photo.
 
-    `settings`: what the feature file says of it. All of the photo, unless the centre was cropped;
+    `provenance`: what the feature file says of it. All of the photo, unless the centre was cropped;
     with --fit pad the last places may end behind the photo.
     """
-    if settings.get("fit") == "pad":
-        side, places = settings["img_size"], settings["places"]
+    if provenance.get("fit") == "pad":
+        side, places = provenance["img_size"], provenance["places"]
         lengths = padded_size(width, height, side)
         ends = [math.ceil(Fraction(length * places, side)) * side / places for length in lengths]
         return [0, 0, *(round(end / length, 4) for end, length in zip(ends, lengths, strict=True))]
-    resizing = settings.get("resizing", "")
+    resizing = provenance.get("resizing", "")
     config = json.loads(resizing) if resizing.startswith("{") else {}
     if not config.get("do_center_crop"):
         return [0, 0, 1, 1]

@@ -216,22 +216,22 @@ def inside(path, root):
 class Given:
     """In the place of a backbone, where a feature file alone has the regions of photos, by their names.
 
-    `made`: the `features_made` of the run, whose regions are `width` wide; `path`: the file of
+    `provenance`: the `features_made` of the run, whose regions are `width` wide; `path`: the file of
     `write_features`, None where there is none, and so no regions.
     """
 
     same_size, dtype, parameters = True, np.float16, 0
 
-    def __init__(self, made, width, path):
+    def __init__(self, provenance, width, path):
         self.regions, self.cache, self.shape = torch.nn.Identity(), None, (1, width)
         if path is None:
             return
         self.cache = FeatureCache(path)
         self.shape = self.cache.shape[2:]
         sides = (self.cache.attrs["backbone"], self.cache.attrs["weights"], self.shape[1])
-        if sides != (ELSEWHERE, made["weights"], width):
-            raise ValueError(f"{path}: regions made by {sides[1]}, {sides[2]} wide; the run's by"
-                             f" {made['weights']}, {width} wide; name others with --features")  # fmt: skip
+        if sides != (ELSEWHERE, provenance["weights"], width):
+            own = f"the run's by {provenance['weights']}, {width} wide; name others with --features"
+            raise ValueError(f"{path}: regions made by {sides[1]}, {sides[2]} wide; {own}")
 
     def read(self, name):
         """(regions [1, n, D] or None, status, reason) of a photo by its name, a path or an opened image's."""
@@ -251,38 +251,40 @@ class Given:
         return 0, 0
 
 
-def run_backbone(made, weights=None, width=None, features=None):
+def run_backbone(provenance, weights=None, width=None, features=None):
     """The backbone that made a run's features, from what the run knows of them (`features_made`).
 
     `weights`: where they are, if the run knows them by their digits alone. `features`: of a run on regions
     `width` wide that were made elsewhere, the file of those of new photos. ValueError if what is needed is
     absent, or another.
     """
-    if made["backbone"] == ELSEWHERE:
+    if provenance["backbone"] == ELSEWHERE:
         if weights:
             raise ValueError(f"--weights {weights}: the run's regions were made elsewhere; leave it out")
-        return Given(made, width, features)
+        return Given(provenance, width, features)
     if features:
         raise ValueError(f"--features {features}: the run makes regions of photos itself; leave it out")
     published_names = {"IMAGENET1K_V1": "imagenet", "IMAGENET1K_V2": "imagenet-v2", "none": None}.get
-    kind = made["weights"].split("-")[0]
+    name = provenance["weights"]
+    kind = name.split("-")[0]
     if weights is None and kind == "file":
-        local = f"a local {made['backbone']} ({made['weights']})"
+        local = f"a local {provenance['backbone']} ({name})"
         raise ValueError(f"the run's features were made with {local}; name it with --weights")
-    published = "random" if kind == "random" else published_names(made["weights"], made["weights"])
+    published = "random" if kind == "random" else published_names(name, name)
     own = {"random", "imagenet", "imagenet-v2"}  # to others folders, or names at the hub
-    known = own if made["backbone"] == "resnet50" else DEFAULT_WEIGHTS - own
+    known = own if provenance["backbone"] == "resnet50" else DEFAULT_WEIGHTS - own
     if weights is None and published not in {None, *known}:
         rule = "a run's word loads nothing from a hub; name it with --weights"
         raise ValueError(f"the run's features were made with {published}, and {rule}")
     weights = weights or published
-    framing = made.get("fit"), made.get("grid")
-    backbone = load_backbone(made["backbone"], weights, made["img_size"], made["seed"], *framing)
-    if "boxes_sha256" in made:
+    framing = provenance.get("fit"), provenance.get("grid")
+    size, seed = provenance["img_size"], provenance["seed"]
+    backbone = load_backbone(provenance["backbone"], weights, size, seed, *framing)
+    if "boxes_sha256" in provenance:
         backbone = with_boxes(backbone)
     here = backbone.settings | {"weights_sha256": backbone.weights_sha256}
     del here["weights"]  # a name; what counts is the hash
-    pairs = [(key, made.get(key), value) for key, value in here.items()]
+    pairs = [(key, provenance.get(key), value) for key, value in here.items()]
     differing = [f"{key} (run: {theirs}, here: {ours})" for key, theirs, ours in pairs if theirs != ours]
     if differing:
         reason = f"not what the run's features were made with: {'; '.join(differing)}"
@@ -298,16 +300,16 @@ class NewPhotos(Regions):
     into, None for any.
     """
 
-    def __init__(self, sources, made, backbone, device, pool, root=None):
+    def __init__(self, sources, provenance, backbone, device, pool, root=None):
         names = list(sources)
         count, held = len(sources), max(1, len(sources))  # `read` hides row 0 where a post has no photo
         self.rows, self.shape = {name: row for row, name in enumerate(names)}, (held, 1, *backbone.shape)
         self.regions, self.grid = np.zeros(self.shape, backbone.dtype), np.zeros((held, 2), int)
         self.status, self.num_regions, self.reasons = np.zeros(held, int), np.zeros(held, int), [""] * held
-        if made["backbone"] in WORDED:
-            placeholder = None if made["placeholder"] == "none" else made["placeholder"]
-            load = Captions(names, sources, backbone, placeholder, made["backbone"]).read
-        elif made["backbone"] == ELSEWHERE:
+        if provenance["backbone"] in WORDED:
+            placeholder = None if provenance["placeholder"] == "none" else provenance["placeholder"]
+            load = Captions(names, sources, backbone, placeholder, provenance["backbone"]).read
+        elif provenance["backbone"] == ELSEWHERE:
             load = lambda row: backbone.read(names[row])  # noqa: E731
         else:
             paths, reasons = dict(sources), {}
@@ -316,8 +318,8 @@ class NewPhotos(Regions):
                     place = photo if root is None else inside(photo, root)
                     paths[name] = None if place is None else Path(place)
                     reasons |= {name: OUTSIDE} if place is None else {}
-            photos = names, paths, backbone, 1, made["seed"], reasons, made.get("placeholder")
-            if "boxes_sha256" in made:
+            photos = names, paths, backbone, 1, provenance["seed"], reasons, provenance.get("placeholder")
+            if "boxes_sha256" in provenance:
                 load = BoxedPhotos({name: name[1] for name in names}, *photos).read
             else:
                 load = Photos(*photos).read
