@@ -122,25 +122,25 @@ class Predictor:
             torch.set_num_threads(1)
             self.pool = self.make_pool()
             self.process = os.getpid()
-        answers, read = [], []
+        answers, queries = [], []
         for post in posts:
             answers.append(answer := {"id": None})
             try:
                 post = load_post(post)
                 answer["id"] = check_id(post.get("id"))
-                read.append(self.read(post, folder, answer))
+                queries.append(self.read(post, folder, answer))
             except ValueError as error:
                 answer["error"] = str(error)
-        if not read:
+        if not queries:
             return answers
-        rows, photos = self.rows(read), None
+        rows, photos = self.rows(queries), None
         if self.source:
-            sources = {name: source for post in read for name, (_, source) in post.photos.items()}
+            sources = {name: source for post in queries for name, (_, source) in post.photos.items()}
             photos = NewPhotos(sources, self.provenance, self.backbone, self.device, self.pool, self.root)
-        inputs = Posts([post.example for post in read], rows, self.tokenizer.pad_token_id, photos)
+        inputs = Posts([post.example for post in queries], rows, self.tokenizer.pad_token_id, photos)
         settings = self.config["labels"], self.config["eval_batch_size"], self.device, self.precision
         records = predict_posts(self.model, inputs, *settings)
-        for post, record in zip(read, records, strict=True):
+        for post, record in zip(queries, records, strict=True):
             self.say_what_was_seen(post, record, photos)
             if self.config["task"] == "relation":
                 post.answer |= {"relation": record["predicted"], "probability": record["probability"]}
@@ -148,30 +148,30 @@ class Predictor:
                 post.answer["entities"] = entities(record, post.offsets, post.given.get("text"))
         return answers
 
-    def read(self, given, folder, answer):
+    def read(self, post, folder, answer):
         """A `NewPost` of a post, a dict; ValueError says what is wrong with it."""
-        example, offsets = read_post(given, self.config["task"], self.config["word_rule"])
+        example, offsets = read_post(post, self.config["task"], self.config["word_rule"])
         photos, boxes = {}, None
-        sources = read_photos(given, self.source, folder) if self.source else []
-        if len(sources) > 1 and (self.config["model"] == "vilt" or given.get("boxes") is not None):
+        sources = read_photos(post, self.source, folder) if self.source else []
+        if len(sources) > 1 and (self.config["model"] == "vilt" or post.get("boxes") is not None):
             raise ValueError("several photos, where vilt and boxes are for one; name one of them")
-        if self.boxed and sources and given.get("boxes") is not None:
-            boxes = check_boxes(given)
-        for called, source in sources:
+        if self.boxed and sources and post.get("boxes") is not None:
+            boxes = check_boxes(post)
+        for label, source in sources:
             # Images cannot be keys, so each gets a name that no file can have. One image in several posts
             # has one name and is decoded once: two threads would get in each other's way.
             name = f"\0{id(source)}" if isinstance(source, Image.Image) else source
-            photos[(name, boxes) if self.boxed else name] = called, source  # with other boxes it is another
+            photos[(name, boxes) if self.boxed else name] = label, source  # with other boxes it is another
         image_id = tuple(photos) if len(photos) > 1 else next(iter(photos), None)
-        note = check_note(given, self.keys)
-        return NewPost(given, replace(example, image_id=image_id), offsets, note, photos, answer)
+        note = check_note(post, self.keys)
+        return NewPost(post, replace(example, image_id=image_id), offsets, note, photos, answer)
 
-    def rows(self, read):
+    def rows(self, queries):
         """The rows of `encode` of posts, with their notes; answers say what of both is not read."""
-        # Twice --max-len: some words, parts of emojis, have no piece.
-        examples, gone = zip(*(near(post.example, 2 * self.config["max_len"]) for post in read), strict=True)
+        reach = 2 * self.config["max_len"]  # twice: some words, parts of emojis, have no piece
+        examples, cuts = zip(*(near(post.example, reach) for post in queries), strict=True)
         rows, _ = encode(self.tokenizer, examples, self.config["labels"], self.config["max_len"])
-        for i, (row, post, count) in enumerate(zip(rows, read, gone, strict=True)):
+        for i, (row, post, count) in enumerate(zip(rows, queries, cuts, strict=True)):
             post.answer["photo"] = False
             if cut_words := row["cut_words"] + count:
                 post.answer["cut_words"] = cut_words
@@ -191,12 +191,12 @@ class Predictor:
         source = self.source
         if post.photos:
             post.answer["photo"] = record["photo"]
-            for name, (called, _) in post.photos.items():
+            for name, (label, _) in post.photos.items():
                 reason = photos.reasons[photos.rows[name]]
-                if reason and not self.root and re.match("https?://", str(called)):
+                if reason and not self.root and re.match("https?://", str(label)):
                     reason = "a link, and nothing is downloaded here: download it first and name the file"
                 if reason:
-                    remark(post.answer, f"{source if source in WORDED else called}: {reason}")
+                    remark(post.answer, f"{source if source in WORDED else label}: {reason}")
             if record["photo"] and self.boxed and post.given.get("boxes") is None:
                 remark(post.answer, NO_BOXES)
             if record["photo"] and "relevance" in self.keys and "relevance" not in post.note:
