@@ -49,6 +49,7 @@ from data import read_mnre, read_ner  # noqa: E402
 from features import MISSING, OK, UNREADABLE, FeatureCache  # noqa: E402
 from parts.console import command_line  # noqa: E402
 from parts.datasets import DATASETS, load_dataset  # noqa: E402
+from parts.json_posts import Reader, json_posts, text_rule
 from parts.files import write_text  # noqa: E402
 from parts.scores import read_predictions  # noqa: E402
 
@@ -443,7 +444,16 @@ def try_texts(folder):
 
 # ------------------------------------------------------------------------------------------------------- fuzz
 
+def read_json(path, task):
+    """The examples of a file of JSON, whose texts are cut as those of train are."""
+    posts, _ = json_posts(path)
+    rule, _ = text_rule(posts, task)
+    return Reader(rule).read(path, task, posts)[0]
+
+
 READERS = {
+    "json_posts": lambda path: read_json(path, "ner"),
+    "json_posts, relations": lambda path: read_json(path, "relation"),
     "read_ner": lambda path: read_ner(path, DATASETS["twitter2017"][1]),
     "read_mnre": lambda path: read_mnre(path, DATASETS["mnre"][1]),
     "read_predictions": read_predictions,
@@ -473,7 +483,30 @@ CONLL = [
     "a", "IMGID:", "\t", " ", "\n", "\r", "O", "\tO\tI-LOC\n", " O B-PER\n", "\u00a0", "\x85", "\x00",
     "\ufeff",
 ]  # fmt: skip
+JSON_POSTS = b"""{"text": "Ann in Rome!", "image": "1", "entities": [{"start": 0, "end": 3, "label": "PER"}]}
+{"id": 7, "text": "Ann in Rome!", "label": [[0, 3, "PER"], [7, 11, "LOC"]]}
+{"words": ["Ann", "left"], "labels": [1, 0], "names": ["O", "B-PER"], "images": ["a/2.jpg", "3.jpg"]}
+"""
+JSON_PAIRS = b"""{"text": "Ann left Rome", "head": [0, 3], "tail": [9, 13], "relation": "r", "image": "1.jpg"}
+{"words": ["Ann", "left", "Rome"], "head": [0, 1], "tail": [2, 3], "relation": "NA"}
+{"text": "Ann", "entities": [{"id": 1, "label": "P", "start_offset": 0, "end_offset": 3}], "relations": []}
+"""
+KEYS = ("id", "text", "words", "entities", "labels", "names", "image", "head", "tail", "relation", "h")
+# Rows with anything under keys that are read.
+UNDER = JSON | st.just("a b") | st.just(["a", "b"]) | st.just([0, 1])
+ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), UNDER, max_size=4), max_size=3)
+ROWS = ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 CONTENTS = {  # reader: kinds of what a file may hold
+    "json_posts": {
+        "mutated": mutated(JSON_POSTS), "rows": ROWS,
+        "words": WORDS.map(lambda words: json.dumps({"words": words, "labels": ["O"] * len(words)}).encode()),
+    },
+    "json_posts, relations": {
+        "mutated": mutated(JSON_PAIRS), "rows": ROWS,
+        "words": WORDS.map(lambda words: json.dumps({
+            "words": [*words, "a"], "head": [0, 1], "tail": [len(words), len(words) + 1], "relation": "r"
+        }).encode()),
+    },
     "read_ner": {
         "mutated": mutated((POSTS * 2).encode()), "bytes": st.binary(max_size=80),
         "words": st.lists(WORDS).map(lambda posts: "".join(
@@ -502,6 +535,13 @@ def check_read(reader, found, raw):
         assert found and all(isinstance(record["gold"], type(record["predicted"])) for record in found)
         return
     assert len({example.id for example in found}) == len(found)
+    if reader == "json_posts":
+        assert all(len(example.words) == len(example.labels) > 0 for example in found)
+        return
+    if reader == "json_posts, relations":
+        spans = [(example.words, *span) for example in found for span in (example.head, example.tail)]
+        assert all(0 <= start < end <= len(words) for words, start, end in spans)
+        return
     if reader == "read_ner":  # no word is lost
         lines = raw.decode().removeprefix("\ufeff").split("\n")
         lines = [line for line in lines if "\t" in line and line.strip()]
@@ -522,7 +562,7 @@ def fuzz(reader, kind, examples):
     counts = Counter(inputs=0, read=0, refused=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fuzzed"
-        start = re.escape(str(path)) + (":" if reader == "read_predictions" else r":[1-9]\d*: ")
+        start = re.escape(str(path)) + (r":[1-9]\d*: " if reader in ("read_ner", "read_mnre") else ":")
 
         @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
                   suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
