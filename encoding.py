@@ -167,6 +167,7 @@ def encode(tokenizer, examples, labels, max_len):
         word_starts, labels      named entities: each word's first sub-token, -1 for a word that has none or
                                  was cut off; its label's number, IGNORE there
         head_index, tail_index   relations: the start markers,
+        head_stop, tail_stop     one past the last visible sub-token of each entity, its end marker included,
         labels                   and the number of the label
         cut_words                words that `max_len` cuts off; a relation keeps a `window` of both entities
     Counts: `cut_posts`, `cut_words`, `words_without_piece`.
@@ -201,7 +202,9 @@ def encode(tokenizer, examples, labels, max_len):
         row = {"input_ids": prefix + [ids[i] for i in visible] + suffix}
         row |= {"own": (len(prefix), len(prefix) + len(visible)), "cut_words": len(rest)}
         if relations:
-            row |= {"head_index": starts[marker["[E1]"]], "tail_index": starts[marker["[E2]"]]}
+            for name, (first, last) in zip(("head", "tail"), spans, strict=True):
+                shown = [place[piece] for piece in range(first, last + 1) if piece in place]
+                row |= {f"{name}_index": shown[0], f"{name}_stop": shown[-1] + 1}
             row["labels"] = label_id[example.label]
         else:
             row["word_starts"] = starts
@@ -232,9 +235,9 @@ def collate(rows, pad_id):
     """A batch of CPU tensors, padded to its longest post, from rows of `encode`.
 
     input_ids, attention_mask, own_mask [B, T] (True = `own`); word_starts, labels [B, W] or head_index,
-    tail_index, labels [B]. Where a row has a second segment, and so a `text_length`, also text_mask [B, T],
-    True = before that segment; where one has a `relevance`, that of its photo, 0 to 1, also relevance [B],
-    float32, -1 = none is given.
+    head_stop, tail_index, tail_stop, labels [B]. Where a row has a second segment, and so a `text_length`,
+    also text_mask [B, T], True = before that segment; where one has a `relevance`, that of its photo, 0 to 1,
+    also relevance [B], float32, -1 = none is given.
     """
 
     def pad(key, value):
@@ -255,7 +258,7 @@ def collate(rows, pad_id):
     if "word_starts" in rows[0]:
         batch |= {"word_starts": pad("word_starts", -1), "labels": pad("labels", IGNORE)}
     else:
-        keys = "head_index", "tail_index", "labels"
+        keys = "head_index", "head_stop", "tail_index", "tail_stop", "labels"
         batch |= {key: torch.tensor([row[key] for row in rows]) for key in keys}
     return batch
 

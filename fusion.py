@@ -10,9 +10,8 @@ All layers share one call, `fusion(text, text_mask, regions, region_mask, return
     regions      [B, R, Dv]  region features of any floating type and scale, in any order
     region_mask  [B, R]      True = a real region; a row of False is a post without photo; None = all are real
     returns      [B, T, D]   and, with return_weights=True, each token's weights over the regions [B, T, R],
-                             averaged over heads and zero for a post without photo (None from layers that
-                             have no such weights); read them in eval mode, dropout may act on them in
-                             training; those of padding tokens mean nothing
+                             averaged over heads, zero for a post without photo (None from layers without
+                             any); read them in eval mode, without dropout; those of padding mean nothing
 
 A layer that looks at more of a post names it in `reads` and takes it by that name:
 
@@ -140,6 +139,7 @@ class Fusion(nn.Module):
     has_heads = False  # it is made with a number of `heads`, beside text_dim, region_dim and dropout
     weighs = False  # it gives weights over the regions
     reads = ()  # what it takes of a batch beside text, regions and their masks, by name
+    rate = 1.0  # its learning rate, in that of the head
     soft_tokens = 0  # that it gives the text encoder to read: a layer with some is asked before the encoder
 
     def fuse(self, words, text_mask, regions, region_mask, need_weights):
@@ -180,6 +180,8 @@ class Film(Fusion):
     h' = gamma * h + beta. A linear generator makes gamma = 1 + delta and beta from the mean of the real
     regions; it starts at zero.
     """
+
+    rate = 10.0  # AdamW moves slowly what reads vectors of length 1
 
     def __init__(self, text_dim, region_dim, dropout=0.1):
         super().__init__()

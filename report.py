@@ -172,9 +172,10 @@ def parse_args(argv):
 
 
 def best_run(runs):
-    """Of several run folders the one with the best epoch on valid; runs on shuffled inputs are no choice."""
+    """Of several run folders the best on valid; runs on shuffled inputs are no choice."""
     choices = [run for run in runs if not is_control(read_config(run))] or runs
-    best = max(choices, key=lambda run: max(line["valid_main_f1"] for line in read_log(run)))
+    logs = {run: read_log(run) for run in choices}
+    best = max(choices, key=lambda run: logs[run][int(logs[run][-1]["best_epoch"]) - 1]["valid_main_f1"])
     if len(runs) > 1:
         print(f"{best}: the best on valid of {len(choices)} runs")
     return best
@@ -242,13 +243,14 @@ def facts_of(run, config, split, records, log, page_posts):
             *(f"{key} {features[key]}" for key in ("fit", "grid") if key in features),
             f"weights {features['weights']}",
         ])  # fmt: skip
+    choice = "the last" if config["keep"] == "last" else "the best on valid"
     facts = {
         "Data": f"{Path(config['dataset']).name} {split}, {count} {unit} ({data['variant']},"
         f" {data['sha256'][:16]})",
         "System": ", ".join(system),
         "Photos": regions,
         "Notes": notes_line(config, records),
-        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, the best on valid",
+        "Epoch": f"{log[-1]['best_epoch']} of {len(log)}, {choice}",
     }
     if left_out := count - page_posts:
         rest = f"{left_out} are left out (--posts all shows them)"

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 train.py --fusion film    # the same run, each batch shared by four processes
 
 Everything a run is lands in runs/<dataset>-<model>[-<encoder>]-<fusion>[-...]-s<seed>/: config.json, encoder/
-(configuration and tokenizer), model.safetensors (of the best epoch on valid), log.jsonl, timing.jsonl,
+(configuration and tokenizer), model.safetensors (of the epoch that --keep says), log.jsonl, timing.jsonl,
 predictions-*.jsonl, metrics-*.json. While it trains also state.pt, from which the same command with --resume
 goes on after a stop: it ends in the log, predictions and weights of a run that was never stopped, digit for
 digit on CPU. Ctrl-C and SIGTERM leave a state that lacks no step.
@@ -33,7 +33,7 @@ from parts.console import command_line, progress_bar
 from parts.files import write_json, write_json_lines
 from parts.model_card import write_card
 from parts.opening import open_inputs
-from parts.options import parse_args
+from parts.options import ENOUGH, parse_args
 from parts.posts import mean_regions, predict_posts
 from parts.processes import Stop, add_up, autocast, fit_threads, gather, join_processes, keep_heap
 from parts.processes import pick_precision, wait_for_all
@@ -44,16 +44,21 @@ from parts.systems import SYSTEMS
 from parts.tracking import Tracker
 
 
+def rate_of(part, model, args):
+    """The learning rate of a part of the model, by its name."""
+    if part == "encoder":
+        return args.lr
+    return args.fusion_lr * getattr(getattr(model, part), "rate", 1)
+
+
 def parameter_groups(model, args):
-    """AdamW groups: pretrained or from scratch x decayed or not (biases and norms are not decayed)."""
+    """AdamW groups: learning rate x decayed or not (biases and norms are not decayed)."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith("encoder."), parameter.ndim > 1)
+            key = rate_of(name.split(".")[0], model, args), args.weight_decay * (parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
-    rates = {True: args.lr, False: args.fusion_lr}
-    return [{"params": group, "lr": rates[pretrained], "weight_decay": args.weight_decay * decayed}
-            for (pretrained, decayed), group in groups.items()]  # fmt: skip
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
 def check_all_train(model, optimizer):
@@ -97,8 +102,7 @@ def tell_parameters(model, args):
         frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
         if count:
             trained = f"{count - sum(frozen.values()):,} trained" if frozen else "all trained"
-            rate = args.lr if part == "encoder" else args.fusion_lr
-            print(f"{part:<10} {count:,} parameters, {trained} at {rate:g}")
+            print(f"{part:<10} {count:,} parameters, {trained} at {rate_of(part, model, args):g}")
         if frozen:
             print(f"           {sum(frozen.values()):,} frozen: nothing uses them, or they are fixed (first:"
                   f" {part}.{next(iter(frozen))})")  # fmt: skip
@@ -153,8 +157,9 @@ def log_epoch(progress, args, losses, rates, metrics, seconds, posts):
     `seconds`: of training and scoring; `posts`: how many were trained on in that time.
     """
     epoch, main_f1 = progress["epoch"], main_score(metrics)
-    accuracy, best = metrics.get("token", metrics.get("row"))["accuracy"], main_f1 > progress["best"]
-    if best:
+    accuracy = metrics.get("token", metrics.get("row"))["accuracy"]
+    best = main_f1 > progress["best"]
+    if best or args.keep == "last":
         progress |= {"best": main_f1, "best_epoch": epoch}
     log = {"epoch": epoch} | losses | rates | {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
     progress["log"].append(log | {"best_epoch": progress["best_epoch"]})
@@ -162,12 +167,12 @@ def log_epoch(progress, args, losses, rates, metrics, seconds, posts):
     name = "entity" if metrics["task"] == "ner" else "micro"
     parts = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in losses.items()]
     parts += [f"lr {rates['lr']:.2g}", f"valid {name} F1 {main_f1:.4f}, accuracy {accuracy:.4f}"]
-    speed = f"{posts / seconds[0]:.1f} posts/s{'  (best)' if best else ''}"
+    speed = f"{posts / seconds[0]:.1f} posts/s{'  (best)' if best and args.keep == 'best' else ''}"
     print(f"epoch {epoch}/{args.epochs}", *parts, speed, sep="  ", flush=True)
 
 
 def score_splits(model, dataset, answers, run_dir, epoch, prints, rank):
-    """Score valid and test, once, with the weights of the best epoch: records and metrics into the folder.
+    """Score valid and test, once, with the weights that are kept: records and metrics into the folder.
 
     Returns {"best_SPLIT_main_f1": score}.
     """
@@ -191,7 +196,7 @@ def how_to_go_on(args, progress):
     """What is said of a run that Ctrl-C or SIGTERM has stopped."""
     place = f"in epoch {progress['epoch']} after {progress['step']} steps"
     if progress["epoch"] > args.epochs:
-        place = "while its best epoch was scored"
+        place = "while it was scored"
     command = "the same command"
     if not args.resume:
         command += " with --resume in place of --overwrite" if args.overwrite else " with --resume"
@@ -206,17 +211,19 @@ def set_up(args, run_dir, device, processes):
     keep_heap()
     torch.manual_seed(args.seed)
     dataset, encoder, tokenizer, posts, facts = open_inputs(args, device)
+    if args.keep == "auto":
+        args.keep = "best" if len(posts["valid"]) >= ENOUGH else "last"
+        print(f"weights    of the {args.keep} epoch: valid has {len(posts['valid'])} posts")
     config = vars(args) | facts | {"word_rule_auto": args.word_rule == "auto"}
     config |= {"versions": versions(), "processes": processes}
     model = SYSTEMS[args.model].model(encoder, config).to(device)
     if args.init:
         start_from(args.init, model, tokenizer, config)
-    if args.standardise and args.fusion != "none":
+    if getattr(model, "standardise", None) is not None:
         photos = dict.fromkeys(example.image_id for example in posts["train"].examples)
         means, real = mean_regions(posts["train"].cache, photos)
-        if not real.any():
-            raise ValueError("--standardise: no post of train has a photo; leave it out")
-        model.standardise.fit(torch.from_numpy(means[real]))
+        if real.any():
+            model.standardise.fit(torch.from_numpy(means[real]))
     return model, tokenizer, dataset, posts, config | tell_parameters(model, args)
 
 

@@ -19,14 +19,17 @@ class Head(nn.Module):
     """Dropout and a linear layer over the states of what is labelled; softmax or a `Crf` decides.
 
     Named entities: each word, by its first sub-token; "visual-crf": a `Crf` whose transitions have a
-    `PhotoBias`. Relations: the two start markers, concatenated ("entity start" of Baldini Soares et al., ACL
-    2019).
+    `PhotoBias`. Relations: with --pooling start the two start markers, concatenated ("entity start" of
+    Baldini Soares et al., ACL 2019); with mean the mean state of each entity, its markers included ("mention
+    pooling" there), and of the post's own tokens, which sentence encoders are trained to give.
     """
 
     def __init__(self, width, config):
         super().__init__()
         self.dropout = nn.Dropout(config["dropout"])
-        self.linear = nn.Linear(width if config["task"] == "ner" else 2 * width, len(config["labels"]))
+        self.takes_means = config["task"] == "relation" and config["pooling"] == "mean"
+        places = 1 if config["task"] == "ner" else 3 if self.takes_means else 2
+        self.linear = nn.Linear(places * width, len(config["labels"]))
         labels, decoder = len(config["labels"]), config["decoder"]
         self.crf = Crf(labels) if decoder != "softmax" else None
         self.photo_bias = PhotoBias(config["region_dim"], labels) if decoder == "visual-crf" else None
@@ -36,6 +39,12 @@ class Head(nn.Module):
         rows = torch.arange(len(states), device=states.device)
         if "word_starts" in batch:
             states = states[rows[:, None], batch["word_starts"].clamp(min=0)]  # [B, W, D]
+        elif self.takes_means:
+            place = torch.arange(states.shape[1], device=states.device)
+            masks = [(place >= batch[f"{name}_index"][:, None]) & (place < batch[f"{name}_stop"][:, None])
+                     for name in ("head", "tail")]  # fmt: skip
+            masks = torch.stack((*masks, batch["own_mask"]), 1).to(states.dtype)  # [B, 3, T]
+            states = (masks / masks.sum(-1, keepdim=True) @ states).flatten(1)  # [B, 3 D]
         else:
             ends = [states[rows, batch[key]] for key in ("head_index", "tail_index")]
             states = torch.cat(ends, -1)  # [B, 2 D]

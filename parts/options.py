@@ -19,6 +19,8 @@ from parts.run_files import check_known, read_config_file
 from parts.systems import PRESETS, SYSTEMS, fusion_of, mistake, run_name
 from parts.words import RULES
 
+ENOUGH = 300  # posts of valid: of 100, chance alone moves a share of .5 by .05, and so the choice of an epoch
+
 # What --config never takes from another run: where and how that one was written; code is the user's to name.
 OF_ONE_RUN = {"run_dir", "overwrite", "resume", "device", "track", "config"}
 
@@ -56,6 +58,8 @@ def add_model(parser):
         help="sub-tokens a post, special ones included; default: 128, 40 for vilt")
     add("--decoder", choices=("softmax", "crf", "visual-crf"), default="softmax", help="what decides on the"
         " labels of a post's words: each by itself, all together (crf.py), or all and the photo (stages.py)")
+    add("--pooling", choices=("start", "mean"), default="mean", help="relations: the head reads the two"
+        " start markers, or the mean state of each entity and of the post")
     add("--word-rule", choices=("auto", *RULES), default="auto", help="how predict.py cuts a text into words"
         " (docs/DATA.md); auto: as train's words are cut")
     add("--train-share", type=bounded(float, 1e-9, 1), default=1.0,
@@ -75,8 +79,8 @@ def add_model(parser):
         help="share of training posts shown no photo")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
         help="train on all views of a photo")
-    add("--standardise", action="store_true", help="regions by the mean and deviation of train's photos,"
-        " channel by channel (stages.py); what it brought: docs/PHOTO.md")
+    add("--standardise", action=argparse.BooleanOptionalAction, default=True, help="regions by the mean and"
+        " deviation of train's photos, channel by channel; what it brought: docs/PHOTO.md")
     add("--shuffle-photos", action="store_true", help="show each post another's photo, the same one always:"
         " the control that tells what the photos are worth")
     add("--align", type=alignment, nargs="+", default=[], metavar="NAME=WEIGHT", help="losses beside the"
@@ -105,7 +109,9 @@ def add_training(parser):
     """The options that say how it is trained, and where things are."""
     add = parser.add_argument_group("how it is trained").add_argument
     add("--seed", type=bounded(int, 0, 2**32), default=1337, help="of all that is drawn")
-    add("--epochs", type=bounded(int, 1), default=5, help="the best on valid is kept")
+    add("--epochs", type=bounded(int, 1), default=5, help="how often train is gone through")
+    add("--keep", choices=("auto", "best", "last"), default="auto", help="the weights of the best epoch on"
+        f" valid or of the last; auto: the best, if valid has {ENOUGH} posts to tell it by")
     add("--batch-size", type=bounded(int, 1), default=8, help="posts a step, over all processes")
     add("--eval-batch-size", type=bounded(int, 1), default=12, help="posts scored together")
     add("--lr", type=bounded(float, 0), default=3e-5, help="of the pretrained text encoder")
@@ -184,7 +190,7 @@ def flags_of(config, left_out=()):
         elif value is True:
             words.append(flag)
         elif value is False:
-            words += ["--no-augment"] if key == "augment" else []
+            words += [f"--no-{key}"] if key in ("augment", "standardise") else []
         elif value is not None:
             words.append(f"{flag}={value}")
     return words

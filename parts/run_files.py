@@ -106,11 +106,13 @@ KEYS = {
     "train_share": number((int, float), 0, 1),
     "align": (is_weights, "an object of numbers"), "relevance": one_of("none", "given", "predicted"),
     "relevance_loss": or_null(*AMOUNT), "relevance_median": or_null(*AMOUNT), "bottleneck": AMOUNT,
+    "keep": one_of("auto", "best", "last"), "pooling": one_of("start", "mean"),
     "max_len": COUNT, "eval_batch_size": COUNT, "seed": SEED,
     "precision": one_of("auto", "float32", "bfloat16"), "word_rule": or_null(*one_of(*RULES)),
 }  # fmt: skip
 # What runs made before these options were there lack: a new row of `KEYS` needs one here.
-NEWER = {"init": None, "standardise": False, "word_rule": None, "word_rule_auto": True}
+NEWER = {"init": None, "keep": "best", "pooling": "start", "standardise": False, "word_rule": None,
+         "word_rule_auto": True}  # fmt: skip
 # What is downloaded of a run at a hub.
 OF_HUB = ["config.json", "model.safetensors", "encoder/*", "log.jsonl", "predictions-*.jsonl",
           "metrics-*.json", "image-check-*.json"]  # fmt: skip
@@ -199,7 +201,7 @@ def read_log(run_dir):
         try:
             line = json.loads(text)
             fits = all(type(value) in (int, float) and math.isfinite(value) for value in line.values())
-            fits = fits and {*OF_LOG} <= line.keys() and 1 <= line["best_epoch"] <= 10**6
+            fits = fits and {*OF_LOG} <= line.keys() and line["best_epoch"] in range(1, number + 1)
         except (ValueError, RecursionError, AttributeError):
             fits = False
         if not fits:

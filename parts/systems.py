@@ -48,26 +48,26 @@ def backbones_of(system):
 
 # In the manner of these papers, of which no code can be run: benchmarks/RESULTS.md says what is known of
 # each. A flag that is given wins.
-PRESETS = {
+PRESETS = {  # all read regions as they are: the papers do not standardise them
     "minige": {  # Kong, Liu et al., Neural Networks 2025
         "model": "bert-resnet50", "fusion": "saliency", "bottleneck": 0.1, "align": {"matching": 0.9},
-        "decoder": "crf",
+        "decoder": "crf", "standardise": False,
     },
     "tia": {  # Zeng et al., Neurocomputing 2025
         "model": "bert-resnet50", "fusion": "cross-attention", "extra": "post", "relevance": "given",
-        "align": {"supervised": 0.1}, "decoder": "crf",
+        "align": {"supervised": 0.1}, "decoder": "crf", "standardise": False,
     },
     "icka": {  # Zeng et al., Expert Systems with Applications 2024
         "model": "bert-resnet50", "fusion": "prefix", "extra": "photo", "align": {"contrastive": 0.1},
-        "decoder": "crf",
+        "decoder": "crf", "standardise": False,
     },
     "coatt": {  # co-attention of Zhang et al., AAAI 2018, over the phrases of a scene graph
         "model": "bert-phrases", "fusion": "co-attention", "relevance": "predicted",
-        "align": {"contrastive": 0.1}, "decoder": "crf",
+        "align": {"contrastive": 0.1}, "decoder": "crf", "standardise": False,
     },
     "dha": {  # Wang et al., Applied Sciences 2025
         "model": "bert-resnet50", "fusion": "pyramid", "align": {"contrastive": 0.1, "local": 0.1},
-        "decoder": "visual-crf", "batch_size": 16,
+        "decoder": "visual-crf", "batch_size": 16, "standardise": False,
     },
 }  # fmt: skip
 
@@ -114,8 +114,6 @@ def mistake(args, task, system, regions):
         return f"--decoder visual-crf: {reader} has no cached regions to look at; take --decoder crf"
     if args.align and (not regions or args.fusion == "none"):
         return f"--align: {reader} has no cached regions to align; leave it out, or --align none"
-    if args.standardise and not regions:
-        return f"--standardise: {reader} reads the regions its own way; leave it out"
     if args.bottleneck and not behind:
         return f"--bottleneck: {reader} takes no codes of regions; leave it out"
     if args.generated and "generated" not in layer.reads:
@@ -170,6 +168,7 @@ def run_name(args, defaults, dataset, system):
         "boxes": "boxes" if features.endswith("-boxes") and args.fusion != "none" and not vision else "",
         "text_encoder": "" if usual else Path(args.text_encoder).absolute().name,
         "fusion": args.fusion or "",
+        "pooling": args.pooling if args.pooling != defaults["pooling"] else "",
         "word_rule": f"words-{args.word_rule}" if args.word_rule != "auto" else "",
         "init": f"from-{system_name(args.init)}" if args.init else "",
         "train_share": f"train{args.train_share:g}" if args.train_share < 1 else "",
@@ -182,9 +181,10 @@ def run_name(args, defaults, dataset, system):
         "extra": f"extra-{args.extra}" if args.extra != "none" else "",
         **{key: f"{name}{getattr(args, key):g}" for key, name in SWEPT.items()
            if getattr(args, key) != defaults[key]},
+        "keep": args.keep if args.keep != "auto" else "",
         "augment": "" if args.augment else "no-augment",
         "precision": args.precision if args.precision != "auto" else "",
-        "standardise": "standardised" if args.standardise and args.fusion != "none" else "",
+        "standardise": "" if args.standardise or args.fusion in (None, "none") else "raw",
         "shuffle_photos": "shuffled" if args.shuffle_photos else "",
         "shuffle_notes": "shuffled-notes" if args.shuffle_notes else "",
     }  # fmt: skip

@@ -315,6 +315,6 @@ def test_the_tables_and_curves_are_there(page):
     for chart, key in zip(charts, curves_of(content).values(), strict=True):
         values = [float(text.split(": ")[1]) for text in driver.execute_script(titles, chart)]
         assert values == pytest.approx([line[key] for line in content["log"]], rel=0.01, abs=1e-4)
-    best = f"best on valid: epoch {content['log'][-1]['best_epoch']}"
+    best = f"kept: epoch {content['log'][-1]['best_epoch']}"
     assert all({best, "epoch"} <= set(chart.text.split("\n")) for chart in charts)
     assert content["facts"]["Data"] in driver.find_element(By.ID, "facts").text

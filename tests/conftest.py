@@ -30,7 +30,7 @@ PARTS = {
     "vilt": ("pixels", 96, "vilt", "vilt"),
 }
 # What config.json of a run says, all of it.
-CONFIG = vars(parse_args(["--dataset", "demo", "--device", "cpu"])) | {
+CONFIG = vars(parse_args(["--dataset", "demo", "--device", "cpu", "--no-standardise"])) | {
     "task": "ner", "labels": ["O"], "data": {}, "region_dim": None, "features_made": None,
     "generated_made": None, "notes_sha256": None, "relevance_median": None, "word_rule": "twitter",
 }  # fmt: skip

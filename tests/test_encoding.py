@@ -131,6 +131,9 @@ def test_encode_relations(encoder_dir, max_len):
         tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
         assert len(tokens) <= max_len and (tokens[0], tokens[-1], encoded["labels"]) == ("[CLS]", "[SEP]", 1)
         assert (tokens[encoded["head_index"]], tokens[encoded["tail_index"]]) == ("[E1]", "[E2]")
+        for name, end in (("head", "[/E1]"), ("tail", "[/E2]")):  # to its end, or as far as it is visible
+            entity = tokens[encoded[f"{name}_index"] : encoded[f"{name}_stop"]]
+            assert entity and (entity[-1] == end) == (end in tokens)
         if max_len == 200:
             assert encoded["input_ids"] == tokenizer(" ".join(mark_entities(example)[0]))["input_ids"]
     cut = counts["cut_posts"], counts["cut_words"] > 0
@@ -183,9 +186,10 @@ def test_batches_are_random_and_pad_little():
 def test_collate():
     words = [{"input_ids": [2, 7, 8, 3], "own": (1, 3), "word_starts": [1, -1, 2], "labels": [0, IGNORE, 4]},
              {"input_ids": [2, 9, 3], "own": (1, 2), "word_starts": [1], "labels": [1]}]  # fmt: skip
-    pairs = [{"input_ids": [2, 3], "own": (1, 1), "head_index": 1, "tail_index": 0, "labels": 5},
-             {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "tail_index": 3,
-              "labels": 0}]  # fmt: skip
+    pairs = [{"input_ids": [2, 3], "own": (1, 1), "head_index": 1, "head_stop": 2, "tail_index": 0,
+              "tail_stop": 1, "labels": 5},
+             {"input_ids": [2, 0, 0, 3], "own": (0, 4), "head_index": 2, "head_stop": 3, "tail_index": 3,
+              "tail_stop": 4, "labels": 0}]  # fmt: skip
     batches = [collate(words, 99), collate(pairs, 99)]
     own = [batch.pop("own_mask").tolist() for batch in batches]
     assert own == [[[False, True, True, False], [False, True, False, False]], [[False] * 4, [True] * 4]]
@@ -193,6 +197,7 @@ def test_collate():
         {"input_ids": [[2, 7, 8, 3], [2, 9, 3, 99]], "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
          "word_starts": [[1, -1, 2], [1, -1, -1]], "labels": [[0, IGNORE, 4], [1, IGNORE, IGNORE]]},
         {"input_ids": [[2, 3, 99, 99], [2, 0, 0, 3]], "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1]],
-         "head_index": [1, 2], "tail_index": [0, 3], "labels": [5, 0]},
+         "head_index": [1, 2], "head_stop": [2, 3], "tail_index": [0, 3], "tail_stop": [1, 4],
+         "labels": [5, 0]},
     ]  # fmt: skip
     assert {value.dtype for batch in batches for value in batch.values()} == {torch.int64}

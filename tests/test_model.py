@@ -38,22 +38,22 @@ def add_noise(model, size=0.2):
     return model.eval()
 
 
-def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None):
+def make(encoder_dir, dataset, fusion=None, system="bert-resnet50", cache=None, **options):
     """(model with noise on all new parameters, in eval mode; tokenizer)."""
     torch.manual_seed(0)
     encoder, tokenizer = load_text_encoder(str(encoder_dir), SYSTEMS[system].checkpoint, dataset.task, 0.1)
     config = {"fusion": fusion, "task": dataset.task, "labels": dataset.labels, "heads": 8, "dropout": 0.1,
               "text_encoder": str(encoder_dir), "region_dim": cache.region_dim if cache else 2048,
               "features_made": cache.attrs if cache else None}  # fmt: skip
-    return add_noise(SYSTEMS[system].model(encoder, CONFIG | config)), tokenizer
+    return add_noise(SYSTEMS[system].model(encoder, CONFIG | config | options)), tokenizer
 
 
-def make_system(system, data_dir, cache_dir, dataset):
+def make_system(system, data_dir, cache_dir, dataset, **options):
     """(model, tokenizer, cache) of one of `PARTS`."""
     backbone, size, _, text = PARTS[system]
     cache = FeatureCache(cache_dir / f"{dataset.name}-{backbone}-{size}.h5")
     fusion = "cross-attention" if system in ("clip-bert", "bert-caption") else None
-    return *make(data_dir / "demo" / text, dataset, fusion, system, cache), cache
+    return *make(data_dir / "demo" / text, dataset, fusion, system, cache, **options), cache
 
 
 @pytest.fixture(params=["demo", "mnre"])
@@ -78,19 +78,23 @@ def test_text_only_is_transformers_token_classifier(encoder_dir, data_dir):
 
 
 @torch.no_grad()
-def test_relation_head_reads_both_start_markers(encoder_dir, data_dir):
+@pytest.mark.parametrize("pooling", ["start", "mean"])
+def test_relations_are_read_by_their_start_markers_or_by_means(encoder_dir, data_dir, pooling):
+    """In a batch, against slices of the encoder's states of each post alone."""
     dataset = load_dataset("mnre", data_dir)
-    model, tokenizer = make(encoder_dir, dataset, "none")
+    model, tokenizer = make(encoder_dir, dataset, "none", pooling=pooling)
     rows, _ = encode(tokenizer, dataset.examples["valid"], dataset.labels, 128)
     logits = model(collate(rows, tokenizer.pad_token_id)).logits
     assert logits.shape == (8, len(dataset.labels))
-    for row, found in zip(rows, logits, strict=True):
-        ids = torch.tensor([row["input_ids"]])
-        states = model.encoder(input_ids=ids).last_hidden_state[0]
-        start, end = (row["input_ids"].index(tokenizer.convert_tokens_to_ids(marker))
-                      for marker in (MARKERS[0], MARKERS[2]))  # fmt: skip
-        torch.testing.assert_close(found, model.head.linear(torch.cat((states[start], states[end]))),
-                                   rtol=1e-4, atol=1e-5)  # fmt: skip
+    for row, answer in zip(rows, logits, strict=True):
+        ids = row["input_ids"]
+        states = model.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        places = [ids.index(tokenizer.convert_tokens_to_ids(marker)) for marker in MARKERS]
+        head, tail = slice(places[0], places[1] + 1), slice(places[2], places[3] + 1)
+        parts = [states[head.start], states[tail.start]]
+        if pooling == "mean":  # of the post without [CLS] and [SEP]
+            parts = [states[part].mean(0) for part in (head, tail, slice(1, -1))]
+        torch.testing.assert_close(answer, model.head.linear(torch.cat(parts)), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -173,7 +177,7 @@ def test_blip_is_transformers_image_text_encoder(data_dir, cache_dir, dataset):
 @torch.no_grad()
 def test_vilt_is_transformers_token_classifier(data_dir, cache_dir, dataset):
     """Cached pixels give what its processor's give ViltForTokenClassification, for photos of any shape."""
-    model, tokenizer, cache = make_system("vilt", data_dir, cache_dir, dataset)
+    model, tokenizer, cache = make_system("vilt", data_dir, cache_dir, dataset, pooling="start")
     folder, examples = (data_dir / "demo" / "vilt",
                         dataset.examples["valid"] + dataset.examples.get("test", []))  # fmt: skip
     reference = ViltForTokenClassification.from_pretrained(folder, num_labels=len(dataset.labels)).eval()

@@ -84,7 +84,7 @@ def test_every_option_has_a_line_of_help_that_shows_its_default(script, monkeypa
     ("--max-grad-norm inf", "film-norminf"), ("--shuffle-photos", "film-shuffled"),
     ("--lr 3e-5 --max-len 128 --heads 8 --fusion cross-attention", "cross-attention"),
     ("--fusion pyramid --heads 4", "pyramid-heads4"), ("--init runs/mine-s3", "film-from-mine"),
-    ("--fusion pyramid --heads 4 --decoder crf", "pyramid-crf-heads4"),
+    ("--fusion pyramid --heads 4 --decoder crf", "pyramid-crf-heads4"), ("--keep last", "film-last"),
     ("--fusion pyramid --heads 4 --decoder visual-crf", "pyramid-visual-crf-heads4"),
     ("--text-encoder roberta-base", "film"), ("--text-encoder vinai/bertweet-base", "bertweet-base-film"),
     ("--text-encoder models/mine", "mine-film"), ("--text-encoder models/mine/", "mine-film"),
