@@ -122,7 +122,8 @@ def run(folder, *command, env=None):
 
 def write_features(path, dataset, image_ids, views=1, shape=(REGIONS, DIM)):
     """A feature file of random regions, such as extract_features.py makes of ResNet50's."""
-    attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views}
+    attrs = {"format": FORMAT, "dataset": dataset, "backbone": "resnet50", "views": views,
+             "weights": "random-0", "img_size": 224, "seed": 0}  # fmt: skip
     attrs |= {"weights": "none", "parameters": 0}
     create_file(path, image_ids, [0] * len(image_ids), (len(image_ids), views, *shape), "float16", attrs)
     values = np.random.default_rng(0).standard_normal(views * shape[0] * shape[1] + 997).astype(np.float16)
@@ -165,8 +166,9 @@ def pad_to(batch, length, pad_id):
 
 
 # What a model is made with, of a run's configuration, where nothing more is said.
-PLAIN = {"decoder": "softmax", "align": {}, "relevance": "none", "relevance_median": None, "notes": None,
-         "generated": None, "bottleneck": 0.0, "standardise": False, "heads": 8, "dropout": 0.1}  # fmt: skip
+PLAIN = {"decoder": "softmax", "align": {}, "relevance": "none", "relevance_loss": 0.5, "notes": None,
+         "relevance_median": None, "generated": None, "bottleneck": 0.0, "standardise": False,
+         "pooling": "mean", "heads": 8, "dropout": 0.1}  # fmt: skip
 
 
 class Training:

@@ -236,7 +236,8 @@ def run(places, encoder_dir, tmp_path_factory):
     ]])  # fmt: skip
     train.main([str(arg) for arg in [
         *fixed, "--model", "bert-resnet50", "--text-encoder", encoder_dir, "--fusion", "cross-attention",
-        "--features", path, "--epochs", 2, "--fusion-lr", 0.1, "--run-dir", folder / "run",
+        "--no-standardise", "--keep", "best", "--features", path, "--epochs", 2, "--fusion-lr", 0.1,
+        "--run-dir", folder / "run",
     ]])  # fmt: skip
     return folder / "run"
 

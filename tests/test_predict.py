@@ -50,7 +50,8 @@ def runs(flags, data_dir, tmp_path_factory):
         if system in PARTS:
             weights, more = str(data_dir / "demo" / PARTS[system][2]), system_flags(system, data_dir)
         if name not in folders:
-            folders[name] = train(flags, root / name, "--dataset", dataset, *more, "--max-len", 40)
+            folders[name] = train(flags, root / name, "--dataset", dataset, *more, "--max-len", 40,
+                                  "--keep", "best")  # fmt: skip
         return folders[name], weights
 
     return get

@@ -147,7 +147,8 @@ def test_alignment_is_trained_beside_the_labels_on_the_texts_before_the_fusion(f
 
     monkeypatch.setitem(SYSTEMS, "bert-resnet50", replace(SYSTEMS["bert-resnet50"], model=Watched))
     more = ("--model", "bert-resnet50", "--fusion", "film", "--no-standardise", "--dropout", 0, "--epochs", 1,
-            "--batch-size", 6, "--align", *(f"{name}={weight}" for name, weight in weights.items()))  # fmt: skip
+            "--batch-size", 6,
+            "--align", *(f"{name}={weight}" for name, weight in weights.items()))  # fmt: skip
     folder = run(flags, tmp_path / "run", *more)
     (log,) = json_lines(folder / "log.jsonl")
     for name in weights:
