@@ -584,8 +584,10 @@ Mean ± standard deviation over seeds. Of one seed there is no deviation.
   apart.
 - **Others' photos, no photo**: the same model, shown those.
 
-The best epoch is chosen on valid, test is scored once. Written by `benchmarks/tables.py`, whose source is
-[results.csv](results.csv).
+The best epoch is chosen on valid, test is scored once. The rows here are older than three defaults: they were
+made as with `--no-standardise --pooling start --keep best`, and `film` at the head's learning rate. Real
+photos of products: [docs/PHOTO.md](../docs/PHOTO.md). Written by `benchmarks/tables.py`, whose
+source is [results.csv](results.csv).
 
 Made with {}."""
 
