@@ -15,9 +15,9 @@ class Standardise(nn.Module):
     """Regions by a data set's own mean and deviation, channel by channel: x' = (x - m) / s.
 
     What all photos share tells nothing of one: of ResNet50, two photos' mean regions have a cosine of .3 as
-    they are and of 0 then. What it brought: docs/PHOTO.md. m, s: over the mean regions
-    of train's photos, set by `fit` and kept with the weights. regions [B, R, Dv], region_mask [B, R] ->
-    float32 [B, R, Dv], zero where masked.
+    they are and of 0 then. What it brought: docs/PHOTO.md. m, s: over the mean regions of train's photos, set
+    by `fit` and kept with the weights. regions [B, R, Dv], region_mask [B, R] -> float32 [B, R, Dv], zero
+    where masked.
     """
 
     def __init__(self, region_dim):

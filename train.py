@@ -159,7 +159,7 @@ def log_epoch(progress, args, losses, rates, metrics, seconds, posts):
     epoch, main_f1 = progress["epoch"], main_score(metrics)
     accuracy = metrics.get("token", metrics.get("row"))["accuracy"]
     best = main_f1 > progress["best"]
-    if best or args.keep == "last":
+    if best or args.keep == "last":  # the epoch that is kept, by either rule
         progress |= {"best": main_f1, "best_epoch": epoch}
     log = {"epoch": epoch} | losses | rates | {"valid_main_f1": main_f1, "valid_accuracy": accuracy}
     progress["log"].append(log | {"best_epoch": progress["best_epoch"]})

@@ -187,8 +187,8 @@ def try_out(encoder, tokenizer):
     encoder.zero_grad(set_to_none=True)
     encoder.left_to_right = left_to_right
     if left_to_right:
-        print(f"encoder    {encoder.config.model_type} reads left to right: a word's state, and a relation's"
-              " start marker, knows nothing of what comes after it; expect lower scores")  # fmt: skip
+        print(f"encoder    {encoder.config.model_type} reads left to right: a word's state knows nothing of"
+              " what comes after it; expect lower scores")  # fmt: skip
 
 
 def check_soft_tokens(encoder, tokenizer, source, count):
